@@ -1,0 +1,148 @@
+"""What all kernels agree on: arguments that are refused, thresholds in a dtype, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isnan
+
+import torch
+from torch import Tensor
+
+from smezo_pl.optim.masks import Mask
+
+CODE_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer dtype that holds the bits of a float of so many bytes."""
+
+QUIET_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000, torch.float64: 0x7FF8 << 48}
+"""The one NaN that arithmetic leaves in a weight: processors and libraries differ in the payload they would keep."""
+
+INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000, torch.float64: 0x7FF << 52}
+"""Bits of positive infinity; a larger magnitude code is a NaN."""
+
+
+def check_weights(theta: Tensor, name: str = "theta") -> None:
+    """Refuse what no kernel can walk over.
+
+    Args:
+        theta: The weights of one tensor.
+        name: Its name in the message.
+
+    Raises:
+        TypeError: If the dtype or the layout is not supported.
+        ValueError: If the tensor is not flat and contiguous, or has no storage.
+    """
+    if theta.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got layout {theta.layout}")
+    if theta.dtype not in QUIET_NAN:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {theta.dtype}")
+    if theta.is_meta:
+        raise ValueError(f"{name} is on the meta device: it has no weights to work on")
+    if theta.dim() != 1 or not theta.is_contiguous():
+        raise ValueError(
+            f"{name} must be one-dimensional and contiguous, got shape {tuple(theta.shape)} and strides {theta.stride()}"
+        )
+
+
+def check_pair(theta: Tensor, out: Tensor) -> None:
+    """Refuse an output that does not fit the weights.
+
+    Args:
+        theta: The weights.
+        out: Where the perturbed ones go.
+
+    Raises:
+        TypeError: If the dtypes differ.
+        ValueError: If length or device differ, or if the two overlap without being the same elements.
+    """
+    check_weights(theta)
+    check_weights(out, "out")
+    if out.dtype != theta.dtype:
+        raise TypeError(f"out must be {theta.dtype} like theta, got {out.dtype}")
+    if out.numel() != theta.numel() or out.device != theta.device:
+        raise ValueError(
+            f"out must have the {theta.numel()} elements of theta on {theta.device}, "
+            f"got {out.numel()} elements on {out.device}"
+        )
+    distance = abs(out.data_ptr() - theta.data_ptr())
+    if 0 < distance < theta.numel() * theta.element_size():
+        raise ValueError("out must be theta itself or not overlap it")
+
+
+def check_update(streams: Sequence[object], scales: Sequence[float]) -> None:
+    """Refuse an update whose samples do not pair up.
+
+    Args:
+        streams: One stream a sample.
+        scales: One scale a sample.
+
+    Raises:
+        ValueError: If there is no sample, or if the numbers differ.
+    """
+    if not streams or len(streams) != len(scales):
+        raise ValueError(f"update needs one scale a stream and at least one, got {len(streams)} and {len(scales)}")
+
+
+def check_mask(theta: Tensor, mask: Mask) -> None:
+    """Refuse a mask that lacks what its rule needs.
+
+    Args:
+        theta: The weights.
+        mask: Their mask.
+
+    Raises:
+        ValueError: If the threshold is NaN, the random rule has no stream, or the bits do not fit.
+    """
+    if mask.rule in ("small", "large"):
+        if isnan(mask.threshold):
+            raise ValueError("threshold of a mask must be a number, got nan")
+    elif mask.rule == "random":
+        if mask.stream is None:
+            raise ValueError("a random mask needs a stream")
+    elif mask.rule == "packed":
+        if mask.bits is None:
+            raise ValueError("a packed mask needs bits")
+        check_bits(theta, mask.bits)
+    elif mask.rule != "dense":
+        raise ValueError(f"mask rule must be 'dense', 'small', 'large', 'random' or 'packed', got {mask.rule!r}")
+
+
+def check_bits(theta: Tensor, bits: Tensor) -> None:
+    """Refuse packed bits that do not fit the weights.
+
+    Args:
+        theta: The weights.
+        bits: Their packed mask.
+
+    Raises:
+        ValueError: If dtype, length, layout or device are not right.
+    """
+    size = packed_size(theta.numel())
+    if bits.dtype != torch.uint8 or bits.shape != (size,) or not bits.is_contiguous() or bits.device != theta.device:
+        raise ValueError(
+            f"packed bits of {theta.numel()} weights must be uint8 of shape ({size},) on {theta.device}, "
+            f"got {bits.dtype} of shape {tuple(bits.shape)} on {bits.device}"
+        )
+
+
+def packed_size(numel: int) -> int:
+    """Bytes of a packed mask."""
+    return (numel + 7) // 8
+
+
+def threshold_code(threshold: float, dtype: torch.dtype) -> int:
+    """Bits of the largest number of a dtype that is not above a threshold.
+
+    Comparing with it is comparing with the threshold itself, whatever digits the dtype lacks.
+
+    Args:
+        threshold: Any number, infinity included.
+        dtype: Of the weights.
+
+    Returns:
+        The bits without a sign, or -1 for a negative threshold, which no magnitude is at or below.
+    """
+    if threshold < 0.0:
+        return -1
+    near = torch.tensor(threshold, dtype=torch.float64).to(dtype)
+    code = int(near.view(CODE_DTYPES[near.element_size()]).item())
+    return code - 1 if float(near) > threshold else code

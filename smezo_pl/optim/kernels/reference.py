@@ -1,0 +1,208 @@
+"""The passes over the weights in plain torch, one operation after another: the definition that the others are held to.
+
+It runs on every device and in float64 too, and takes a few times the memory of one chunk beside the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from smezo_pl.optim.kernels._common import (
+    CODE_DTYPES,
+    INFINITY,
+    QUIET_NAN,
+    check_bits,
+    check_mask,
+    check_pair,
+    check_update,
+    check_weights,
+    packed_size,
+    threshold_code,
+)
+from smezo_pl.optim.masks import Mask
+from smezo_pl.optim.noise import MASK, ROUNDING, Law, Stream, draw, words16
+
+_CHUNK = 1 << 18  # elements; a multiple of 8, so that a chunk's packed bits begin with a byte
+
+
+class TorchKernel:
+    """Plain torch operations, on any device that has float64 (see `Kernel` for what each pass computes)."""
+
+    name = "torch"
+
+    def perturb(self, theta: Tensor, out: Tensor, mask: Mask, law: Law, stream: Stream, scale: float) -> None:
+        """Write ``theta + scale * m * z`` to ``out``; see `Kernel.perturb`."""
+        check_pair(theta, out)
+        check_mask(theta, mask)
+        for low, high in _chunks(theta):
+            part = theta[low:high]
+            new = part
+            if scale != 0.0:
+                wide = _widen(part)
+                z = draw(law, _shift(stream, low), high - low, theta.device).to(wide.dtype)
+                new = _where(active(theta, mask, low, high), _narrow(wide + z * _scalar(scale, wide), part.dtype), part)
+            out[low:high] = new
+
+    def update(
+        self,
+        theta: Tensor,
+        mask: Mask,
+        law: Law,
+        streams: Sequence[Stream],
+        scales: Sequence[float],
+        decay: float = 0.0,
+        rounding: Stream | None = None,
+    ) -> None:
+        """Subtract ``m * (sum of scale * z + decay * theta)`` from ``theta``; see `Kernel.update`."""
+        check_weights(theta)
+        check_mask(theta, mask)
+        check_update(streams, scales)
+        if decay == 0.0 and not any(scales):
+            return
+        for low, high in _chunks(theta):
+            part = theta[low:high]
+            wide = _widen(part)
+            delta = None
+            for stream, scale in zip(streams, scales, strict=True):
+                term = draw(law, _shift(stream, low), high - low, theta.device).to(wide.dtype) * _scalar(scale, wide)
+                delta = term if delta is None else delta + term
+            if decay != 0.0:
+                delta = delta + wide * _scalar(decay, wide)
+            new = wide - delta
+            if rounding is None or theta.element_size() > 2:
+                rounded = _narrow(new, theta.dtype)
+            else:
+                word = words16(_shift(rounding, low), ROUNDING, high - low, theta.device)
+                rounded = round_stochastically(new, word, theta.dtype)
+            theta[low:high] = _where(active(theta, mask, low, high), rounded, part)
+
+    def select(self, theta: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Packed mask and a copy of the weights under it; see `Kernel.select`."""
+        bits = self.pack(theta, mask)
+        chosen = _unpack(bits, theta.numel())
+        return bits, theta.view(CODE_DTYPES[theta.element_size()])[chosen].view(theta.dtype)
+
+    def restore(self, theta: Tensor, bits: Tensor, saved: Tensor) -> None:
+        """Put back what `select` saved; see `Kernel.restore`."""
+        check_weights(theta)
+        check_bits(theta, bits)
+        chosen = _unpack(bits, theta.numel())
+        count = int(chosen.sum())
+        if saved.dtype != theta.dtype or saved.shape != (count,):
+            raise ValueError(
+                f"saved weights must be {theta.dtype} of shape ({count},), got {saved.dtype} of {tuple(saved.shape)}"
+            )
+        code = CODE_DTYPES[theta.element_size()]
+        theta.view(code)[chosen] = saved.view(code)
+
+    def pack(self, theta: Tensor, mask: Mask) -> Tensor:
+        """The mask, one bit a weight; see `Kernel.pack`."""
+        check_weights(theta)
+        check_mask(theta, mask)
+        bits = torch.empty(packed_size(theta.numel()), dtype=torch.uint8, device=theta.device)
+        place = torch.arange(8, device=theta.device)
+        for low, high in _chunks(theta):
+            chosen = torch.nn.functional.pad(active(theta, mask, low, high).to(torch.int64), (0, -(high - low) % 8))
+            bits[low // 8 : packed_size(high)] = (chosen.view(-1, 8) << place).sum(1).to(torch.uint8)
+        return bits
+
+    def histogram(self, theta: Tensor, shift: int, prefix: int | None) -> Tensor:
+        """Counts of magnitude codes; see `Kernel.histogram`."""
+        check_weights(theta)
+        counts = torch.zeros(1 << 16, dtype=torch.int64, device=theta.device)
+        for low, high in _chunks(theta):
+            digits = _magnitude_codes(theta[low:high]).to(torch.int64) >> shift
+            if prefix is not None:
+                digits = digits[digits >> 16 == prefix]
+            counts += torch.bincount(digits & 0xFFFF, minlength=1 << 16)
+        return counts
+
+
+def active(theta: Tensor, mask: Mask, low: int, high: int) -> Tensor:
+    """The mask of ``theta[low:high]``, bool, by the rule alone."""
+    count = high - low
+    if mask.rule in ("small", "large"):
+        codes = _magnitude_codes(theta[low:high])
+        limit = threshold_code(mask.threshold, theta.dtype)
+        if mask.rule == "small":
+            return codes <= limit
+        return (codes > limit) & (codes <= INFINITY[theta.dtype])
+    if mask.rule == "random":
+        assert mask.stream is not None
+        return words16(_shift(mask.stream, low), MASK, count, theta.device) < mask.level
+    if mask.rule == "packed":
+        assert mask.bits is not None
+        return _unpack(mask.bits[low // 8 : packed_size(high)], count)
+    return torch.ones(count, dtype=torch.bool, device=theta.device)
+
+
+def round_stochastically(value: Tensor, word: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 to a 16-bit dtype, up in magnitude with the probability of the part that is cut off.
+
+    bfloat16: the 16 random bits are added to the 16 that are cut. float16: the upper 13 random bits to the 13 that are
+    cut; below its smallest normal number, ``|value|`` in steps of ``2^-40`` gets all 16. A number beyond the largest
+    finite one becomes infinite, or may when it lies within one step of it. NaN becomes the one quiet NaN.
+
+    Args:
+        value: float32 tensor.
+        word: int32 tensor of the same shape, in ``[0, 65536)``.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+
+    Returns:
+        Tensor of that dtype.
+    """
+    code = value.view(torch.int32)
+    sign, magnitude = code >> 16 & 0x8000, code & 0x7FFFFFFF
+    if dtype == torch.bfloat16:
+        rounded = (magnitude.to(torch.int64) + word) >> 16
+    else:
+        normal = (magnitude + (word >> 3) - (112 << 23)) >> 13
+        small = ((value.abs().clamp(max=1.0) * 2.0**40).to(torch.int64) + word) >> 16
+        rounded = torch.where(magnitude < 0x38800000, small, normal)
+        rounded = torch.where(magnitude >= 0x47800000, INFINITY[dtype], rounded)
+    rounded = torch.where(magnitude > 0x7F800000, QUIET_NAN[dtype], rounded | sign)
+    return rounded.to(torch.int16).view(dtype)
+
+
+def _chunks(theta: Tensor) -> Iterator[tuple[int, int]]:
+    for low in range(0, theta.numel(), _CHUNK):
+        yield low, min(low + _CHUNK, theta.numel())
+
+
+def _shift(stream: Stream, offset: int) -> Stream:
+    return Stream(stream.seed, stream.step, stream.sample, stream.tensor, stream.start + offset)
+
+
+def _widen(theta: Tensor) -> Tensor:
+    """Weights in the precision of the arithmetic: float32, or float64 for float64 weights."""
+    return theta if theta.dtype == torch.float64 else theta.to(torch.float32)
+
+
+def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to nearest even, with one quiet NaN: torch's conversions keep different ones."""
+    rounded = value.to(dtype)
+    code = CODE_DTYPES[rounded.element_size()]
+    return torch.where(value.isnan(), QUIET_NAN[dtype], rounded.view(code)).to(code).view(dtype)
+
+
+def _where(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`torch.where` on the bits: what is not chosen keeps even the payload of a NaN."""
+    code = CODE_DTYPES[old.element_size()]
+    return torch.where(chosen, new.view(code), old.view(code)).view(old.dtype)
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    return torch.tensor(value, dtype=like.dtype, device=like.device)
+
+
+def _magnitude_codes(theta: Tensor) -> Tensor:
+    code = CODE_DTYPES[theta.element_size()]
+    return theta.view(code) & torch.iinfo(code).max
+
+
+def _unpack(bits: Tensor, numel: int) -> Tensor:
+    place = torch.arange(8, device=bits.device)
+    return ((bits[:, None] >> place) & 1).view(-1)[:numel].to(torch.bool)

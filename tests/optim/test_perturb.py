@@ -1,0 +1,233 @@
+"""What a forward sees while weights are perturbed, and what stays behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from smezo_pl.optim import SparseMeZO
+from tests.optim.networks import Attention, FunctionalHead, ReturnsItsWeight, TiedLanguageModel, build, loss_closure
+
+
+def attached(model: nn.Module, **settings) -> SparseMeZO:
+    optimizer = SparseMeZO(model.named_parameters(), **{"lr": 0.0, "eps": 1e-1, **settings})
+    optimizer.attach(model)
+    return optimizer
+
+
+def test_a_later_pre_hook_sees_the_perturbed_copy_in_named_parameters():
+    model = build(TiedLanguageModel)
+    optimizer = attached(model)
+    seen = []
+    model.hidden.register_forward_pre_hook(
+        lambda module, args: seen.append({k: v.detach().clone() for k, v in module.named_parameters()})
+    )
+    original = model.hidden.weight.detach().clone()
+    optimizer.step(loss_closure(model))
+    plus, minus = seen[-2]["weight"], seen[-1]["weight"]
+    active = plus != original
+    assert 0 < active.sum() < active.numel()
+    assert torch.equal(active, minus != original)
+    assert torch.allclose(plus - original, original - minus, atol=1e-6)
+    assert model.hidden.weight is dict(model.named_parameters())["hidden.weight"]
+    assert torch.equal(model.hidden.weight, original)
+
+
+def test_tied_weights_are_perturbed_alike():
+    model = build(TiedLanguageModel)
+    optimizer = attached(model)
+    seen = {}
+    for name in ("embedding", "head"):
+        getattr(model, name).register_forward_pre_hook(
+            lambda m, a, name=name: seen.setdefault(name, []).append(m.weight.detach().clone())
+        )
+    optimizer.step(loss_closure(model))
+    assert torch.equal(seen["head"][-1], seen["embedding"][-1])
+
+
+@pytest.mark.parametrize(("kind", "name"), [(FunctionalHead, "emb.weight"), (Attention, "attention.out_proj.weight")])
+def test_weights_read_outside_their_module_are_held_by_an_ancestor(kind, name, caplog):
+    model = build(kind)
+    optimizer = attached(model)
+    with caplog.at_level("INFO"):
+        optimizer.step(loss_closure(model))
+    assert f"held by an enclosing module: {name}" in caplog.text
+    whole = build(kind)
+    reference = SparseMeZO(whole.named_parameters(), lr=0.0, eps=1e-1)
+    reference.step(loss_closure(whole))
+    assert optimizer.last_step.losses == reference.last_step.losses
+
+
+def test_a_weight_read_outside_every_module_is_refused_by_name():
+    model = build(TiedLanguageModel)
+    inner = loss_closure(model)
+    optimizer = attached(model)
+    with pytest.raises(RuntimeError, match=r"'hidden.weight' is read by aten\S+ outside the forward"):
+        optimizer.step(lambda: inner() + model.hidden.weight.square().sum())
+    in_place = SparseMeZO(model.named_parameters())
+    in_place.step(lambda: inner() + model.hidden.weight.square().sum())
+
+
+def test_a_stale_view_of_a_weight_is_refused():
+    class Stale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4, bias=False)
+            self.view = self.linear.weight.detach().t()
+
+        def forward(self, x):
+            return self.linear(x) @ self.view
+
+    model = Stale()
+    optimizer = attached(model)
+    with pytest.raises(RuntimeError, match=r"'linear.weight' is read by"):
+        optimizer.step(lambda: model(torch.ones(2, 4)).sum())
+
+
+def test_a_returned_weight_keeps_its_value():
+    model = build(ReturnsItsWeight)
+    optimizer = attached(model)
+    seen = []
+    model.positions.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    optimizer.step(loss_closure(model))
+    late, early = seen[-1]
+    assert torch.equal(late, early)
+
+
+def test_detach_leaves_no_trace():
+    model = build(Attention)
+    pristine = build(Attention)
+    hooks = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_always_called",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    )
+    optimizer = attached(model)
+    optimizer.step(loss_closure(model))
+    optimizer.detach()
+    for mine, its in zip(model.modules(), pristine.modules(), strict=True):
+        assert [getattr(mine, hook) for hook in hooks] == [getattr(its, hook) for hook in hooks]
+        assert mine.__dict__.keys() == its.__dict__.keys()
+
+
+def test_outside_a_step_the_forward_is_the_plain_one():
+    model = build(TiedLanguageModel)
+    ids = torch.arange(5).view(1, 5)
+    expected = model(ids)
+    optimizer = attached(model)
+    optimizer.step(loss_closure(model))
+    assert torch.equal(model(ids), expected)
+
+
+def test_a_copy_of_an_attached_model_is_free():
+    model = build(TiedLanguageModel)
+    optimizer = attached(model)
+    twin = copy.deepcopy(model)
+    inputs = torch.arange(5).view(1, 5)
+    plain = twin(inputs)
+    outputs = []
+
+    def closure():
+        outputs.append(twin(inputs))
+        return model(inputs).sum()
+
+    optimizer.step(closure)
+    assert all(torch.equal(output, plain) for output in outputs)
+
+
+def test_nested_attach_and_submodules():
+    model = build(TiedLanguageModel)
+    optimizer = SparseMeZO(model.hidden.named_parameters(), lr=0.0, eps=1e-1)
+    optimizer.attach(model.hidden)
+    other = SparseMeZO([("norm.weight", model.norm.weight)], lr=0.0, eps=1e-1)
+    other.attach(model)
+    closure = loss_closure(model)
+    optimizer.step(closure)
+    other.step(closure)
+    assert optimizer.last_step.losses != other.last_step.losses
+
+
+def test_attach_of_a_module_without_the_parameters():
+    model = build(TiedLanguageModel)
+    with pytest.raises(
+        ValueError, match=r"Linear does not hold 3 of the optimizer's 5 parameters, among them 'embedding.weight'"
+    ):
+        SparseMeZO(model.named_parameters()).attach(model.hidden)
+
+
+def test_a_module_or_parameter_replaced_after_attach_is_noticed():
+    model = build(TiedLanguageModel)
+    optimizer = attached(model)
+    model.hidden = nn.Linear(8, 8)
+    with pytest.raises(RuntimeError, match="module 'hidden' of TiedLanguageModel was replaced after attach"):
+        optimizer.step(loss_closure(model))
+    model = build(TiedLanguageModel)
+    optimizer = attached(model)
+    model.hidden.weight = nn.Parameter(torch.zeros(8, 8))
+    with pytest.raises(RuntimeError, match=r"parameter 'hidden.weight' was replaced in its module after attach"):
+        optimizer.step(loss_closure(model))
+
+
+def test_compiled_modules_are_refused():
+    model = build(TiedLanguageModel)
+    model.hidden = torch.compile(model.hidden)
+    with pytest.raises(ValueError, match=r"compiled by torch\.compile"):
+        SparseMeZO(model.named_parameters()).attach(model)
+
+
+def test_inference_mode_and_checkpoint_flags():
+    model = build(TiedLanguageModel)
+    optimizer = attached(model)
+    inner = loss_closure(model)
+
+    def closure():
+        with torch.inference_mode():
+            return inner()
+
+    optimizer.step(inner)
+    expected = optimizer.last_step.losses
+    again = attached(model)
+    again.step(closure)
+    assert again.last_step.losses == expected
+
+
+def test_scratch_is_the_largest_module():
+    model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.Linear(128, 32, bias=False))
+    optimizer = attached(model, mask="dense")
+    optimizer.step(lambda: model(torch.ones(1, 64)).sum())
+    assert optimizer.extra_bytes() == 64 * 128 * 4
+
+
+def test_autocast_sees_the_perturbation():
+    model = build(TiedLanguageModel)
+    optimizer = attached(model)
+    inner = loss_closure(model)
+
+    def closure():
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return inner()
+
+    optimizer.step(closure)
+    plus, minus = optimizer.last_step.losses[0]
+    assert plus != minus
+
+
+def test_parametrized_modules():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for mode in ("layerwise", "in_place"):
+        optimizer = SparseMeZO(model.named_parameters(), lr=0.0, eps=1e-1)
+        if mode == "layerwise":
+            optimizer.attach(model)
+        optimizer.step(lambda: F.mse_loss(model(x), torch.zeros(3, 2)))
+        losses.append(optimizer.last_step.losses)
+        optimizer.detach()
+    assert losses[0] == losses[1]

@@ -23,12 +23,14 @@ operation rounded once (no fused multiply-add, no library function but the corre
     n  = bits(f) - 0x3f3504f3                                 so that the mantissa falls in [sqrt(1/2), sqrt(2))
     m  = float_of_bits((n & 0x7fffff) + 0x3f3504f3)
     t  = m - 1
-    p  = ((((((L6*t + L5)*t + L4)*t + L3)*t + L2)*t + L1)*t + L0)      about -2 ln(1 + t) / t
+    s  = t * t
+    p  = ((L6*s + (L5*t + L4))*s + (L3*t + L2))*s + (L1*t + L0)       about -2 ln(1 + t) / t
     R  = sqrt(float((n >> 23) - 20) * LN + p * t)             sqrt(-2 ln U); n >> 23 keeps the sign
     v  = float_of_bits(((word >> 7) & 0x7fe000) | 0x3f800000) - (1.5 - 2^-11)      half steps in (-1/2, 1/2)
     w  = v * v
-    S  = (((S3*w + S2)*w + S1)*w + S0) * v                    sin(v pi/2) / sqrt(2)
-    C  = ((C3*w + C2)*w + C1)*w + C0                          cos(v pi/2) / sqrt(2)
+    x  = w * w
+    S  = ((S3*w + S2)*x + (S1*w + S0)) * v                    sin(v pi/2) / sqrt(2)
+    C  = (C3*w + C2)*x + (C1*w + C0)                          cos(v pi/2) / sqrt(2)
     z[m]       = R * (C - S), negated where bit 31 is set     cosine of the angle pi/4 + v pi/2
     z[m + 512] = R * (C + S), negated where bit 30 is set     sine
 
@@ -236,12 +238,16 @@ def _normals_of(words: Tensor) -> Tensor:
     f = (words & 0xFFFFF).to(torch.float32) + 0.5
     n = f.view(torch.int32) - SQRT_HALF_BITS
     t = ((n & 0x7FFFFF) + SQRT_HALF_BITS).view(torch.float32) - 1.0
-    square = ((n >> 23) - 20).to(torch.float32) * LOG_2 + _polynomial(LOG, t) * t
+    s = t * t
+    p = ((s * LOG[6] + (t * LOG[5] + LOG[4])) * s + (t * LOG[3] + LOG[2])) * s + (t * LOG[1] + LOG[0])
+    square = ((n >> 23) - 20).to(torch.float32) * LOG_2 + p * t
     # torch's float32 root is not correctly rounded on the CPU; the float64 one, rounded, is.
     radius = square.to(torch.float64).sqrt().to(torch.float32)
     v = (((words >> 7) & 0x7FE000) | 0x3F800000).to(torch.int32).view(torch.float32) - ANGLE_CENTRE
     w = v * v
-    sine, cosine = _polynomial(SIN, w) * v, _polynomial(COS, w)
+    x = w * w
+    sine = ((w * SIN[3] + SIN[2]) * x + (w * SIN[1] + SIN[0])) * v
+    cosine = (w * COS[3] + COS[2]) * x + (w * COS[1] + COS[0])
     z0, z1 = radius * (cosine - sine), radius * (cosine + sine)
     return torch.cat((torch.where(words >= 1 << 31, -z0, z0), torch.where((words >> 30) & 1 == 1, -z1, z1)), 1)
 
@@ -253,11 +259,3 @@ def _signs_of(words: Tensor) -> Tensor:
 
 def _halves_of(words: Tensor) -> Tensor:
     return torch.cat((words & 0xFFFF, words >> 16), 1).to(torch.int32)
-
-
-def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    """Horner's rule, multiply then add; coefficients from the constant one upwards."""
-    value = x * coefficients[-1] + coefficients[-2]
-    for coefficient in coefficients[-3::-1]:
-        value = value * x + coefficient
-    return value

@@ -30,7 +30,7 @@ Closure = Callable[[], "Tensor | float"]
 
 _COPIED = (
     *("num_samples", "seed", "max_skipped", "noise", "kernel", "_scope", "_given", "_steps_done", "_skipped"),
-    *("_skipped_in_row", "_refreshed", "_last_step", "_said"),
+    *("_skipped_in_row", "_refreshed", "_last_step", "_said", "_copied_bytes"),
 )
 """Attributes that a copied or pickled optimizer keeps beside torch's own."""
 
@@ -130,6 +130,7 @@ class SparseMeZO(Optimizer):
         self._given: list[str] = []
         self._steps_done = self._skipped_in_row = self._skipped = 0
         self._refreshed = False
+        self._copied_bytes = 0
         self._last_step: StepReport | None = None
         self._said: set[str] = set()
         self._wire()
@@ -363,9 +364,9 @@ class SparseMeZO(Optimizer):
         return self._last_step
 
     def extra_bytes(self) -> int:
-        """Bytes held beside the weights: scratch of the layer-by-layer forward and packed constant masks."""
+        """Bytes held beside the weights: scratch or copies of the last step's forwards, and packed constant masks."""
         bits = sum(packed.numel() for packed in self._selection.bits.values())
-        return bits + (self._layerwise.extra_bytes() if self._layerwise is not None else 0)
+        return bits + (self._layerwise.extra_bytes() if self._layerwise is not None else self._copied_bytes)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -532,8 +533,9 @@ class SparseMeZO(Optimizer):
 
         in_place = InPlace([tensor.parameter for tensor in by_id.values()], self._kernel)
         with in_place.selected(lambda parameter: self._selection.mask(by_id[id(parameter)], self.seed, step)):
+            self._copied_bytes = in_place.extra_bytes()
             self._say_once(
-                f"in place: {in_place.extra_bytes() / 2**20:.1f} MiB of copies of the active weights; attach(module) "
+                f"in place: {self._copied_bytes / 2**20:.1f} MiB of copies of the active weights; attach(module) "
                 "needs only the largest layer"
             )
 

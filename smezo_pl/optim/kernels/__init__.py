@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal, Protocol
 
 import torch
@@ -153,7 +153,7 @@ def available_kernels(device: torch.device | str = "cpu") -> list[str]:
     return [name for name in ("triton", "numba", "torch") if _obstacle(name, kind) is None]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _get_kernel(name: KernelName, kind: str) -> Kernel:
     if name not in ("auto", "numba", "triton", "torch"):
         raise ValueError(f"kernel must be 'auto', 'numba', 'triton' or 'torch', got {name!r}")

@@ -1,0 +1,9 @@
+"""Callbacks of a training run."""
+
+from smezo_pl.callbacks.mask_refresh import MaskRefresh
+from smezo_pl.callbacks.monitor import ZerothOrderMonitor
+from smezo_pl.callbacks.prediction_writer import PredictionWriter
+from smezo_pl.callbacks.run_metrics import RunMetrics
+from smezo_pl.callbacks.seed_checkpoint import SeedCheckpoint
+
+__all__ = ["MaskRefresh", "PredictionWriter", "RunMetrics", "SeedCheckpoint", "ZerothOrderMonitor"]

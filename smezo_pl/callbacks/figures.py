@@ -1,0 +1,123 @@
+"""The pictures of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import cycle
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from smezo_pl.optim import MaskStat
+
+BLUE, ORANGE, GREY = "#2f6fb0", "#d9772b", "#9aa3ad"
+
+Points = Sequence[tuple[float, float]]
+
+
+def gradient_figure(gradients: Sequence[float]) -> Figure:
+    """Histogram of projected gradients."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(gradients, bins=min(60, max(8, len(gradients) // 5)), color=BLUE, alpha=0.85)
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    mean = sum(gradients) / len(gradients)
+    spread = (sum((g - mean) ** 2 for g in gradients) / len(gradients)) ** 0.5
+    axes.set_title(f"Projected gradients, last {len(gradients)}: mean {mean:.3g}, spread {spread:.3g}", fontsize=10)
+    axes.set_xlabel("g = (l+ - l-) / (2 eps)")
+    axes.set_ylabel("steps")
+    _plain(axes)
+    return figure
+
+
+def density_figure(stats: Sequence[MaskStat]) -> Figure:
+    """Share of active weights: over the layers by kind of tensor, or by tensor in a model without numbered layers."""
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    alone: list[tuple[str, float]] = []
+    for stat in stats:
+        number = re.search(r"\.(\d+)\.", stat.name)
+        share = stat.selected / max(1, stat.numel)
+        if number is None:
+            alone.append((stat.name, share))
+        else:
+            kind = stat.name[number.end() :].removesuffix(".weight")
+            kinds.setdefault(kind, []).append((int(number[1]), share))
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title("Density: share of the weights that take part", fontsize=10)
+    if kinds:
+        for kind, points in sorted(kinds.items()):
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=kind, alpha=0.85)
+        for (name, share), style in zip(alone[:8], cycle(("--", ":", "-.")), strict=False):
+            axes.axhline(share, color=GREY, linewidth=1.2, linestyle=style, label=name.removesuffix(".weight"))
+        axes.set_ylim(-0.02, 1.05)
+        axes.set_xlabel("layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    else:
+        shown = alone[:30]
+        axes.barh([name for name, _ in shown], [share for _, share in shown], color=BLUE, alpha=0.85)
+        axes.set_xlim(0.0, 1.05)
+        axes.invert_yaxis()
+    _plain(axes)
+    return figure
+
+
+def curve_figure(title: str, train: Points, loss: Points, accuracy: Points) -> Figure:
+    """Loss and accuracy over the steps of a run.
+
+    Args:
+        title: What was trained on what.
+        train: Step and training loss.
+        loss: Step and loss on the held-out examples.
+        accuracy: Step and accuracy on them, in ``[0, 1]``; empty where the task has none.
+    """
+    panels = 2 if accuracy else 1
+    figure = Figure(figsize=(5.2 * panels, 3.8), layout="constrained", dpi=130)
+    figure.suptitle(title, fontsize=11)
+    all_axes = figure.subplots(1, panels, squeeze=False)[0]
+    axes = all_axes[0]
+    if train:
+        axes.plot(*zip(*train, strict=True), color=GREY, linewidth=0.8, alpha=0.6, label="training batches")
+        if len(train) >= 8:
+            axes.plot(*zip(*_smooth(train), strict=True), color=BLUE, linewidth=1.8, label="their running mean")
+    if loss:
+        axes.plot(*zip(*loss, strict=True), color=ORANGE, marker="o", markersize=4.5, linewidth=1.4, label="held out")
+    axes.set_ylabel("loss")
+    axes.legend(fontsize=8, frameon=False)
+    if accuracy:
+        axes = all_axes[1]
+        axes.plot(*zip(*accuracy, strict=True), color=ORANGE, marker="o", markersize=4.5, linewidth=1.4)
+        for step, value in (accuracy[0], accuracy[-1]):
+            axes.annotate(
+                f"{value:.3f}", (step, value), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9
+            )
+        low = min(value for _, value in accuracy)
+        axes.set_ylim(max(0.0, low - 0.08), min(1.02, max(value for _, value in accuracy) + 0.06))
+        axes.set_ylabel("accuracy, held out")
+    for axes in all_axes:
+        axes.set_xlabel("step")
+        axes.margins(x=0.06)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _plain(axes)
+    return figure
+
+
+def _smooth(points: Points) -> list[tuple[float, float]]:
+    """Mean over a window of a tenth of the points."""
+    half = max(1, len(points) // 20)
+    smoothed = []
+    for index, (step, _) in enumerate(points):
+        # as many on either side, so that the ends are not pulled inwards
+        reach = min(half, index, len(points) - 1 - index)
+        window = points[index - reach : index + reach + 1]
+        smoothed.append((step, sum(value for _, value in window) / len(window)))
+    return smoothed
+
+
+def _plain(axes: object) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)  # type: ignore[attr-defined]
+    axes.grid(True, color="#e6e8eb", linewidth=0.8)  # type: ignore[attr-defined]
+    axes.set_axisbelow(True)  # type: ignore[attr-defined]

@@ -1,0 +1,94 @@
+"""Masks made again from today's weights, now and then, and a schedule of sparsity."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from smezo_pl.callbacks.common import log_scalars, zeroth_order_optimizer
+from smezo_pl.callbacks.masks import churn, density, sampled_names
+
+log = logging.getLogger(__name__)
+
+
+class MaskRefresh(Callback):
+    """Calls `SparseMeZO.refresh_masks` every so many steps or epochs.
+
+    Thresholds are computed once before training otherwise (the paper's choice). Logged at each refresh:
+    ``mask/density``, the share of the weights that take part, and ``mask/churn``, the share that changed sides (both
+    over a sample of the tensors in models of more than 67 million weights), and ``mask/sparsity`` where it is
+    scheduled.
+
+    Args:
+        every_n_steps: Steps between two refreshes, at least 1.
+        every_n_epochs: Epochs between two refreshes, at least 1; instead of steps.
+        sparsity: Sparsity in ``[0, 1)`` from a step on (with ``every_n_epochs`` from an epoch on), for instance
+            ``{0: 0.5, 1000: 0.8}``; masks are refreshed where it changes. None leaves each group its own.
+
+    Raises:
+        ValueError: If no argument says when, or one is out of range.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        sparsity: dict[int, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if every_n_steps is not None and every_n_epochs is not None:
+            raise ValueError("MaskRefresh takes every_n_steps or every_n_epochs, not both")
+        if every_n_steps is None and every_n_epochs is None and not sparsity:
+            raise ValueError("MaskRefresh needs every_n_steps, every_n_epochs or sparsity: it would never refresh")
+        for name, value in (("every_n_steps", every_n_steps), ("every_n_epochs", every_n_epochs)):
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for start, fraction in (sparsity or {}).items():
+            if not start >= 0:
+                raise ValueError(f"sparsity must start at 0 or later, got {start}")
+            if not 0.0 <= fraction < 1.0:
+                raise ValueError(f"sparsity must be in [0, 1), got {fraction} from {start} on")
+        self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
+        self.sparsity = dict(sorted((sparsity or {}).items()))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the sparsity that the schedule begins with."""
+        if trainer.global_step == 0 and 0 in self.sparsity:
+            zeroth_order_optimizer(trainer, self).refresh_masks(self.sparsity[0])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refresh where it is time, unless the run ends here.
+
+        Also for epochs, whose own hook comes after the checkpoint of their last step and would be left out of a resume.
+        """
+        if self.every_n_epochs is not None:
+            if not trainer.is_last_batch:
+                return
+            now, period = trainer.current_epoch + 1, self.every_n_epochs
+        else:
+            now, period = trainer.global_step, self.every_n_steps or 0
+        if trainer.global_step == trainer.max_steps:
+            return
+        if now in self.sparsity or (period and now % period == 0):
+            self._refresh(trainer, now)
+
+    def _refresh(self, trainer: Trainer, now: int) -> None:
+        optimizer = zeroth_order_optimizer(trainer, self)
+        names = sampled_names(optimizer)
+        before = optimizer.packed_masks(names)
+        scheduled = [value for start, value in self.sparsity.items() if start <= now]
+        optimizer.refresh_masks(scheduled[-1] if scheduled else None)
+        after = optimizer.packed_masks(names)
+        scalars = {"mask/churn": churn(before, after, optimizer), "mask/density": density(after, optimizer)}
+        if scheduled:
+            scalars["mask/sparsity"] = scheduled[-1]
+        log_scalars(trainer, scalars, trainer.global_step)
+        log.info(
+            "masks refreshed after step %d: %s",
+            trainer.global_step,
+            ", ".join(f"{name.removeprefix('mask/')} {value:.4g}" for name, value in scalars.items()),
+        )

@@ -1,0 +1,165 @@
+"""What a zeroth-order run does, in numbers and pictures for its logger."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from smezo_pl.batches import batch_size
+from smezo_pl.callbacks.common import figure_writers, log_scalars, zeroth_order_optimizer
+from smezo_pl.callbacks.figures import density_figure, gradient_figure
+from smezo_pl.callbacks.masks import churn, density, sampled_names
+from smezo_pl.optim import SparseMeZO, StepReport
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+class ZerothOrderMonitor(Callback):
+    """Logs the optimizer's side of training.
+
+    To every logger, each ``trainer.log_every_n_steps`` steps:
+
+    | name | what |
+    |---|---|
+    | ``zo/loss_plus``, ``zo/loss_minus`` | loss at ``theta + eps m z`` and ``theta - eps m z`` |
+    | ``zo/projected_gradient`` | ``(l+ - l-) / (2 eps)``, mean over the samples |
+    | ``zo/gradient_abs_q10``, ``_q50``, ``_q90`` | quantiles of its magnitude over the last ``window`` steps |
+    | ``zo/lr``, ``zo/eps`` | of the first parameter group |
+    | ``zo/skipped_steps`` | steps so far that changed nothing for a loss that was not finite |
+    | ``zo/forward_share`` | share of the step's time spent in the forwards, since the last line |
+    | ``zo/examples_per_second`` | of training, validation not counted, since the last line |
+    | ``zo/peak_memory_gib`` | of the device, on a CPU of the process |
+
+    Every ``masks_every_n_steps`` steps ``zo/mask_density``, the share of the weights that take part, and
+    ``zo/mask_churn``, the share that changed sides since the last time (over a sample of the tensors in models of more
+    than 67 million weights). Every ``figures_every_n_steps`` steps, where the logger takes figures (TensorBoard does),
+    ``zo/projected_gradients``, their histogram over the window, and ``zo/density_by_layer``.
+
+    Args:
+        window: Steps that quantiles and histogram look back on, at least 1.
+        masks_every_n_steps: Steps between two looks at the masks, at least 1; each reads the sampled weights once.
+        figures_every_n_steps: Steps between two figures, at least 1; None for no figures.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self, window: int = 200, masks_every_n_steps: int = 200, figures_every_n_steps: int | None = 500
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("window", window),
+            ("masks_every_n_steps", masks_every_n_steps),
+            ("figures_every_n_steps", figures_every_n_steps),
+        ):
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.masks_every_n_steps, self.figures_every_n_steps = masks_every_n_steps, figures_every_n_steps
+        self._gradients: deque[float] = deque(maxlen=window)
+        self._masks: dict[str, torch.Tensor] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._forward = self._total = 0.0
+        self._examples, self._seconds, self._clock = 0, 0.0, perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to measure."""
+        self._forget()
+        self._masks = {}
+        device = pl_module.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the time of the validation out."""
+        self._clock = perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the step's report, and log where it is time."""
+        optimizer = zeroth_order_optimizer(trainer, self)
+        report, step = optimizer.last_step, trainer.global_step
+        now = perf_counter()
+        self._seconds += now - self._clock
+        self._clock = now
+        self._examples += batch_size(batch) * trainer.world_size
+        self._forward += report.forward_seconds
+        self._total += report.total_seconds
+        self._gradients.extend(report.projected_gradients)
+        if not trainer.loggers:
+            return
+        scalars: dict[str, float] = {}
+        if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            scalars |= self._scalars(optimizer, report, pl_module.device)
+            self._forget()
+        if step % self.masks_every_n_steps == 0:
+            scalars |= self._mask_scalars(optimizer)
+        if scalars:
+            log_scalars(trainer, scalars, step)
+        if self.figures_every_n_steps is not None and step % self.figures_every_n_steps == 0:
+            self._draw(trainer, optimizer, step)
+        self._clock = perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the figures of the last step."""
+        if self.figures_every_n_steps is not None and trainer.global_step % self.figures_every_n_steps != 0:
+            self._draw(trainer, zeroth_order_optimizer(trainer, self), trainer.global_step)
+
+    def _scalars(self, optimizer: SparseMeZO, report: StepReport, device: torch.device) -> dict[str, float]:
+        samples = len(report.losses)
+        scalars = {
+            "zo/loss_plus": sum(plus for plus, _ in report.losses) / samples,
+            "zo/loss_minus": sum(minus for _, minus in report.losses) / samples,
+            "zo/lr": report.lr[0],
+            "zo/eps": report.eps[0],
+            "zo/skipped_steps": float(optimizer.skipped_steps),
+            "zo/forward_share": self._forward / self._total if self._total else 0.0,
+            "zo/examples_per_second": self._examples / self._seconds if self._seconds else 0.0,
+        }
+        if not report.skipped:
+            scalars["zo/projected_gradient"] = sum(report.projected_gradients) / samples
+        if self._gradients:
+            magnitudes = torch.tensor(list(self._gradients), dtype=torch.float64).abs()
+            values = magnitudes.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+            scalars |= {f"zo/gradient_abs_q{round(100 * q)}": v for q, v in zip(QUANTILES, values, strict=True)}
+        peak = peak_memory(device)
+        if peak is not None:
+            scalars["zo/peak_memory_gib"] = peak / 2**30
+        return scalars
+
+    def _mask_scalars(self, optimizer: SparseMeZO) -> dict[str, float]:
+        masks = optimizer.packed_masks(sampled_names(optimizer))
+        scalars = {"zo/mask_density": density(masks, optimizer)}
+        if self._masks:
+            scalars["zo/mask_churn"] = churn(self._masks, masks, optimizer)
+        self._masks = masks
+        return scalars
+
+    def _draw(self, trainer: Trainer, optimizer: SparseMeZO, step: int) -> None:
+        writers = figure_writers(trainer)
+        if not writers or not self._gradients:
+            return
+        stats = optimizer.mask_stats()
+        for writer in writers:
+            writer.add_figure("zo/projected_gradients", gradient_figure(list(self._gradients)), step, close=False)
+            writer.add_figure("zo/density_by_layer", density_figure(stats), step, close=False)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes held at once: on CUDA by torch's allocator, elsewhere by the process; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    from resource import RUSAGE_SELF, getrusage
+
+    # kilobytes on Linux, bytes on macOS
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

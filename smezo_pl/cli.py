@@ -1,0 +1,123 @@
+"""The Trainer's verbs as a LightningCLI over one module and one data module."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from smezo_pl.callbacks import PredictionWriter, RunMetrics, SeedCheckpoint, ZerothOrderMonitor
+from smezo_pl.data import PromptDataModule
+from smezo_pl.module import SparseMeZOModule
+from smezo_pl.parsing import SuggestingParser
+from smezo_pl.progress import RunProgressBar
+
+DEFAULT_CALLBACKS: dict[str | None, tuple[type[Callback], ...]] = {
+    "fit": (ZerothOrderMonitor, RunMetrics, SeedCheckpoint),
+    "predict": (PredictionWriter,),
+    None: (ZerothOrderMonitor, RunMetrics, SeedCheckpoint),
+}
+"""Callbacks that a verb adds where the configuration names none of that class; None is `build`."""
+
+
+class SmezoCLI(LightningCLI):
+    """``smezo fit | validate | test | predict``.
+
+    What the configuration and the command line say counts, also with ``--ckpt_path``: the hyperparameters that a
+    checkpoint holds do not override them. Logs go to ``runs/<name>/version_<n>`` unless ``trainer.logger`` is given.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run's name."""
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="The run's folder is runs/<name>/version_<n>; the task's name if null."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, without Lightning's warning that ``sys.argv`` is not empty (in a notebook it never is)."""
+        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        pass
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer with a logger in ``runs/`` and the default callbacks that are not configured."""
+        given = self._get(self.config_init, "trainer")
+        if given["logger"] in (None, True):
+            name = self._get(self.config_init, "name") or str(self._get(self.config, "data")["task"])
+            kwargs.setdefault("logger", TensorBoardLogger("runs", name=name, default_hp_metric=False))
+        callbacks = given["callbacks"] or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        for kind in DEFAULT_CALLBACKS.get(self.subcommand, ()):
+            wanted = given["enable_checkpointing"] is not False or kind is not SeedCheckpoint
+            if wanted and not any(isinstance(callback, kind) for callback in callbacks):
+                callbacks.append(kind())
+        if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RunProgressBar())
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+
+def build(config: str | Path | dict[str, Any] | None = None, *overrides: str, run: bool = False) -> SmezoCLI:
+    """Build everything that a configuration names, without running it.
+
+    Args:
+        config: A YAML file, the same as a dict, or None.
+        overrides: Further words of the command line, such as ``"--trainer.max_steps=10"``.
+        run: Whether the words begin with a verb, which is run.
+
+    Returns:
+        An object with ``model``, ``datamodule`` and ``trainer``.
+
+    Example:
+        >>> run = build("configs/quickstart.yaml", "--model.pretrained=facebook/opt-125m")  # doctest: +SKIP
+        >>> run.trainer.fit(run.model, run.datamodule)  # doctest: +SKIP
+    """
+    if isinstance(config, dict) and overrides:
+        raise ValueError("overrides go with a file; change the dict instead")
+    file = [] if config is None or isinstance(config, dict) else ["--config", str(config)]
+    return SmezoCLI(
+        SparseMeZOModule,
+        PromptDataModule,
+        subclass_mode_data=False,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_class=SuggestingParser,
+        parser_kwargs={"prog": "smezo"},
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        trainer_defaults={"default_root_dir": "runs", "log_every_n_steps": 10, "num_sanity_val_steps": 0},
+        args=config if isinstance(config, dict) else [*file, *overrides],
+        run=run,
+    )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one of the Trainer's verbs.
+
+    Args:
+        args: The words after ``smezo``, the verb first; None: those of the command line.
+    """
+    show_log()
+    build(None, *(sys.argv[1:] if args is None else args), run=True)
+
+
+def show_log() -> None:
+    """Print what the package logs, one line a message, on the first process."""
+    log = logging.getLogger("smezo_pl")
+    if rank_zero_only.rank == 0 and not any(isinstance(handler, _Terminal) for handler in log.handlers):
+        log.addHandler(_Terminal())
+        log.setLevel(logging.INFO)
+
+
+class _Terminal(logging.Handler):
+    """Prints to the ``sys.stderr`` of the moment, which a progress bar puts its own writer in front of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        print(f"{record.name.removeprefix('smezo_pl.')}: {level}{record.getMessage()}", file=sys.stderr)

@@ -1,0 +1,27 @@
+"""The verbs of ``smezo``: one line each, and where the code is that runs it.
+
+Nothing here imports torch: ``smezo --help`` and a misspelt verb answer at once.
+"""
+
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """A verb of the command line.
+
+    Attributes:
+        module: Module with a function ``main(args)``, given the arguments with the verb in front.
+        summary: What it does, in one line.
+    """
+
+    module: str
+    summary: str
+
+
+VERBS = {
+    "fit": Verb("smezo_pl.cli", "fine-tune a model and measure it before and after"),
+    "validate": Verb("smezo_pl.cli", "measure a model, or a checkpoint with --ckpt_path, on the validation split"),
+    "test": Verb("smezo_pl.cli", "the same on the test split"),
+    "predict": Verb("smezo_pl.cli", "write prompt, scores, prediction and label of every test example as JSONL"),
+}
+"""All verbs, in the order of ``smezo --help``."""

@@ -1,0 +1,259 @@
+"""The data side of a run: a task's examples, sampled as MeZO does, tokenised and batched."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from smezo_pl.data.batch import PromptBatch
+from smezo_pl.data.collate import Collate
+from smezo_pl.data.encoding import Encoded, Encoder, load_tokenizer, padding_id
+from smezo_pl.data.loaders import evaluation_loader, train_loader
+from smezo_pl.data.sampling import sample, sample_train_dev
+from smezo_pl.data.sources import Split, load_split
+from smezo_pl.tasks import Example, Task, get_task, make_example
+
+logger = logging.getLogger(__name__)
+
+SplitName = Literal["train", "dev", "test"]
+
+
+class PromptDataModule(pl.LightningDataModule):
+    """Examples of a task as prompts with candidates, sampled as in MeZO's experiments.
+
+    The training split is shuffled by ``data_seed`` and gives ``num_train`` examples and, from the end of those drawn,
+    ``num_dev`` for dev; the test set is drawn from the validation split by the same seed. ``fit`` and ``validate``
+    score the dev set, ``test`` and ``predict`` the test set. The training loader can be resumed in the middle of an
+    epoch, and an epoch's order is a pure function of ``data_seed`` and the epoch.
+
+    Args:
+        task: Name of a built-in task: demo (synthetic, needs no download), sst2, rte, boolq, cb, wsc, wic, multirc,
+            copa, record, mnli, qnli, mrpc, qqp, cola, trec, piqa, siqa, aqua.
+        data_dir: Local folder with ``{task}/{split}*.parquet`` in the hub's columns. Without it the data set is loaded
+            from the Hugging Face hub.
+        tokenizer: Name, folder or GGUF file of the tokenizer, or the tokenizer itself. Without it the module's own
+            ``tokenizer`` is taken.
+        batch_size: Training examples a step and process, at least 1.
+        eval_batch_size: Most rows of a forward in evaluation, at least 1. Candidates of one token share a row, so for
+            most tasks this is the number of examples.
+        num_train: Training examples; the task's own number (1000 for most) if not given.
+        num_dev: Dev examples; the task's own number (500 for most) if not given.
+        num_test: Test examples at most; the task's own number (1000) if not given.
+        data_seed: Decides which examples are drawn and in which order they come, in [0, 2^32).
+        max_length: Most tokens of a prompt and a candidate together, at least 2. What is longer loses the beginning of
+            its prompt; a beginning-of-sequence token stays.
+        num_workers: Processes that make batches; 0 makes them in the main process, which is enough for text.
+
+    Raises:
+        ValueError: For an unknown task or a number out of range.
+    """
+
+    def __init__(
+        self,
+        task: str | Task = "demo",
+        data_dir: str | Path | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        batch_size: int = 16,
+        eval_batch_size: int = 32,
+        num_train: int | None = None,
+        num_dev: int | None = None,
+        num_test: int | None = None,
+        data_seed: int = 0,
+        max_length: int = 2048,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.task = get_task(task) if isinstance(task, str) else task
+        self.data_dir = data_dir
+        self.batch_size = _at_least("batch_size", batch_size, 1)
+        self.eval_batch_size = _at_least("eval_batch_size", eval_batch_size, 1)
+        self.num_train = _at_least("num_train", self.task.num_train if num_train is None else num_train, 1)
+        self.num_dev = _at_least("num_dev", self.task.num_dev if num_dev is None else num_dev, 0)
+        self.num_test = _at_least("num_test", self.task.num_test if num_test is None else num_test, 0)
+        if not 0 <= data_seed < 2**32:
+            raise ValueError(f"data_seed must be in [0, 2^32), got {data_seed}")
+        self.data_seed = data_seed
+        self.max_length = _at_least("max_length", max_length, 2)
+        self.num_workers = _at_least("num_workers", num_workers, 0)
+        self._given_tokenizer = tokenizer
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._examples: dict[SplitName, list[Example]] = {}
+        self._origin: dict[SplitName, str] = {}
+        self._encoded: dict[SplitName, list[Encoded]] = {}
+
+    # Tokenizer
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take this tokenizer from now on."""
+        if tokenizer is not self._tokenizer:
+            self._tokenizer = tokenizer
+            self._encoded.clear()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer: the one given, or the module's.
+
+        Raises:
+            RuntimeError: If there is neither.
+        """
+        if self._tokenizer is None:
+            if isinstance(self._given_tokenizer, str):
+                self._tokenizer = load_tokenizer(self._given_tokenizer)
+            elif self._given_tokenizer is not None:
+                self._tokenizer = self._given_tokenizer
+            else:
+                module = getattr(self.trainer, "lightning_module", None)
+                self._tokenizer = getattr(module, "tokenizer", None)
+        if self._tokenizer is None:
+            raise RuntimeError(
+                "the data module has no tokenizer: give PromptDataModule(tokenizer=...), call set_tokenizer, or use a"
+                " module with an attribute `tokenizer`"
+            )
+        return self._tokenizer
+
+    # Examples
+
+    def prepare_data(self) -> None:
+        """Download what comes from the hub, in one process only."""
+        source = self.task.source
+        if self.data_dir is None and source is not None and source.path is not None:
+            for split in {source.train, source.dev or source.train, source.test}:
+                load_split(self.task, split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw the examples that a stage needs."""
+        if stage in (None, "fit", "validate"):
+            self.examples("train")
+        if stage in (None, "test", "predict"):
+            self.examples("test")
+
+    def examples(self, split: SplitName) -> list[Example]:
+        """The examples of a split: prompt, candidates and label as text, in the order they were drawn.
+
+        Args:
+            split: ``"train"``, ``"dev"`` or ``"test"``.
+        """
+        if split not in ("train", "dev", "test"):
+            raise ValueError(f"split must be one of train, dev, test, got {split!r}")
+        if split not in self._examples:
+            if split == "test":
+                self._draw_test()
+            else:
+                self._draw_train_and_dev()
+        return self._examples[split]
+
+    def _draw_train_and_dev(self) -> None:
+        source = self.task.source
+        name = source.train if source else "train"
+        data = load_split(self.task, name, self.data_dir)
+        if source is not None and source.dev is not None:
+            train = sample(len(data), self.num_train, self.data_seed, "training examples", data.origin)
+            dev_data = load_split(self.task, source.dev, self.data_dir)
+            dev = sample(len(dev_data), self.num_dev, self.data_seed, "dev examples", dev_data.origin)
+        else:
+            dev_data = data
+            train, dev = sample_train_dev(len(data), self.num_train, self.num_dev, self.data_seed, data.origin)
+        self._make("train", data, train)
+        self._make("dev", dev_data, dev)
+
+    def _draw_test(self) -> None:
+        data = load_split(self.task, self.task.source.test if self.task.source else "validation", self.data_dir)
+        self._make("test", data, sample(len(data), self.num_test, self.data_seed, "test examples", data.origin))
+
+    def _make(self, split: SplitName, data: Split, numbers: list[int]) -> None:
+        names = data.names.get(self.task.label)
+        rows = zip(numbers, data.rows(numbers), strict=True)
+        self._examples[split] = [make_example(self.task, row, i, data.origin, names) for i, row in rows]
+        self._origin[split] = data.origin
+        unknown = [example.index for example in self._examples[split] if example.label < 0]
+        if unknown and (split != "test" or not self._predicting):
+            raise ValueError(
+                f"{data.origin}, row {unknown[0]}: column {self.task.label!r} holds no label ({len(unknown)} such"
+                f" rows of {len(numbers)}), but {split} examples need one"
+            )
+        logger.info(
+            "%s: %d %s examples of %s (data_seed %d)", self.task.name, len(numbers), split, data.origin, self.data_seed
+        )
+
+    @property
+    def _predicting(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+
+    def encoded(self, split: SplitName) -> list[Encoded]:
+        """The examples of a split as tokens, in the order of :meth:`examples`."""
+        if split not in self._encoded:
+            examples = self.examples(split)
+            self._encoded[split] = Encoder(self.tokenizer, self.max_length).encode(examples, self._origin[split])
+        return self._encoded[split]
+
+    # Loaders
+
+    def train_dataloader(self) -> "DataLoader[PromptBatch]":
+        """Shuffled batches of training examples, this process's share of them."""
+        # A step of the lm objective reads no candidate but the right one.
+        collate = Collate(padding_id(self.tokenizer), self.task.objective, right_only=self.task.objective == "lm")
+        loader: DataLoader[PromptBatch] = train_loader(
+            self.encoded("train"), collate, self.batch_size, self.data_seed, self.num_workers, *self._place()
+        )
+        return loader
+
+    def val_dataloader(self) -> "DataLoader[PromptBatch] | list[Any]":
+        """The dev examples by length; nothing if ``num_dev`` is 0."""
+        return self._evaluation("dev")
+
+    def test_dataloader(self) -> "DataLoader[PromptBatch] | list[Any]":
+        """The test examples by length."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> "DataLoader[PromptBatch] | list[Any]":
+        """The test examples by length; their labels may be unknown."""
+        return self._evaluation("test")
+
+    def _evaluation(self, split: SplitName) -> "DataLoader[PromptBatch] | list[Any]":
+        encoded = self.encoded(split)
+        if not encoded:
+            return []
+        collate = Collate(padding_id(self.tokenizer), self.task.objective)
+        return evaluation_loader(encoded, collate, self.eval_batch_size, self.num_workers, *self._place())
+
+    # Resume
+
+    def _drawn(self) -> dict[str, Any]:
+        return {
+            "task": self.task.name,
+            "data_seed": self.data_seed,
+            "num_train": len(self.examples("train")),
+            "batch_size": self.batch_size,
+            "max_length": self.max_length,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides which batches come: saved in checkpoints and compared on a resume."""
+        return self._drawn()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say in the log if the run that is resumed had other batches."""
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        other = {
+            name: (state_dict.get(name), now) for name, now in self._drawn().items() if state_dict.get(name) != now
+        }
+        if other:
+            changes = ", ".join(f"{name} {then!r} -> {now!r}" for name, (then, now) in other.items())
+            logger.warning(
+                "the resumed run had other training batches (%s): it will not go on as it would have", changes
+            )
+
+    def _place(self) -> tuple[int, int]:
+        """The number of processes and which of them this is."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+
+def _at_least(name: str, value: int, least: int) -> int:
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value

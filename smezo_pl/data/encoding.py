@@ -1,0 +1,182 @@
+"""From text to tokens: prompt and candidates as the model will read them."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from smezo_pl.tasks import Example
+
+logger = logging.getLogger(__name__)
+
+# Text that is encoded at once: bounds the memory of the tokenizer's own records.
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as tokens.
+
+    Attributes:
+        prompt: Tokens of the prompt, special ones at the start included.
+        candidates: Tokens of each candidate, at least one each.
+        label: Place of the right candidate, -1 if unknown.
+        correct: Places of all candidates that count as right.
+        index: Row of the data set.
+        cut: Number of prompt tokens left out because the example was too long.
+    """
+
+    prompt: tuple[int, ...]
+    candidates: tuple[tuple[int, ...], ...]
+    label: int
+    correct: tuple[int, ...]
+    index: int
+    cut: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row that is fed."""
+        return len(self.prompt) + max(map(len, self.candidates)) - 1
+
+    @property
+    def rows(self) -> int:
+        """Rows that the model reads for it: candidates whose fed tokens begin another's share its row."""
+        return len(fed_rows(self.candidates))
+
+
+def fed_rows(candidates: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """What is fed after the prompt, one entry a row: all but the last tokens, those that begin another left out."""
+    rows: list[tuple[int, ...]] = []
+    for fed in sorted((tokens[:-1] for tokens in candidates), key=len, reverse=True):
+        if not any(row[: len(fed)] == fed for row in rows):
+            rows.append(fed)
+    return rows
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """A tokenizer by the hub's name, from a local folder, or out of a GGUF file."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return AutoTokenizer.from_pretrained(name)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up. Attention never looks at it, so where there is none of its own any will do."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+class Encoder:
+    """Turns examples into tokens.
+
+    A prompt's tokens are those of the prompt alone, after the special tokens that the tokenizer puts at the start of a
+    text; those it puts at the end are left out, as the text goes on. A candidate's tokens are what the joint
+    tokenisation of prompt and candidate adds. Where a merge across the boundary would change the prompt's tokens, the
+    candidate is tokenised after a newline instead, so that all candidates of an example follow the same prompt.
+
+    An example longer than ``max_length`` keeps the special tokens at the start and loses the prompt's first tokens,
+    never an answer's; all its candidates keep the same prompt, cut for the longest of them.
+
+    Args:
+        tokenizer: Any tokenizer of transformers. It is not changed, and needs no padding token.
+        max_length: Most tokens of a prompt and a candidate together, at least 2.
+
+    Raises:
+        ValueError: If ``max_length`` is too small.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:
+        if not max_length >= 2:
+            raise ValueError(f"max_length must be at least 2, got {max_length}")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        if tokenizer.model_max_length < max_length:
+            self.max_length = tokenizer.model_max_length
+            logger.info("max_length %d lowered to %d, the tokenizer's longest text", max_length, self.max_length)
+        self.start = self._special_start()
+
+    def encode(self, examples: Sequence[Example], origin: str = "example") -> list[Encoded]:
+        """Tokens of the examples, in their order; what had to be cut is counted and said in the log.
+
+        Raises:
+            ValueError: If a candidate or a prompt has no tokens, or a candidate leaves no room for the prompt.
+        """
+        encoded: list[Encoded] = []
+        for first in range(0, len(examples), _CHUNK):
+            encoded.extend(self._encode(examples[first : first + _CHUNK], origin))
+        cut = [example.cut for example in encoded if example.cut]
+        if cut:
+            logger.warning(
+                "%s: %d of %d examples are longer than max_length %d and were cut on the left, by %d tokens at most",
+                origin, len(cut), len(encoded), self.max_length, max(cut),
+            )  # fmt: skip
+        return encoded
+
+    def show(self, example: Encoded) -> str:
+        """The prompt as the model reads it, and each candidate's tokens in brackets, the right one's with a star."""
+        decode = self.tokenizer.decode
+        answers = (
+            "⟦" + "|".join(str(decode([token])) for token in tokens) + "⟧" + "*" * (place in example.correct)
+            for place, tokens in enumerate(example.candidates)
+        )
+        return str(decode(list(example.prompt))) + " ".join(answers)
+
+    def _encode(self, examples: Sequence[Example], origin: str) -> Iterator[Encoded]:
+        prompts = self._ids([example.prompt for example in examples])
+        joint = iter(self._ids(list(chain(*([e.prompt + c for c in e.candidates] for e in examples)))))
+        for example, prompt in zip(examples, prompts, strict=True):
+            where = f"{origin}, row {example.index}"
+            candidates = []
+            for text in example.candidates:
+                tokens = next(joint)
+                own = tokens[len(prompt) :] if tokens[: len(prompt)] == prompt else self._alone(text)
+                if not own:
+                    raise ValueError(f"{where}: candidate {text!r} has no tokens of its own with this tokenizer")
+                candidates.append(tuple(own))
+            if not self.start and not prompt:
+                raise ValueError(f"{where}: prompt {example.prompt!r} has no tokens with this tokenizer")
+            room = self.max_length - len(self.start) - max(map(len, candidates))
+            if room < min(1, len(prompt)):
+                raise ValueError(
+                    f"{where}: max_length {self.max_length} leaves no room for a prompt before a candidate of"
+                    f" {max(map(len, candidates))} tokens"
+                )
+            kept = prompt[max(0, len(prompt) - room) :]
+            yield Encoded(
+                (*self.start, *kept),
+                tuple(candidates),
+                example.label,
+                example.correct,
+                example.index,
+                len(prompt) - len(kept),
+            )
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        # verbose=False: the warning about texts longer than the model takes; they are cut here.
+        encoding = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids: list[list[int]] = encoding["input_ids"]
+        return ids
+
+    def _alone(self, candidate: str) -> list[int]:
+        """A candidate's tokens where its first must not merge with what stands before it."""
+        # After a newline, not on its own: some tokenizers put a space before a text's first word.
+        before, both = self._ids(["\n", "\n" + candidate])
+        if both[: len(before)] == before:
+            return both[len(before) :]
+        return self._ids([candidate])[0]
+
+    def _special_start(self) -> tuple[int, ...]:
+        """The special tokens that the tokenizer puts before a text."""
+        probe = "It was"
+        plain = self._ids([probe])[0]
+        full: list[int] = self.tokenizer(probe, verbose=False)["input_ids"]
+        for place in range(len(full) - len(plain) + 1):
+            if full[place : place + len(plain)] == plain:
+                return tuple(full[:place])
+        raise ValueError(f"tokenizer {type(self.tokenizer).__name__} changes a text's tokens when it adds special ones")

@@ -1,0 +1,196 @@
+"""The order in which examples reach the model, and the data loaders that keep it."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from smezo_pl.data.batch import PromptBatch
+from smezo_pl.data.collate import Collate
+from smezo_pl.data.encoding import Encoded
+from smezo_pl.data.sampling import permutation
+
+logger = logging.getLogger(__name__)
+
+
+class EncodedDataset(Dataset[Any]):
+    """Encoded examples by number, or a list of them by a list of numbers."""
+
+    def __init__(self, examples: Sequence[Encoded]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, key: int | list[int]) -> Encoded | list[Encoded]:
+        if isinstance(key, list):
+            return [self.examples[number] for number in key]
+        return self.examples[key]
+
+
+# Both samplers are DistributedSamplers by name: that is how Lightning knows to leave them alone
+# (`_requires_distributed_sampler`), whatever the Trainer's `use_distributed_sampler`.
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """All examples once an epoch, in an order that is a pure function of the seed and the epoch.
+
+    Process r of W takes the places r, r + W, r + 2W, ... of that order, so W processes with batches of B together read,
+    step by step, what one process with batches of W B reads. If the number of examples does not divide by W, the
+    first ones of the epoch come again at its end, at most W - 1 of them, so that all processes take equally many steps.
+
+    Args:
+        count: Number of examples.
+        seed: The data seed, in [0, 2^32).
+        world_size: Number of processes.
+        rank: This process.
+    """
+
+    def __init__(self, count: int, seed: int, world_size: int = 1, rank: int = 0) -> None:
+        super().__init__(range(count), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
+        again = self.total_size - count
+        if again:
+            logger.info(
+                "%d training examples come twice an epoch, so that %d processes have as many", again, world_size
+            )
+
+    def order(self, epoch: int) -> list[int]:
+        """What this process reads in an epoch."""
+        count = len(self.dataset)  # type: ignore[arg-type]
+        everything = permutation(count, self.seed, epoch)
+        return [everything[place % count] for place in range(self.rank, self.total_size, self.num_replicas)]
+
+    def __iter__(self) -> "EpochIterator":
+        return EpochIterator(self, self.epoch)
+
+
+class EpochIterator(Iterator[int]):
+    """One pass over an :class:`EpochSampler` that knows its epoch.
+
+    On a resume Lightning makes the loader's iterator before it tells the sampler the epoch, so the epoch is saved with
+    the position.
+    """
+
+    def __init__(self, sampler: EpochSampler, epoch: int) -> None:
+        self._sampler = sampler
+        self._begin(epoch, 0)
+
+    def _begin(self, epoch: int, yielded: int) -> None:
+        self._epoch, self._yielded = epoch, yielded
+        self._order = self._sampler.order(epoch)
+
+    def __next__(self) -> int:
+        if self._yielded == len(self._order):
+            raise StopIteration
+        self._yielded += 1
+        return self._order[self._yielded - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and how many examples of it were handed out."""
+        return {"epoch": self._epoch, "yielded": self._yielded}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self._begin(state_dict["epoch"], state_dict["yielded"])
+
+
+class LengthSampler(DistributedSampler[Any]):
+    """Batches of example numbers by length, the longest first, filled up to a number of rows.
+
+    Each example is in one batch of one process; all processes have equally many batches.
+
+    Args:
+        examples: The examples.
+        max_rows: Most rows of a batch; an example with more is a batch of its own.
+        world_size: Number of processes.
+        rank: This process.
+
+    Raises:
+        ValueError: If there are fewer examples than processes.
+    """
+
+    def __init__(self, examples: Sequence[Encoded], max_rows: int, world_size: int = 1, rank: int = 0) -> None:
+        super().__init__(examples, num_replicas=world_size, rank=rank)  # type: ignore[arg-type]
+        if len(examples) < world_size:
+            raise ValueError(f"{len(examples)} examples cannot be shared out to {world_size} processes")
+        # Longest first: too little memory shows at once, and the progress bar's time left is never too short.
+        order = sorted(range(len(examples)), key=lambda number: -examples[number].length)
+        batches: list[list[int]] = []
+        rows = 0
+        for number in order:
+            need = examples[number].rows
+            if not batches or rows + need > max_rows:
+                batches.append([])
+                rows = 0
+            batches[-1].append(number)
+            rows += need
+        while len(batches) % world_size:
+            largest = max(range(len(batches)), key=lambda place: len(batches[place]))
+            half = len(batches[largest]) // 2
+            if half:
+                batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
+            else:
+                # All hold one example: the two shortest go together.
+                batches[-2:] = [batches[-2] + batches[-1]]
+        self.batches = batches[rank::world_size]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def train_loader(
+    examples: Sequence[Encoded],
+    collate: Collate,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    world_size: int = 1,
+    rank: int = 0,
+) -> "StatefulDataLoader[PromptBatch]":
+    """A shuffled loader whose position can be saved and taken up again in the middle of an epoch, to the bit."""
+    with warnings.catch_warnings():
+        # torchdata 0.11 calls it at every construction; torch has deprecated it since.
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
+        return StatefulDataLoader(
+            EncodedDataset(examples),
+            batch_size=batch_size,
+            sampler=EpochSampler(len(examples), seed, world_size, rank),
+            collate_fn=collate,
+            num_workers=num_workers,
+        )
+
+
+def evaluation_loader(
+    examples: Sequence[Encoded],
+    collate: Collate,
+    max_rows: int,
+    num_workers: int = 0,
+    world_size: int = 1,
+    rank: int = 0,
+) -> DataLoader[PromptBatch]:
+    """A loader of batches of similar length. ``PromptBatch.index`` says which rows of the data set they hold."""
+    return DataLoader(
+        EncodedDataset(examples),
+        # The sampler gives whole batches, of different sizes.
+        batch_size=None,
+        sampler=LengthSampler(examples, max_rows, world_size, rank),
+        collate_fn=_CollateAny(collate),
+        num_workers=num_workers,
+    )
+
+
+class _CollateAny:
+    """A batch of a list, or of one example where a sampler of Lightning's own hands them out singly."""
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: Encoded | list[Encoded]) -> PromptBatch:
+        return self.collate([examples] if isinstance(examples, Encoded) else examples)

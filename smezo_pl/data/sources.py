@@ -1,0 +1,173 @@
+"""Where rows come from: the Hugging Face hub, a local folder of Parquet files, or the built-in set."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smezo_pl.data.demo import demo_rows
+from smezo_pl.tasks import Source, Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one split, read when they are asked for.
+
+    Attributes:
+        table: The rows.
+        origin: The file or data set, for messages.
+        names: For a column of integers, what the data set calls them, if it says.
+    """
+
+    table: pa.Table
+    origin: str
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return int(self.table.num_rows)
+
+    def check_columns(self, task: Task) -> None:
+        """Raise a ``ValueError`` that names the file and what it lacks if the task cannot be made of it."""
+        missing = [column for column in task.columns if column not in self.table.column_names]
+        if missing:
+            raise ValueError(
+                f"{self.origin} lacks {'column' if len(missing) == 1 else 'columns'} {', '.join(map(repr, missing))} of"
+                f" task {task.name!r}; it has {', '.join(map(repr, self.table.column_names))}"
+            )
+
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of these numbers."""
+        taken: list[dict[str, Any]] = self.table.take(pa.array(indices, pa.int64())).to_pylist()
+        return taken
+
+
+def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> Split:
+    """One split of a task's data set, with the columns that the task needs.
+
+    Args:
+        task: The task.
+        split: Name of the split in the data set (``train``, ``validation_matched``, ...).
+        data_dir: Local folder with ``{task}/{split}*.parquet``; ``None`` for the hub.
+
+    Raises:
+        FileNotFoundError: If the folder does not hold the split.
+        ValueError: If the split is ambiguous, empty, or lacks columns.
+        ConnectionError: If the hub cannot be reached or does not have the data set.
+    """
+    source = task.source
+    if source is None:
+        raise ValueError(f"task {task.name!r} names no data source")
+    if task.name == "demo" and source.path is None:
+        found = _builtin(split)
+    elif data_dir is not None:
+        found = _local(task, split, Path(data_dir))
+    elif source.path is not None:
+        found = _hub(source, split)
+    else:
+        raise ValueError(f"task {task.name!r} has no data set on the hub: give data_dir")
+    if not len(found):
+        raise ValueError(f"{found.origin} holds no rows")
+    found.check_columns(task)
+    return found
+
+
+def _builtin(split: str) -> Split:
+    rows = demo_rows(split)
+    logger.info("demo: %d synthetic sentences made by this package (%s)", len(rows), split)
+    return Split(pa.Table.from_pylist(rows), f"demo ({split}, synthetic)", {"label": ("negative", "positive")})
+
+
+def _local(task: Task, split: str, data_dir: Path) -> Split:
+    name = (task.source.folder if task.source else None) or task.name
+    folder = data_dir / name
+    if not folder.is_dir():
+        there = sorted(path.name for path in data_dir.iterdir() if path.is_dir()) if data_dir.is_dir() else []
+        has = f"it holds {', '.join(there)}" if there else "there is no such folder or it is empty"
+        raise FileNotFoundError(f"data_dir {str(data_dir)!r} has no folder {name!r} for task {task.name!r}: {has}")
+    files = _files(folder, split)
+    tables = [_read(path) for path in files]
+    missing = [str(files[i]) for i, table in enumerate(tables) if table.schema.names != tables[0].schema.names]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} and {files[0]} have different columns")
+    table = pa.concat_tables(tables, promote_options="permissive")
+    origin = str(files[0]) if len(files) == 1 else f"{folder}/{split}-*.parquet"
+    part = "" if files[0].stem == split or _SHARD.search(files[0].stem) else " (a part of the split, by its name)"
+    logger.info("%s: %d rows of %s%s", task.name, table.num_rows, origin, part)
+    return Split(table, origin, _class_names(table.schema))
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"cannot read {path} as Parquet: {error}") from error
+
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """``{split}.parquet``; or all its shards; or the one file that is a part of it, ``{split}_*.parquet``."""
+    exact = folder / f"{split}.parquet"
+    if exact.is_file():
+        return [exact]
+    parquet = sorted(folder.glob("*.parquet"))
+    shards = [path for path in parquet if _SHARD.sub("", path.stem) == split]
+    if shards:
+        return shards
+    parts = [path for path in parquet if path.stem.startswith((f"{split}_", f"{split}-"))]
+    if len(parts) == 1:
+        return parts
+    there = ", ".join(path.name for path in parquet) or "no Parquet file"
+    if parts:
+        raise ValueError(
+            f"{folder} has {len(parts)} files for split {split!r} and none is called {split}.parquet:"
+            f" {', '.join(path.name for path in parts)}"
+        )
+    raise FileNotFoundError(f"{folder} has no {split}*.parquet; it holds {there}")
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Names of integer labels, as ``datasets`` writes them into a Parquet file."""
+    text = (schema.metadata or {}).get(b"huggingface")
+    features = json.loads(text).get("info", {}).get("features", {}) if text else {}
+    return {
+        column: list(feature["names"])
+        for column, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and "names" in feature
+    }
+
+
+def _hub(source: Source, split: str) -> Split:
+    # Imported late: it is slow, and neither local folders nor the demo set need it.
+    import datasets
+
+    def load(config: str | None, revision: str | None) -> Any:
+        return datasets.load_dataset(source.path, config, revision=revision, split=split)
+
+    origin = "/".join(filter(None, (source.path, source.config, split)))
+    try:
+        try:
+            data = load(source.config, source.revision)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            logger.warning("%s is kept as a loading script; its Parquet conversion by the hub is taken instead", origin)
+            data = load(source.config, "refs/convert/parquet")
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise ConnectionError(
+            f"cannot load {origin} from the Hugging Face hub ({error}); check the connection, or give data_dir with"
+            f" {{task}}/{split}.parquet"
+        ) from error
+    logger.info("%d rows of %s from the Hugging Face hub", len(data), origin)
+    names = {column: list(f.names) for column, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+    return Split(data.with_format("arrow")[:], origin, names)

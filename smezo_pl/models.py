@@ -1,0 +1,168 @@
+"""Pretrained causal language models: a hub name, a local folder or a GGUF file; adapters through PEFT."""
+
+import logging
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    pretrained: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        pretrained: Name on the Hugging Face hub, local folder in its format, or a ``.gguf`` file.
+        dtype: Type of the weights; they are read into it directly, so memory holds one copy. None: torch's default type.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        The network, in ``eval()`` mode on the CPU, and the tokenizer with a pad token.
+
+    Raises:
+        FileNotFoundError: If ``pretrained`` is a path and nothing is there.
+        ModuleNotFoundError: If a GGUF file is named and the packages that read it are missing.
+        OSError: If the hub does not give the model.
+        ValueError: If the checkpoint lacks weights of the network.
+    """
+    return load_network(pretrained, dtype=dtype, revision=revision), load_tokenizer(pretrained, revision=revision)
+
+
+def load_network(
+    pretrained: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None
+) -> "PreTrainedModel":
+    """Load the network alone; arguments and errors as in `load_model`."""
+    where, arguments = _locate(pretrained, revision)
+    from transformers import AutoModelForCausalLM
+
+    dtype = dtype or torch.get_default_dtype()
+    if "gguf_file" in arguments:
+        arguments |= _unpacked()
+    try:
+        # Lightning builds inside a device context, for which transformers would need accelerate.
+        with torch.device("cpu"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, output_loading_info=True, **arguments
+            )
+    except OSError as error:
+        raise _not_given(pretrained, error) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"pretrained={str(pretrained)!r} lacks {len(missing)} of the weights of {type(model).__name__}, which would be "
+            f"random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+    model.eval()
+    network: PreTrainedModel = model
+    size = sum(p.numel() for p in network.parameters())
+    logger.info("%s: %s, %s parameters, %s, %s", pretrained, type(network).__name__, f"{size:,}", dtype, network.device)
+    return network
+
+
+def load_tokenizer(pretrained: str | Path, *, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer alone, padding on the left; arguments and errors as in `load_model`."""
+    where, arguments = _locate(pretrained, revision)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **arguments)
+    except OSError as error:
+        raise _not_given(pretrained, error) from error
+    return with_pad_token(tokenizer)
+
+
+def with_pad_token(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """Give a tokenizer that has no pad token one of its own tokens for it (padding is masked, so any will do)."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        logger.info("the tokenizer has no pad token: %r pads", tokenizer.pad_token)
+    return tokenizer
+
+
+def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
+    """Freeze a network and put a PEFT adapter on it, which alone is trained.
+
+    Args:
+        model: The network.
+        adapter: ``peft_type`` (``LORA``, ``PREFIX_TUNING``, ...) and the arguments of PEFT's configuration of that type.
+        seed: Seed of the adapter's own starting weights; torch's generator is left as it was.
+
+    Returns:
+        The network with the adapter, in ``eval()`` mode.
+
+    Raises:
+        ModuleNotFoundError: If peft is not installed.
+        ValueError: If ``peft_type`` is missing or unknown, or an argument does not fit it.
+    """
+    if find_spec("peft") is None:
+        raise ModuleNotFoundError("adapter needs peft: pip install 'smezo_pl[peft]'")
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as TYPES
+
+    arguments = {"task_type": "CAUSAL_LM", **adapter}
+    kind = str(arguments.pop("peft_type", "")).upper()
+    if kind not in TYPES:
+        known = ", ".join(sorted(str(getattr(t, "value", t)) for t in TYPES))
+        raise ValueError(f"adapter needs peft_type, one of {known}; got {adapter.get('peft_type')!r}")
+    try:
+        settings = TYPES[kind](**arguments)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wrapped: nn.Module = peft.get_peft_model(model, settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"adapter={dict(adapter)}: {error}") from error
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    logger.info("adapter %s: %s parameters are trained, the others are frozen", kind, f"{trained:,}")
+    return wrapped.eval()
+
+
+def _locate(pretrained: str | Path, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """What transformers is asked for: a folder or hub name, and the arguments that go with it."""
+    name = str(pretrained)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"pretrained={str(pretrained)!r}: there is no such file")
+        if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+            raise ModuleNotFoundError(
+                f"a GGUF file needs {' and '.join(missing)}: pip install 'smezo_pl[gguf]' (pretrained={str(pretrained)!r})"
+            )
+        return str(path.parent), {"gguf_file": path.name}
+    if name and path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(p.name for p in path.glob("*.gguf"))
+            hint = f"; name one of its GGUF files: {', '.join(ggufs)}" if ggufs else ""
+            raise FileNotFoundError(f"pretrained={str(pretrained)!r}: the folder holds no config.json{hint}")
+        return str(path), {}
+    # A hub name is `name` or `owner/name`: anything else can only be a path.
+    if path.is_file() or not name or name[0] in "./~" or name.count("/") > 1 or "\\" in name:
+        raise FileNotFoundError(
+            f"pretrained={name!r}: there is no such folder (a path must be a folder with config.json, or a .gguf file)"
+        )
+    return name, {"revision": revision} if revision else {}
+
+
+def _unpacked() -> dict[str, Any]:
+    """The argument that makes plain weights of a GGUF file's blocks, which cannot be perturbed as they are."""
+    import transformers
+
+    # Releases without this class always unpack.
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _not_given(pretrained: str | Path, error: OSError) -> OSError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return OSError(
+        f"pretrained={str(pretrained)!r} is neither a folder nor a .gguf file here, and the Hugging Face hub did not give "
+        f"it: {reason} (offline? `hf download {pretrained}` keeps a copy that later runs find)"
+    )

@@ -1,0 +1,282 @@
+"""The LightningModule: builds the optimizer, defines the closure, logs and scores."""
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from smezo_pl.batches import batch_size, batch_weight, split_batch
+from smezo_pl.data import PromptBatch, PromptDataModule
+from smezo_pl.metrics import WeightedMeans
+from smezo_pl.models import add_adapter, load_network, load_tokenizer
+from smezo_pl.optim import SparseMeZO
+from smezo_pl.predictions import prediction_rows
+from smezo_pl.tasks.scoring import candidate_scores, correct_predictions, loss_of, model_logits, predictions
+from smezo_pl.trainer_checks import check_trainer, silence_expected_warnings
+from smezo_pl.trajectory import resume
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    Pretrained: TypeAlias = str | nn.Module
+else:
+    # The command line knows names and paths; with nn.Module in the union, --help would list every module of torch.
+    Pretrained = str
+
+logger = logging.getLogger(__name__)
+
+
+class SparseMeZOModule(LightningModule):
+    """Fine-tunes a causal language model with Sparse MeZO: two forwards a step, no backward.
+
+    The network is in ``eval()`` mode throughout. Logged: ``train/loss`` at every step (the mean of both sides),
+    ``val/loss``, ``val/accuracy``, ``test/loss`` and ``test/accuracy`` over the whole split; ``ModelCheckpoint`` and
+    ``EarlyStopping`` can watch these. For another kind of model subclass and override `loss`; for other metrics override
+    `evaluate_batch`.
+
+    Args:
+        pretrained: Name on the Hugging Face hub, local folder, GGUF file, or (from Python) a ready ``nn.Module``.
+        optimizer: The optimizer and its settings; given the network's named parameters.
+        lr_scheduler: A scheduler of torch, stepped once a step; one that waits for a metric is stepped after validation.
+        perturbation: ``layerwise`` perturbs each layer inside its own forward and never writes the weights; ``in_place``
+            perturbs the whole model and brings it back from a copy of the active weights.
+        micro_batch_size: Examples in one forward; a batch is run in parts of that size and weighted by example. None: the
+            whole batch at once.
+        adapter: PEFT adapter, for instance ``{peft_type: LORA, r: 8, lora_alpha: 16, target_modules: [q_proj, v_proj]}``;
+            it alone is trained.
+        revision: Branch, tag or commit of ``pretrained`` on the hub.
+        save_pretrained: Folder that the trained model and its tokenizer are written to, in Hugging Face's format, when
+            ``fit`` ends.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    model: nn.Module
+    """The network: there from ``fit``, ``validate``, ``test`` and ``predict``, or after `configure_model`."""
+
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        optimizer: Callable[[Iterable[Any]], SparseMeZO] = SparseMeZO,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        perturbation: Literal["layerwise", "in_place"] = "layerwise",
+        micro_batch_size: int | None = None,
+        adapter: dict[str, Any] | None = None,
+        revision: str | None = None,
+        save_pretrained: str | None = None,
+    ) -> None:
+        super().__init__()
+        if perturbation not in ("layerwise", "in_place"):
+            raise ValueError(f"perturbation must be 'layerwise' or 'in_place', got {perturbation!r}")
+        if micro_batch_size is not None and not micro_batch_size >= 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
+        ready = isinstance(pretrained, nn.Module)
+        if save_pretrained is not None and ready and not hasattr(pretrained, "save_pretrained"):
+            raise ValueError(f"save_pretrained needs a transformers model, got {type(pretrained).__name__}")
+        # Callables and networks in a checkpoint's hyperparameters could not be read back with weights_only=True.
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *(["pretrained"] if ready else [])])
+        self.automatic_optimization = False
+        self.pretrained: str | None = None if ready else str(pretrained)
+        self.build_optimizer = optimizer
+        self.build_scheduler = lr_scheduler
+        self.perturbation = perturbation
+        self.micro_batch_size = micro_batch_size
+        self.adapter = adapter
+        self.revision = revision
+        self.save_folder = save_pretrained
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._means: dict[str, WeightedMeans] = {"val": WeightedMeans(), "test": WeightedMeans()}
+        if isinstance(pretrained, nn.Module):
+            self.model = self._adapted(pretrained)
+
+    # ------------------------------------------------------------------ the network
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        """The tokenizer of ``pretrained``, loaded when first asked for; None for a ready network, until it is set."""
+        if self._tokenizer is None and self.pretrained is not None:
+            self._tokenizer = load_tokenizer(self.pretrained, revision=self.revision)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
+        self._tokenizer = tokenizer
+
+    def configure_callbacks(self) -> list[Callback]:
+        """No callbacks; the Trainer's settings are checked here, before anything is loaded."""
+        check_trainer(self.trainer)
+        silence_expected_warnings()
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Let checkpoints without weights be read."""
+        resume.install(self.trainer)
+
+    def configure_model(self) -> None:
+        """Load the network, once, in the dtype that is the default: that of the Trainer's ``*-true`` precision."""
+        if "model" not in self._modules and (network := self.starting_network()) is not None:
+            self.model = network
+
+    def starting_network(self) -> nn.Module | None:
+        """The network as it was before any training, loaded again; None for a ready one."""
+        return None if self.pretrained is None else self._adapted(load_network(self.pretrained, revision=self.revision))
+
+    def _adapted(self, network: nn.Module) -> nn.Module:
+        return (network if self.adapter is None else add_adapter(network, self.adapter)).eval()
+
+    def to(self, *args: Any, **kwargs: Any) -> "SparseMeZOModule":
+        """Move to a device; a loaded network keeps the dtypes it was loaded with.
+
+        Lightning's ``*-true`` precisions cast everything, also the rotary frequencies, norms and adapters that
+        transformers and PEFT keep in float32 on purpose.
+        """
+        if self.pretrained is None:
+            return super().to(*args, **kwargs)
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        return self if device is None else super().to(device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's forward."""
+        return self.model(*args, **kwargs)
+
+    # ------------------------------------------------------------------ training
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer on the network's named parameters, attach it, and build the scheduler."""
+        optimizer = self.build_optimizer(self.model.named_parameters())
+        if not isinstance(optimizer, SparseMeZO):
+            raise TypeError(f"optimizer must build a SparseMeZO, got {type(optimizer).__name__}, which needs gradients")
+        if self.perturbation == "layerwise":
+            optimizer.attach(self.model)
+        self.save_hyperparameters({"sparse_mezo": optimizer.settings()})
+        if self.build_scheduler is None:
+            return optimizer
+        return [optimizer], [self.build_scheduler(optimizer)]
+
+    def on_fit_start(self) -> None:
+        """Say what is trained, in what, and whether it can be replayed."""
+        logger.info("precision %s, perturbation %s, device %s", self.trainer.precision, self.perturbation, self.device)
+        if self.pretrained is None:
+            logger.warning(
+                "no file holds the starting weights of this network: the record of the run can be replayed only if they "
+                "are saved now, for instance torch.save(module.model.state_dict(), 'start.pt') before fit"
+            )
+
+    def on_train_start(self) -> None:
+        """Bring back the weights of a checkpoint that holds none, and turn dropout off."""
+        resume.restore(self.trainer)
+        self.model.eval()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One step of the optimizer on one batch."""
+        loss = self.optimizers().step(closure=lambda: self.batch_loss(batch))  # type: ignore[union-attr]
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch_size(batch))
+        scheduler = self.lr_schedulers()
+        if scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler.step()  # type: ignore[union-attr, call-arg]
+
+    def loss(self, batch: Any) -> Tensor:
+        """Mean loss over the examples of a batch; override it for another kind of model.
+
+        Args:
+            batch: What the data loader gives, or a part of it.
+
+        Returns:
+            A tensor of one element. It need not be differentiable.
+        """
+        total, weight = loss_of(candidate_scores(model_logits(self.model, batch), batch), batch)
+        return total / weight
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        """The closure: `loss` over the parts of a batch and over all processes, weighted by example (``lm``: by token).
+
+        Returns:
+            A float32 scalar, the same bits on every process.
+        """
+        weighted = torch.zeros(2, dtype=torch.float32, device=self.device)
+        for part in split_batch(batch, self.micro_batch_size):
+            weight = batch_weight(part)
+            weighted += torch.stack([self.loss(part).float().reshape(()) * weight, weighted.new_tensor(float(weight))])
+        if self.trainer.world_size > 1:
+            # Gathered and added in the order of ranks, where a reduction might add in another order on each process.
+            weighted = self.trainer.strategy.all_gather(weighted).sum(0)
+        return weighted[0] / weighted[1]
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluate_batch(self, batch: Any) -> dict[str, tuple[Tensor | float, float]]:
+        """Sums and weights of a batch's metrics by name; ``val/<name>`` is the sum of sums over the sum of weights."""
+        if not isinstance(batch, PromptBatch):
+            weight = batch_weight(batch)
+            return {"loss": (self.loss(batch).float() * weight, weight)}
+        scores = candidate_scores(model_logits(self.model, batch), batch)
+        right = correct_predictions(predictions(scores, batch), batch)
+        return {"loss": loss_of(scores, batch), "accuracy": (right.sum(), len(batch))}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to ``val/...``."""
+        self._means["val"].update(self.evaluate_batch(batch), self.device)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a batch to ``test/...``."""
+        self._means["test"].update(self.evaluate_batch(batch), self.device)
+
+    def _log_means(self, stage: str) -> dict[str, Tensor]:
+        values = {f"{stage}/{name}": value.float() for name, value in self._means[stage].compute().items()}
+        self.log_dict(values, prog_bar=True)
+        return values
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/...``, and step a scheduler that waits for it."""
+        values = self._log_means("val")
+        in_fit = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        scheduler = self.lr_schedulers() if in_fit else None
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            monitor = scheduler.monitor if isinstance(scheduler, ReduceLROnPlateau) else "val/loss"
+            scheduler.step(values[monitor])
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/...``."""
+        self._log_means("test")
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """What the model makes of each example: its index, prompt, candidates, scores, prediction and label."""
+        scores = candidate_scores(model_logits(self.model, batch), batch)
+        data = getattr(self.trainer, "datamodule", None)
+        examples = data.examples("test") if isinstance(data, PromptDataModule) else []
+        return prediction_rows(batch, scores, {example.index: example for example in examples})
+
+    def on_validation_start(self) -> None:
+        """Bring back the weights of a checkpoint that holds none."""
+        resume.restore(self.trainer)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    # ------------------------------------------------------------------ the end
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to be a network without weights."""
+        resume.refuse_unrestored(self, checkpoint)
+
+    def on_fit_end(self) -> None:
+        """Write the trained model as a Hugging Face folder."""
+        if self.save_folder is None or self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+            return
+        folder = Path(self.save_folder)
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        logger.info("the trained model is in %s", folder)
+
+    def teardown(self, stage: str) -> None:
+        """Leave no hook on the network."""
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, SparseMeZO):
+                optimizer.detach()

@@ -1,0 +1,44 @@
+"""Tasks as data: prompts, candidates, labels and where the data sets lie. Scoring of a batch."""
+
+from difflib import get_close_matches
+
+from smezo_pl.tasks.demo import DEMO
+from smezo_pl.tasks.example import Example as Example
+from smezo_pl.tasks.example import ExampleError as ExampleError
+from smezo_pl.tasks.example import make_example as make_example
+from smezo_pl.tasks.glue import GLUE
+from smezo_pl.tasks.qa import QA
+from smezo_pl.tasks.superglue import SUPERGLUE
+from smezo_pl.tasks.task import ListCandidates as ListCandidates
+from smezo_pl.tasks.task import Objective as Objective
+from smezo_pl.tasks.task import Source as Source
+from smezo_pl.tasks.task import Task as Task
+from smezo_pl.tasks.topics import TOPICS
+
+TASKS: dict[str, Task] = {task.name: task for task in (*DEMO, *GLUE, *SUPERGLUE, *TOPICS, *QA)}
+"""The built-in tasks by name."""
+
+__all__ = [
+    "TASKS",
+    "Example",
+    "ExampleError",
+    "ListCandidates",
+    "Objective",
+    "Source",
+    "Task",
+    "get_task",
+    "make_example",
+]
+
+
+def get_task(name: str) -> Task:
+    """The built-in task of that name.
+
+    Raises:
+        ValueError: If there is none; the message says which names are near and which there are.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    near = get_close_matches(name.lower().replace("-", "").replace("_", ""), TASKS, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    raise ValueError(f"unknown task {name!r}{hint} There are {', '.join(sorted(TASKS))}")

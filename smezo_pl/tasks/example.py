@@ -1,0 +1,148 @@
+"""From a row of a data set to an example: the prompt, the candidates and which of them are right."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from smezo_pl.tasks.task import ListCandidates, Task
+from smezo_pl.tasks.template import FILTERS
+
+UNKNOWN = -1
+"""A label that is not known: hidden test sets carry it."""
+
+
+class ExampleError(ValueError):
+    """A row that cannot be made into an example. The message names the file, the row and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the model is shown and what it may answer.
+
+    Attributes:
+        prompt: The text before the answer, without a space at its end.
+        candidates: The possible answers; a space before an answer is part of it.
+        label: Place of the right candidate, -1 if it is not known.
+        correct: Places of all candidates that count as right (ReCoRD: an entity may go by several names).
+        index: Row of the data set that it was made from.
+    """
+
+    prompt: str
+    candidates: tuple[str, ...]
+    label: int
+    correct: tuple[int, ...]
+    index: int
+
+    def __str__(self) -> str:
+        """The prompt with every candidate in brackets, the right one with a star."""
+        answers = (
+            f"⟦{text}⟧{'*' if place in self.correct else ''}".replace("\n", "⏎")
+            for place, text in enumerate(self.candidates)
+        )
+        return self.prompt + " ".join(answers)
+
+
+def make_example(
+    task: Task,
+    row: Mapping[str, Any],
+    index: int = 0,
+    origin: str = "row",
+    label_names: Sequence[str] | None = None,
+) -> Example:
+    """Fill in the task's prompt and candidates from one row.
+
+    Args:
+        task: The task.
+        row: Column names and values.
+        index: Number of the row, for :attr:`Example.index` and for errors.
+        origin: The file that it comes from, for errors.
+        label_names: What the data set calls the integers of its label column, if it says.
+
+    Raises:
+        ExampleError: A blank text, a value that the task does not know, a label outside the task.
+    """
+    where = f"{origin}, row {index}"
+    values = {column: _text(task, column, row[column], where) for column in task.text_columns}
+    # MeZO strips the same: a prompt neither starts with white space nor ends in a space.
+    prompt = task.prompt_template.render(values).lstrip().rstrip(" ")
+    if isinstance(task.candidates, ListCandidates):
+        items = _items(task.candidates, row[task.candidates.column], where)
+        pattern = task.candidate_templates[0].render(values)
+        texts = tuple(pattern.replace(task.candidates.slot, item).rstrip(" ") for item in items)
+    else:
+        items = ()
+        texts = tuple(template.render(values).rstrip(" ") for template in task.candidate_templates)
+    for text in texts:
+        if not text.strip():
+            raise ExampleError(f"{where}: a candidate of task {task.name!r} is blank")
+        if texts.count(text) > 1:
+            raise ExampleError(f"{where}: two candidates have the same text {text!r}, so no label can tell them apart")
+    correct = _correct(task, row.get(task.label), items, len(texts), label_names, where)
+    return Example(prompt, texts, correct[0] if correct else UNKNOWN, tuple(sorted(correct)), index)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _text(task: Task, column: str, value: Any, where: str) -> str:
+    text = "" if _missing(value) else str(value)
+    if column in task.words:
+        if text not in task.words[column]:
+            raise ExampleError(f"{where}: column {column!r} is {text!r}, must be one of {_names(task.words[column])}")
+        return task.words[column][text]
+    if not text.strip() and column not in task.may_be_empty:
+        raise ExampleError(f"{where}: empty example, column {column!r} holds no text")
+    return text
+
+
+def _items(candidates: ListCandidates, value: Any, where: str) -> tuple[str, ...]:
+    if _missing(value) or isinstance(value, str) or not isinstance(value, Iterable):
+        raise ExampleError(f"{where}: column {candidates.column!r} must hold a list of texts, got {value!r}")
+    change = FILTERS[candidates.filter or "strip"]
+    if candidates.names:
+        # A label that names a place needs every place kept.
+        items = tuple(change(str(item)) for item in value)
+    else:
+        items = tuple(dict.fromkeys(change(str(item)) for item in value))
+    if len(items) < 2:
+        raise ExampleError(f"{where}: column {candidates.column!r} must hold at least two candidates, got {items}")
+    return items
+
+
+def _correct(
+    task: Task, value: Any, items: Sequence[str], count: int, label_names: Sequence[str] | None, where: str
+) -> list[int]:
+    """Places of the right candidates, the one that is trained on first; none if the label is unknown."""
+    labels = task.labels[:count]
+    if _missing(value) or (isinstance(value, int) and value == UNKNOWN and not isinstance(value, bool)):
+        return []
+    if isinstance(value, (list, tuple)):
+        places = list(dict.fromkeys(items.index(text) for text in map(str.strip, value) if text in items))
+        if value and not places:
+            raise ExampleError(f"{where}: none of the answers {list(value)} in column {task.label!r} is a candidate")
+        return places
+    name = str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if label_names is not None and set(labels) <= set(label_names):
+            name = label_names[value] if 0 <= value < len(label_names) else name
+        elif task.named_labels:
+            raise ExampleError(
+                f"{where}: column {task.label!r} holds the number {value}, but numberings of {task.name!r} differ"
+                f" between copies; it must hold, or be declared with, the names {_names(labels)}"
+            )
+        elif name not in labels and 0 <= value < count:
+            return [value]
+    if name in labels:
+        return [labels.index(name)]
+    if name.strip() in items:
+        return [items.index(name.strip())]
+    raise ExampleError(
+        f"{where}: label {value!r} in column {task.label!r} is outside task {task.name!r},"
+        f" allowed are {_names(labels or items)} or 0 to {count - 1}"
+    )
+
+
+def _names(values: Iterable[str]) -> str:
+    return ", ".join(repr(value) for value in values)

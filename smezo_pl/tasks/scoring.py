@@ -1,0 +1,115 @@
+"""What a model makes of a batch: the candidates' scores, the loss, the predictions."""
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from smezo_pl.data.batch import PromptBatch
+
+
+def model_logits(model: nn.Module, batch: "PromptBatch") -> Tensor:
+    """The logits at the last positions of every row, in one forward without a key-value cache.
+
+    The forward is told how many positions to compute and each token's position where it takes that; otherwise the
+    logits are cut afterwards, and the model makes positions from the attention mask.
+
+    Args:
+        model: A causal language model of transformers, or one that is called alike.
+        batch: The batch.
+
+    Returns:
+        ``[R, logits_to_keep, V]`` in the model's dtype.
+    """
+    takes = _parameters(_innermost_forward(model))
+    optional: dict[str, Any] = {
+        "position_ids": batch.position_ids,
+        "logits_to_keep": batch.logits_to_keep,
+        "use_cache": False,
+    }
+    given = {name: value for name, value in optional.items() if name in takes}
+    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **given).logits
+    return logits[:, -batch.logits_to_keep :]
+
+
+def _innermost_forward(model: nn.Module) -> Callable[..., Any]:
+    """The forward whose signature counts: PEFT's wrappers hand on arguments that they do not name."""
+    base = getattr(model, "get_base_model", None)
+    inner = base() if callable(base) else model
+    function: Callable[..., Any] = getattr(type(inner), "forward", inner.forward)
+    return function
+
+
+@lru_cache(maxsize=64)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def candidate_scores(logits: Tensor, batch: "PromptBatch") -> Tensor:
+    """Mean log-probability of each candidate's tokens given the prompt.
+
+    Args:
+        logits: ``[R, logits_to_keep, V]``, any floating dtype.
+        batch: The batch.
+
+    Returns:
+        float32 ``[K]``.
+    """
+    at_tokens = logits[batch.token_row, batch.token_pos, batch.token_id].float()
+    normaliser = logits.float().logsumexp(-1)  # [R, keep]
+    log_probs = at_tokens - normaliser[batch.token_row, batch.token_pos]
+    # A table and a sum over its rows, as index_add adds in a different order every time on a GPU.
+    table = log_probs.new_zeros(batch.candidate_tokens.shape[0], batch.logits_to_keep)
+    table[batch.token_candidate, batch.token_order] = log_probs
+    return table.sum(1) / batch.candidate_tokens
+
+
+def score_table(scores: Tensor, batch: "PromptBatch") -> Tensor:
+    """The scores by example and candidate, float32 ``[N, num_candidates]``, minus infinity where there is none."""
+    table = scores.new_full((len(batch), batch.num_candidates), -torch.inf)
+    table[batch.candidate_example, batch.candidate_index] = scores
+    return table
+
+
+def loss_of(scores: Tensor, batch: "PromptBatch") -> tuple[Tensor, int]:
+    """The loss as a sum and the number it is a mean over, so that parts of a batch add up to the whole exactly.
+
+    classification: cross-entropy over each example's candidates with their scores as logits, summed over examples;
+    the number is that of the examples. lm: the negative log-probability of the right candidates' tokens, summed over
+    tokens; the number is that of the tokens.
+
+    Args:
+        scores: float32 ``[K]`` from :func:`candidate_scores`.
+        batch: The batch.
+
+    Returns:
+        The sum, a float32 scalar, and the number. ``sum / number`` is the loss of the batch.
+
+    Raises:
+        ValueError: If a label of the batch is unknown.
+    """
+    if not batch.answer_tokens:
+        raise ValueError("the batch holds an example whose label is unknown, so it has no loss")
+    table = score_table(scores, batch)
+    right = table.gather(1, batch.labels.unsqueeze(1)).squeeze(1)  # [N]
+    if batch.objective == "classification":
+        return (table.logsumexp(1) - right).sum(), len(batch)
+    counts = torch.zeros_like(table, dtype=torch.long)
+    counts[batch.candidate_example, batch.candidate_index] = batch.candidate_tokens
+    return -(right * counts.gather(1, batch.labels.unsqueeze(1)).squeeze(1)).sum(), batch.answer_tokens
+
+
+def predictions(scores: Tensor, batch: "PromptBatch") -> Tensor:
+    """Place of each example's best candidate, int64 ``[N]``; of equal ones the first."""
+    return score_table(scores, batch).argmax(1)
+
+
+def correct_predictions(predicted: Tensor, batch: "PromptBatch") -> Tensor:
+    """Whether the predicted candidate counts as right, bool ``[N]``; several candidates of an example may."""
+    table = torch.zeros(len(batch), batch.num_candidates, dtype=torch.bool, device=predicted.device)
+    table[batch.candidate_example, batch.candidate_index] = batch.candidate_correct
+    return table.gather(1, predicted.unsqueeze(1)).squeeze(1)

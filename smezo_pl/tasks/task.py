@@ -1,0 +1,150 @@
+"""What a task is: a prompt, its candidates, where the label stands and where the data comes from. All of it data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, get_args
+
+from smezo_pl.tasks.template import FILTERS, Template
+
+Objective = Literal["classification", "lm"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's data set lies.
+
+    Args:
+        path: Name on the Hugging Face hub, ``None`` if the data set is not there.
+        config: The hub's configuration of it.
+        revision: Branch or commit on the hub. ``refs/convert/parquet`` is the hub's own conversion of a data set that
+            is kept there as a loading script, which ``datasets`` no longer runs.
+        folder: Name of its folder in a local ``data_dir``; the task's name if ``None``.
+        train: Name of the training split.
+        dev: Name of the split that the dev set is drawn from; ``None`` draws it from the training split, as MeZO does.
+        test: Name of the labelled split that the test set is drawn from (MeZO: the validation split).
+    """
+
+    path: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    folder: str | None = None
+    train: str = "train"
+    dev: str | None = None
+    test: str = "validation"
+
+
+@dataclass(frozen=True)
+class ListCandidates:
+    """Candidates made from a column that holds a list: one for each different element.
+
+    Args:
+        column: The column with the list.
+        text: Template of a candidate; ``slot`` in it stands for the element.
+        slot: The characters in the rendered ``text`` that the element takes the place of.
+        filter: Name of a template filter that each element goes through first.
+        names: Label values that name an element by its place (``A``, ``B``, ...). Without them a label is an element's
+            place as an integer, its text, or a list of texts of which each is right (the first one is trained on).
+    """
+
+    column: str
+    text: str
+    slot: str
+    filter: str | None = None
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.filter is not None and self.filter not in FILTERS:
+            raise ValueError(f"unknown filter {self.filter!r}; there are {', '.join(FILTERS)}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task as data: what the model is shown, what it may answer, which answer is right.
+
+    The space between prompt and candidate belongs to the candidate (``" great"``). A prompt that ends in a newline is
+    followed by the candidate at once (``"Yes"``).
+
+    Args:
+        name: Name in the registry and of the local folder.
+        prompt: Template of the prompt. Spaces at its end and white space at its start are dropped once it is filled in.
+        candidates: For each label value, in the data set's own order, the template of its text; or a
+            :class:`ListCandidates`.
+        label: Column of the label: the name of a label, its place as an integer, or a boolean.
+        objective: ``"classification"``: cross-entropy over the candidates' mean log-probabilities. ``"lm"``: token
+            cross-entropy on the right candidate alone.
+        metrics: Names of what is measured, the first one first.
+        source: Where the data set lies; ``None`` for one that comes from elsewhere.
+        words: For a column, its values in the data set and what stands for them in the prompt.
+        named_labels: Integers in the label column mean something only together with the data set's own label names
+            (numberings differ between copies).
+        may_be_empty: Columns of the prompt that may be blank.
+        num_train: Training examples by default.
+        num_dev: Dev examples by default.
+        num_test: Test examples by default, at most.
+    """
+
+    name: str
+    prompt: str
+    candidates: Mapping[str, str] | ListCandidates
+    label: str = "label"
+    objective: Objective = "classification"
+    metrics: tuple[str, ...] = ("accuracy",)
+    source: Source | None = None
+    words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    named_labels: bool = False
+    may_be_empty: tuple[str, ...] = ()
+    num_train: int = 1000
+    num_dev: int = 500
+    num_test: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {self.objective!r}")
+        if self.prompt.endswith(" "):
+            raise ValueError(
+                f"prompt must not end in a space, got {self.prompt!r}: the space belongs to the candidate (' great')"
+            )
+        # Parsed now, so that a misspelt template is refused where it is written.
+        _ = self.prompt_template, self.candidate_templates
+        if isinstance(self.candidates, ListCandidates):
+            return
+        texts = list(self.candidates.values())
+        if len(texts) < 2:
+            raise ValueError(f"candidates must be at least two, got {texts}")
+        for text in texts:
+            if not text.strip():
+                raise ValueError(f"candidates must not be blank, got {text!r}")
+            if texts.count(text) > 1:
+                raise ValueError(f"candidates must differ, got {text!r} more than once")
+
+    @cached_property
+    def prompt_template(self) -> Template:
+        """The prompt, parsed."""
+        return Template(self.prompt)
+
+    @cached_property
+    def candidate_templates(self) -> tuple[Template, ...]:
+        """The candidates' texts, parsed: one for each label, or the one of a :class:`ListCandidates`."""
+        if isinstance(self.candidates, ListCandidates):
+            return (Template(self.candidates.text),)
+        return tuple(Template(text) for text in self.candidates.values())
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the labels, in the data set's order; empty when a label is the text of a candidate."""
+        if isinstance(self.candidates, ListCandidates):
+            return self.candidates.names
+        return tuple(str(name) for name in self.candidates)
+
+    @cached_property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns whose text the prompt and the candidates show."""
+        templates = (self.prompt_template, *self.candidate_templates)
+        return tuple(dict.fromkeys(column for template in templates for column in template.columns))
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that an example is made of, the label's last."""
+        lists = (self.candidates.column,) if isinstance(self.candidates, ListCandidates) else ()
+        return (*self.text_columns, *lists, self.label)

@@ -1,0 +1,96 @@
+"""A name for the bits of a model: one hash a tensor and one over all of them.
+
+A tensor's hash covers its dtype, its shape and its elements in row-major order. The elements are hashed in chunks of
+`CHUNK` bytes and the chunks' digests once more, so chunks can be worked on by several threads and a tensor on an
+accelerator is copied a chunk at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CHUNK = 1 << 24
+"""Bytes hashed at a time. Part of the definition: another value gives other hashes."""
+
+TENSOR_DIGEST_SIZE = 8
+"""Bytes kept of a tensor's hash: enough to say which tensor differs; the hash over all keeps its 32."""
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a model's state dict holds, tied parameters once: parameters in their order, then persistent buffers.
+
+    Parameters come under the names that ``named_parameters()`` gives them, which are the optimizer's.
+    """
+    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    seen = {id(parameter) for parameter in model.parameters()}
+    tensors |= {
+        name: value.detach()
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name not in tensors and id(value) not in seen and isinstance(value, torch.Tensor)
+    }
+    return tensors
+
+
+def tensor_digest(tensor: Tensor) -> bytes:
+    """SHA-256 of one tensor's dtype, shape and elements, whatever its device and strides."""
+    return _combine(tensor, [_hash_chunk(chunk) for chunk in _chunks(tensor)])
+
+
+def fingerprint(tensors: Mapping[str, Tensor], threads: int | None = None) -> dict[str, bytes]:
+    """Hash every tensor.
+
+    Args:
+        tensors: Tensors by name.
+        threads: Chunks hashed at the same time (hashing releases the interpreter's lock); by default one a core, at
+            most 8.
+
+    Returns:
+        The 32-byte hash of each tensor, in the order given.
+    """
+    threads = threads or min(os.cpu_count() or 1, 8)
+    digests: dict[str, bytes] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for name, tensor in tensors.items():
+            digests[name] = _combine(tensor, pool.map(_hash_chunk, _chunks(tensor)))
+    return digests
+
+
+def root_digest(digests: Mapping[str, bytes]) -> bytes:
+    """One hash of 32 bytes for a whole model: names and tensors, in their order."""
+    root = hashlib.sha256()
+    for name, digest in digests.items():
+        encoded = name.encode()
+        root.update(len(encoded).to_bytes(4, "little") + encoded + digest)
+    return root.digest()
+
+
+def model_fingerprint(model: nn.Module) -> bytes:
+    """`root_digest` of all of `model_tensors`: equal for two models when every bit of them is."""
+    return root_digest(fingerprint(model_tensors(model)))
+
+
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Pieces of at most `CHUNK` bytes, as bytes on their device."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"only dense tensors have a fingerprint, got one of layout {tensor.layout}")
+    flat = tensor.detach().reshape(-1)
+    # a view as bytes needs an element: an empty tensor has no chunk
+    return iter(torch.split(flat.view(torch.uint8), CHUNK)) if flat.numel() else iter(())
+
+
+def _hash_chunk(chunk: Tensor) -> bytes:
+    return hashlib.sha256(chunk.cpu().numpy().data).digest()
+
+
+def _combine(tensor: Tensor, chunk_digests: Iterable[bytes]) -> bytes:
+    head = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".encode()
+    return hashlib.sha256(head + b"".join(chunk_digests)).digest()

@@ -1,0 +1,219 @@
+"""Starting weights and a record give the weights of any step, bit for bit, without data and without a forward."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from glob import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim.kernels import KernelName
+from smezo_pl.trajectory.errors import TrajectoryError
+from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE, fingerprint, model_tensors, root_digest
+from smezo_pl.trajectory.header import Header
+from smezo_pl.trajectory.reader import Trajectory
+from smezo_pl.trajectory.refresh import unpack_thresholds
+from smezo_pl.trajectory.rows import StepRow
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def replay(
+    source: Trajectory | str | Path,
+    model: nn.Module | Mapping[str, Tensor],
+    steps: int | None = None,
+    *,
+    force: bool = False,
+    kernel: KernelName = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> SparseMeZO:
+    """Make the weights that a run had after some steps, in place.
+
+    Args:
+        source: The record, its file, or the run's folder.
+        model: The network with the starting weights, or its tensors by name; written in place.
+        steps: How many steps of the optimizer; None for all that are recorded.
+        force: Whether to go on when the starting weights are others than the run's (the result is then no run's).
+        kernel: What makes the updates; all kernels give the same bits.
+        progress: Called with the number of steps done so far.
+
+    Returns:
+        An optimizer of these weights in the state that the run's was in.
+
+    Raises:
+        TrajectoryError: If the record is damaged, of another model or of other starting weights, or the result is not
+            what the run had.
+    """
+    trajectory = source if isinstance(source, Trajectory) else Trajectory.read(source)
+    trajectory = trajectory.upto(steps)
+    tensors = tensors_of(trajectory.header, model, str(trajectory.path))
+    check_start(trajectory.header, tensors, str(trajectory.path), force=force)
+    optimizer = rebuild(trajectory.header, tensors, kernel)
+    replay_rows(optimizer, trajectory.rows, str(trajectory.path), check_masks=not force, progress=progress)
+    if not force:
+        check_result(trajectory, tensors)
+    return optimizer
+
+
+def tensors_of(header: Header, model: nn.Module | Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors that a record speaks of, out of a model, after a check of their names, shapes and dtypes.
+
+    Raises:
+        TrajectoryError: Names the first that differs.
+    """
+    found = check_shapes(header, model, source)
+    for info in header.tensors:
+        dtype = str(found[info.name].dtype).removeprefix("torch.")
+        if dtype != info.dtype:
+            raise TrajectoryError(
+                f"{source}: {info.name!r} was trained in {info.dtype} and is {dtype} here: load the model in that "
+                "dtype (in the Trainer: the same --trainer.precision)"
+            )
+    return found
+
+
+def check_shapes(header: Header, model: nn.Module | Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors that a record speaks of, after a check of their names and shapes.
+
+    Raises:
+        TrajectoryError: Names the first that differs.
+    """
+    found = model_tensors(model) if isinstance(model, nn.Module) else dict(model)
+    missing = [info.name for info in header.tensors if info.name not in found]
+    if missing:
+        raise TrajectoryError(
+            f"{source} is of another model: {len(missing)} of its {len(header.tensors)} tensors are not in this one, "
+            f"the first {missing[0]!r}{_called(header)}"
+        )
+    for info in header.tensors:
+        shape = tuple(found[info.name].shape)
+        if shape != info.shape:
+            raise TrajectoryError(
+                f"{source} is of another model: {info.name!r} has shape {list(info.shape)} there, {list(shape)} here"
+                f"{_called(header)}"
+            )
+    return {info.name: found[info.name] for info in header.tensors}
+
+
+def check_start(header: Header, tensors: Mapping[str, Tensor], source: str, *, force: bool = False) -> None:
+    """Compare the starting weights with the record's fingerprint.
+
+    Raises:
+        TrajectoryError: If a bit differs, unless forced.
+    """
+    digests = fingerprint(tensors)
+    if root_digest(digests) == header.root:
+        return
+    differing = [info.name for info in header.tensors if digests[info.name][:TENSOR_DIGEST_SIZE] != info.digest]
+    what = (
+        f"{len(differing)} of {len(header.tensors)} tensors differ, the first {differing[:1] or '?'}{_called(header)}"
+    )
+    if not force:
+        raise TrajectoryError(
+            f"{source} starts from other weights than these (a network that was trained must be built again): {what}"
+        )
+    log.warning("%s starts from other weights than these, applied as asked: %s", source, what)
+
+
+def rebuild(header: Header, tensors: Mapping[str, Tensor], kernel: KernelName = "auto") -> SparseMeZO:
+    """An optimizer that makes the record's updates on these tensors, at the record's first step."""
+    groups = []
+    for group in header.groups:
+        # parameters of its own on the same memory: those of the model may be frozen where nothing is trained
+        named = [(name, nn.Parameter(tensors[name], requires_grad=True)) for name in group.names]
+        settings = {"mask": group.mask, "mask_update": group.mask_update, "maximize": group.maximize}
+        groups.append({"params": named, **settings})
+    optimizer = SparseMeZO(
+        groups,
+        num_samples=header.num_samples,
+        seed=header.seed,
+        dense=[escape(name) for group in header.groups for name in group.dense] or None,
+        noise=header.noise,
+        kernel=kernel,
+    )
+    for own, info in zip(optimizer.param_groups, header.groups, strict=True):
+        own.update(numbers=list(info.numbers), mask_step=info.mask_step)
+        if info.thresholds is not None:
+            own.update(thresholds=list(info.thresholds), ready=True)
+    state = optimizer.state_dict()
+    state["smezo"]["steps_done"] = header.first_step
+    optimizer.load_state_dict(state)
+    return optimizer
+
+
+def replay_rows(
+    optimizer: SparseMeZO,
+    rows: Iterable[StepRow],
+    source: str,
+    *,
+    check_masks: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Make the updates of some rows, refreshing masks where the run did.
+
+    Raises:
+        TrajectoryError: If a refresh gives other thresholds than the run had.
+    """
+    for row in rows:
+        set_rates(optimizer, row)
+        if row.refresh is not None:
+            optimizer.refresh_masks()
+            if check_masks:
+                _check_thresholds(optimizer, row, source)
+        optimizer.replay_step(
+            row.step, row.projected_gradients, row.rates.lr, row.rates.weight_decay, skipped=row.skipped
+        )
+        if progress is not None:
+            progress(row.step + 1)
+
+
+def set_rates(optimizer: SparseMeZO, row: StepRow) -> None:
+    """Give each group the rates of a row."""
+    for group, lr, decay, eps, sparsity in zip(optimizer.param_groups, *row.rates, strict=True):
+        group.update(lr=lr, weight_decay=decay, eps=eps, sparsity=sparsity)
+
+
+def check_result(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> bool:
+    """Compare replayed weights with what the run noted of its own at this step, if it did.
+
+    Returns:
+        Whether it had noted them.
+
+    Raises:
+        TrajectoryError: If they differ.
+    """
+    noted = [mark for mark in trajectory.marked("weights") if mark.steps == trajectory.next_step]
+    if not noted:
+        return False
+    if root_digest(fingerprint(tensors)).hex() != noted[-1].facts.get("root"):
+        raise TrajectoryError(
+            f"{trajectory.path}: the weights after {trajectory.next_step} steps are not those that the run had, though "
+            "they start from the same: something other than the optimizer changed weights during the run, or a kernel "
+            "gives other bits here (try kernel='torch')"
+        )
+    return True
+
+
+def _check_thresholds(optimizer: SparseMeZO, row: StepRow, source: str) -> None:
+    assert row.refresh is not None
+    found = optimizer.thresholds()
+    recorded = unpack_thresholds(row.refresh, len(found))
+    for (name, here), there in zip(found.items(), recorded, strict=True):
+        if here != there:
+            raise TrajectoryError(
+                f"{source}: the mask refresh before step {row.step} gives {name!r} the threshold {here!r}, the run had "
+                f"{there!r}: something other than the optimizer changed weights during the run, or a kernel gives "
+                "other bits here"
+            )
+
+
+def _called(header: Header) -> str:
+    name = header.model.get("name")
+    return f" (the run's model was {name!s:.200})" if name else ""

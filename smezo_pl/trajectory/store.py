@@ -1,0 +1,195 @@
+"""The SQLite file of a record: its tables, how it is opened, and what SQLite's errors mean for a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from smezo_pl.trajectory.errors import TrajectoryError
+from smezo_pl.trajectory.header import FORMAT
+
+APPLICATION_ID = int.from_bytes(b"SMZO", "big")
+
+# Pages of 1 KiB: five tables and the header of a small model fit in a few of them, and a commit writes one.
+_PAGE_SIZE = 1024
+
+_MAX_VALUE_BYTES = 1 << 26
+
+_TABLES = {
+    "header": "CREATE TABLE header (id INTEGER PRIMARY KEY, data BLOB NOT NULL, digest BLOB NOT NULL)",
+    "steps": "CREATE TABLE steps (step INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+    "refreshes": "CREATE TABLE refreshes (step INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+    "marks": "CREATE TABLE marks (id INTEGER PRIMARY KEY, steps INTEGER NOT NULL, data BLOB NOT NULL)",
+}
+
+
+def create(path: Path) -> sqlite3.Connection:
+    """Make a new record file with empty tables, open for writing.
+
+    Raises:
+        TrajectoryError: If there is a file already, or the folder cannot be written.
+    """
+    if path.exists():
+        raise TrajectoryError(f"{path} is there already; a run appends to its own record only: choose another path")
+    with explained(path, "create"):
+        connection = _connect(path, "rwc")
+        connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
+        _make_durable(connection, path)
+        connection.execute("BEGIN")
+        for statement in _TABLES.values():
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {FORMAT}")
+        connection.execute("COMMIT")
+    return connection
+
+
+def open_to_append(path: Path) -> sqlite3.Connection:
+    """Open an existing record for writing.
+
+    Raises:
+        TrajectoryError: If it is missing, no record, of a later format, or cannot be written.
+    """
+    with explained(path, "open"):
+        connection = _connect(path, "rw")
+        _check_schema(connection, path)
+        _make_durable(connection, path)
+    return connection
+
+
+@contextmanager
+def open_to_read(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a record for reading, also while another process writes it or where nothing can be written.
+
+    All that is read within the context is one consistent state.
+
+    Raises:
+        TrajectoryError: If it is missing, no record or of a later format.
+    """
+    if not path.is_file():
+        raise TrajectoryError(f"{path}: there is no such file")
+    with tempfile.TemporaryDirectory() if not _can_share(path) else _nothing() as folder, explained(path, "read"):
+        connection = _connect(_copy(path, Path(folder)) if folder else path, "ro")
+        try:
+            connection.execute("PRAGMA query_only = ON")
+            connection.execute("BEGIN")
+            _check_schema(connection, path)
+            yield connection
+        finally:
+            connection.close()
+
+
+def close(connection: sqlite3.Connection) -> None:
+    """Close after writing: the file is left complete in itself, without a log beside it, unless a reader is at it."""
+    try:
+        connection.execute("PRAGMA busy_timeout = 500")
+        with suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode = DELETE")
+    finally:
+        connection.close()
+
+
+def snapshot(source: Path, target: Path) -> None:
+    """Copy a record, whatever lies in its log, to a new file that is complete in itself."""
+    with open_to_read(source) as connection, explained(target, "copy"):
+        copy = _connect(target, "rwc")
+        try:
+            connection.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")
+        finally:
+            copy.close()
+
+
+@contextmanager
+def explained(path: Path, doing: str) -> Iterator[None]:
+    """Turn SQLite's errors into ones that say what to do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        text = str(error)
+        if "full" in text:
+            what = (
+                "the disk is full. What was recorded before is intact: make space and resume from the last checkpoint"
+            )
+        elif "readonly" in text or "read-only" in text:
+            what = f"{path.parent} cannot be written"
+        elif "unable to open" in text:
+            what = f"{path.parent} is missing or cannot be written"
+        elif "locked" in text or "locking" in text:
+            what = (
+                "it is locked, by another program or because the file system cannot lock (some network file systems "
+                "cannot): keep the run's folder on a local disk"
+            )
+        elif "malformed" in text or "not a database" in text:
+            what = "the file is damaged or no record; `smezo show` says up to which step it is sound"
+        else:
+            what = "SQLite could not"
+        raise TrajectoryError(f"{path}: cannot {doing} the record: {what} ({text})") from error
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10.0)
+    # a stranger's file: no function in its schema runs, and a size in it allocates no more than this
+    connection.execute("PRAGMA trusted_schema = OFF")
+    connection.execute("PRAGMA cell_size_check = ON")
+    if hasattr(connection, "setlimit"):  # Python 3.11
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
+    return connection
+
+
+def _make_durable(connection: sqlite3.Connection, path: Path) -> None:
+    mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+    if mode != "wal":
+        connection.close()
+        raise TrajectoryError(
+            f"{path}: this file system cannot hold SQLite's write-ahead log (it stayed in mode {mode!r}), as some "
+            "network file systems cannot: keep the run's folder on a local disk"
+        )
+    # a commit is handed to the system at once, so it outlives the process; the writer's sync() waits for the disk
+    connection.execute("PRAGMA synchronous = NORMAL")
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    found = connection.execute("PRAGMA application_id").fetchone()[0]
+    if found != APPLICATION_ID:
+        raise TrajectoryError(f"{path} is an SQLite file but no record of smezo_pl (application id {found:#x})")
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if not 1 <= version <= FORMAT:
+        raise TrajectoryError(
+            f"{path}: format {version}; this version of smezo_pl reads formats up to {FORMAT}: install a later one"
+        )
+    schema = dict(connection.execute("SELECT name, sql FROM sqlite_master").fetchall())
+    if schema != _TABLES:
+        odd = sorted(set(schema.items()) ^ set(_TABLES.items()), key=str)[0][0]
+        raise TrajectoryError(
+            f"{path}: its tables are not those of a record (see {odd!s:.40}): damaged, or another program's"
+        )
+
+
+def _can_share(path: Path) -> bool:
+    """Whether SQLite can read the file where it lies: in a folder that cannot be written it must not have a log."""
+    if os.access(path.parent, os.W_OK):
+        return True
+    return not _log(path).exists() and path.read_bytes()[18:19] == b"\x01"
+
+
+def _copy(path: Path, folder: Path) -> Path:
+    for part in (path, _log(path)):
+        if part.exists():
+            shutil.copyfile(part, folder / part.name)
+    return folder / path.name
+
+
+def _log(path: Path) -> Path:
+    return path.with_name(path.name + "-wal")
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield None

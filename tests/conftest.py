@@ -1,0 +1,183 @@
+"""Tiny models and data made in code, and a clean process state around every test."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Before transformers is imported: a test that asks the hub by mistake fails at once, and the same everywhere.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+_WORDS = (
+    "the a of and is was this that it to in with not movie food hotel service story room true question answer passage "
+    "terrible great good bad Yes No Maybe It was mean Does because so better worse lovely awful nice poor"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    data = os.environ.get("SMEZO_DATA")
+    reasons = {
+        "data": None if data and Path(data).is_dir() else "SMEZO_DATA names no folder",
+        "gpu": None if torch.cuda.is_available() else "no CUDA device",
+        "network": None if os.environ.get("SMEZO_NETWORK") else "set SMEZO_NETWORK=1 to ask the hub",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def clean_process() -> Iterator[None]:
+    """What a test changes for the whole process is as it was afterwards."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    log = logging.getLogger("smezo_pl")
+    handlers, level = list(log.handlers), log.level
+    environment = dict(os.environ)
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    log.handlers, log.level = handlers, level
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data sets (tests marked ``data``)."""
+    return Path(os.environ["SMEZO_DATA"])
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a few hundred tokens, a beginning-of-sequence token and no pad token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([_WORDS, _WORDS], trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def make_tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
+    """A function that makes a random network: ``make_tiny_model("llama")``; the same bits every time."""
+
+    def make(kind: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
+        from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig, OPTConfig
+
+        vocab = len(tiny_tokenizer)
+        shapes = {
+            "llama": (
+                LlamaConfig,
+                {
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "num_key_value_heads": 2,
+                    "max_position_embeddings": 512,
+                    "tie_word_embeddings": True,
+                },
+            ),
+            "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+            "opt": (
+                OPTConfig,
+                {
+                    "hidden_size": 32,
+                    "ffn_dim": 48,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "max_position_embeddings": 512,
+                    "word_embed_proj_dim": 32,
+                },
+            ),
+            "bloom": (BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+            "mpt": (MptConfig, {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 512, "expansion_ratio": 2}),
+        }
+        config_class, shape = shapes[kind]
+        ids = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config_class(**ids, **shape, **changes))
+        # transformers starts with tiny weights, which would give every candidate nearly the same score.
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim > 1:
+                    weight.mul_(5)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A tiny Llama with its tokenizer as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    make_tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder like the real one, ``{task}/{split}.parquet``, with a few made-up rows of SST-2, RTE and BoolQ."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("data")
+    adjectives = ("great", "lovely", "terrible", "awful")
+    rows: dict[str, Callable[[int], dict[str, object]]] = {
+        "sst2": lambda i: {"sentence": f"the movie number {i} is {adjectives[i % 4]} ", "label": int(i % 4 < 2), "idx": i},
+        "rte": lambda i: {"premise": f"It is {i}.", "hypothesis": f"Not {i % 3}.", "label": i % 2, "idx": i},
+        "boolq": lambda i: {"question": f"is it {i}", "passage": f"It is {i % 5}.", "label": i % 2, "idx": i},
+    }
+    for task, row in rows.items():
+        (folder / task).mkdir()
+        for split, count in (("train", 48), ("validation", 16)):
+            pq.write_table(pa.Table.from_pylist([row(i) for i in range(count)]), folder / task / f"{split}.parquet")
+    return folder
+
+
+class Perceptron(nn.Module):
+    """A network that is no language model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(4, 8)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.hidden(x)))
+
+
+@pytest.fixture
+def perceptron() -> Perceptron:
+    """A tiny regression network, the same bits every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Perceptron()

@@ -1,0 +1,158 @@
+import logging
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from smezo_pl.data import Encoder, load_tokenizer, padding_id
+from smezo_pl.data.encoding import Encoded, fed_rows
+from smezo_pl.tasks import Example, get_task, make_example
+from tests.data.tokenizers import merging_tokenizer, word_tokenizer
+
+WORDS = ["a", " a", " b", " c", " d", "e", "\n"]
+
+
+def example(prompt: str, *candidates: str, label: int = 0, index: int = 0) -> Example:
+    return Example(prompt, candidates, label, (label,), index)
+
+
+def ids(tokenizer: PreTrainedTokenizerFast, *tokens: str) -> tuple[int, ...]:
+    return tuple(tokenizer.convert_tokens_to_ids(list(tokens)))
+
+
+def test_prompt_and_candidates() -> None:
+    tokenizer = word_tokenizer(WORDS)
+    (encoded,) = Encoder(tokenizer).encode([example("a b", " c", " d d", label=1, index=9)])
+    assert encoded == Encoded(ids(tokenizer, "a", " b"), (ids(tokenizer, " c"), ids(tokenizer, " d", " d")), 1, (1,), 9)
+    assert encoded.length == 3
+
+
+@pytest.mark.parametrize("eos", [False, True])
+def test_special_tokens_at_the_start_alone(eos: bool) -> None:
+    tokenizer = word_tokenizer(WORDS, bos=True, eos=eos)
+    assert tokenizer("a")["input_ids"] == list(ids(tokenizer, "<s>", "a", *["</s>"] * eos))
+    (encoded,) = Encoder(tokenizer).encode([example("a b", " c", " d")])
+    assert encoded.prompt == ids(tokenizer, "<s>", "a", " b")
+    assert encoded.candidates == (ids(tokenizer, " c"), ids(tokenizer, " d"))
+
+
+def test_a_merge_across_the_boundary_does_not_change_the_prompt() -> None:
+    tokenizer = merging_tokenizer()
+    assert tokenizer("ca" + "bc")["input_ids"] == list(ids(tokenizer, "c", "ab", "c"))
+    (encoded,) = Encoder(tokenizer).encode([example("ca", "bc", "cab")])
+    assert encoded.prompt == ids(tokenizer, "c", "a")
+    assert encoded.candidates == (ids(tokenizer, "b", "c"), ids(tokenizer, "c", "ab"))
+
+
+def test_the_first_word_after_a_merge_gets_no_space_put_before_it() -> None:
+    """SentencePiece puts a space before a text; a candidate in the middle of one must not get it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {token: i for i, token in enumerate(["▁", "a", "b", "ab", "\n", "▁a", "▁ab"])}
+    merges = [("a", "b"), ("▁", "a"), ("▁", "ab")]
+    inner = Tokenizer(models.BPE(vocabulary, merges))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    (encoded,) = Encoder(tokenizer).encode([example("ba", "b", "a")])
+    assert encoded.prompt == ids(tokenizer, "▁", "b", "a")
+    assert encoded.candidates == (ids(tokenizer, "b"), ids(tokenizer, "a"))
+
+
+def test_a_candidate_without_tokens() -> None:
+    tokenizer = merging_tokenizer()  # no unknown token: other characters vanish
+    with pytest.raises(ValueError, match=r"dev.parquet, row 5: candidate 'x' has no tokens of its own"):
+        Encoder(tokenizer).encode([example("a", "b", "x", index=5)], "dev.parquet")
+
+
+def test_a_prompt_without_tokens() -> None:
+    with pytest.raises(ValueError, match=r"row 5: prompt 'xyz' has no tokens"):
+        Encoder(merging_tokenizer()).encode([example("xyz", "b", "c", index=5)])
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_the_cut_keeps_the_start_token_and_the_answers(bos: bool, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = word_tokenizer(WORDS, bos=bos)
+    long, short = example("e b b b a", " c", " d d", index=3), example("e", " c", " d")
+    with caplog.at_level(logging.INFO):
+        cut, whole = Encoder(tokenizer, max_length=5 + bos).encode([long, short], "train.parquet")
+    # Three tokens of prompt beside the longest candidate's two; the shorter candidate gets the same prompt.
+    assert cut.prompt == ids(tokenizer, *["<s>"] * bos, " b", " b", " a")
+    assert cut.candidates == (ids(tokenizer, " c"), ids(tokenizer, " d", " d"))
+    assert cut.cut == 2
+    assert whole.cut == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        f"train.parquet: 1 of 2 examples are longer than max_length {5 + bos} and were cut on the left,"
+        " by 2 tokens at most"
+    ]
+
+
+def test_an_example_of_exactly_max_length_is_whole(caplog: pytest.LogCaptureFixture) -> None:
+    (encoded,) = Encoder(word_tokenizer(WORDS, bos=True), max_length=4).encode([example("a b", " c", " d")])
+    assert encoded.cut == 0
+    assert not caplog.records
+
+
+def test_max_length_without_room_for_the_prompt() -> None:
+    with pytest.raises(ValueError, match="max_length 3 leaves no room for a prompt before a candidate of 3 tokens"):
+        Encoder(word_tokenizer(WORDS), max_length=3).encode([example("a b", " c", " d d d")])
+
+
+@pytest.mark.parametrize("max_length", [1, 0, -1])
+def test_max_length_out_of_range(max_length: int) -> None:
+    with pytest.raises(ValueError, match=f"max_length must be at least 2, got {max_length}"):
+        Encoder(word_tokenizer(WORDS), max_length)
+
+
+def test_the_tokenizers_own_limit_counts(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.model_max_length = 3
+    with caplog.at_level(logging.INFO):
+        encoder = Encoder(tokenizer, max_length=2048)
+        (encoded,) = encoder.encode([example("a b b b", " c", " d")])
+    assert encoded.cut == 2
+    assert "max_length 2048 lowered to 3" in caplog.text
+
+
+def test_encoding_in_parts_is_the_same() -> None:
+    tokenizer = word_tokenizer(WORDS)
+    examples = [example("a" + " b" * (i % 7), " c", " d" * (1 + i % 3), index=i) for i in range(600)]
+    encoder = Encoder(tokenizer)
+    assert encoder.encode(examples) == [encoder.encode([one])[0] for one in examples]
+
+
+def test_padding_token() -> None:
+    tokenizer = word_tokenizer(WORDS, eos=True, pad=True)
+    assert padding_id(tokenizer) == tokenizer.pad_token_id
+    assert padding_id(word_tokenizer(WORDS, eos=True)) == 1
+    without = word_tokenizer(WORDS)
+    assert padding_id(without) == 0
+    assert without.pad_token is None
+
+
+@pytest.mark.parametrize(
+    ("candidates", "rows"),
+    [
+        ([(1,), (2,)], [()]),
+        ([(1, 2), (1, 3)], [(1,)]),
+        ([(1,), (2, 3)], [(2,)]),
+        ([(1, 2, 3), (1, 4), (5, 6), (7,)], [(1, 2), (5,)]),
+        ([(1, 2), (3, 4), (1, 5)], [(1,), (3,)]),
+    ],
+)
+def test_rows_are_shared_where_one_begins_the_other(
+    candidates: list[tuple[int, ...]], rows: list[tuple[int, ...]]
+) -> None:
+    assert fed_rows(candidates) == rows
+
+
+def test_show_marks_the_scored_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = Encoder(tiny_tokenizer)
+    task = get_task("sst2")
+    (encoded,) = encoder.encode([make_example(task, {"sentence": "the movie", "label": 1})])
+    shown = encoder.show(encoded)
+    assert shown.startswith("<s>the movie It was⟦")
+    assert shown.endswith("⟧*")
+    assert shown.replace("|", "") == "<s>the movie It was⟦ terrible⟧ ⟦ great⟧*"
+
+
+def test_load_tokenizer_from_a_folder(tiny_folder: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert load_tokenizer(tiny_folder)("It was")["input_ids"] == tiny_tokenizer("It was")["input_ids"]

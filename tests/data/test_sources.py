@@ -1,0 +1,223 @@
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smezo_pl.data.sources import load_split
+from smezo_pl.tasks import Source, Task, get_task
+
+SST2 = get_task("sst2")
+
+
+def write(path: Path, rows: list[dict[str, Any]], names: list[str] | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows)
+    if names is not None:
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path)
+
+
+def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
+    return [{"sentence": f"s{i}", "label": i % 2, "idx": i} for i in range(start, start + count)]
+
+
+def test_a_local_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "sst2" / "train.parquet", rows(5), ["negative", "positive"])
+    with caplog.at_level(logging.INFO):
+        split = load_split(SST2, "train", tmp_path)
+    assert len(split) == 5
+    assert split.rows([3, 0]) == [{"sentence": "s3", "label": 1, "idx": 3}, {"sentence": "s0", "label": 0, "idx": 0}]
+    assert split.names == {"label": ["negative", "positive"]}
+    assert caplog.messages == [f"sst2: 5 rows of {tmp_path / 'sst2' / 'train.parquet'}"]
+
+
+def test_a_part_of_a_split_is_taken_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "sst2" / "train_sub9k.parquet", rows(5))
+    with caplog.at_level(logging.INFO):
+        assert len(load_split(SST2, "train", str(tmp_path))) == 5
+    assert "train_sub9k.parquet (a part of the split, by its name)" in caplog.text
+
+
+def test_shards_come_in_order(tmp_path: Path) -> None:
+    for i in (2, 0, 1):
+        write(tmp_path / "sst2" / f"train-0000{i}-of-00003.parquet", rows(2, 2 * i))
+    split = load_split(SST2, "train", tmp_path)
+    assert [row["idx"] for row in split.rows(range(6))] == list(range(6))
+
+
+def test_the_whole_split_goes_before_its_parts(tmp_path: Path) -> None:
+    write(tmp_path / "sst2" / "train.parquet", rows(7))
+    write(tmp_path / "sst2" / "train_small.parquet", rows(2))
+    assert len(load_split(SST2, "train", tmp_path)) == 7
+
+
+def test_another_split_that_begins_alike_is_not_it(tmp_path: Path) -> None:
+    mnli = get_task("mnli")
+    row = {"premise": "a", "hypothesis": "b", "label": 0}
+    write(tmp_path / "mnli" / "validation_matched.parquet", [row])
+    write(tmp_path / "mnli" / "validation_mismatched.parquet", [row] * 2)
+    assert len(load_split(mnli, "validation_matched", tmp_path)) == 1
+
+
+def test_two_parts_are_ambiguous(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / "sst2" / f"train_{name}.parquet", rows(1))
+    with pytest.raises(ValueError, match=r"has 2 files for split 'train' and none is called train.parquet: train_a"):
+        load_split(SST2, "train", tmp_path)
+
+
+def test_a_task_may_have_a_folder_of_another_name(tmp_path: Path) -> None:
+    write(tmp_path / "wsc.fixed" / "train.parquet", [{"text": "a", "span1_text": "b", "span2_text": "c", "label": 0}])
+    assert len(load_split(get_task("wsc"), "train", tmp_path)) == 1
+
+
+def test_a_folder_without_the_task(tmp_path: Path) -> None:
+    write(tmp_path / "rte" / "train.parquet", rows(1))
+    with pytest.raises(FileNotFoundError, match=r"has no folder 'sst2' for task 'sst2': it holds rte"):
+        load_split(SST2, "train", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no such folder or it is empty"):
+        load_split(SST2, "train", tmp_path / "nowhere")
+
+
+def test_a_folder_without_the_split(tmp_path: Path) -> None:
+    write(tmp_path / "sst2" / "train.parquet", rows(1))
+    with pytest.raises(FileNotFoundError, match=r"sst2 has no validation\*\.parquet; it holds train\.parquet"):
+        load_split(SST2, "validation", tmp_path)
+    (tmp_path / "rte").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"rte has no train\*\.parquet; it holds no Parquet file"):
+        load_split(get_task("rte"), "train", tmp_path)
+
+
+def test_missing_columns_are_named_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rte" / "train.parquet"
+    write(path, [{"premise": "a", "gold": 0}])
+    with pytest.raises(ValueError, match="lacks columns") as error:
+        load_split(get_task("rte"), "train", tmp_path)
+    assert str(error.value) == f"{path} lacks columns 'hypothesis', 'label' of task 'rte'; it has 'premise', 'gold'"
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "sst2" / "train.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"sentence": pa.array([], pa.string()), "label": pa.array([], pa.int64())}), path)
+    with pytest.raises(ValueError, match=r"train\.parquet holds no rows"):
+        load_split(SST2, "train", tmp_path)
+
+
+def test_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "sst2" / "train.parquet"
+    path.parent.mkdir()
+    path.write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"cannot read .*train\.parquet as Parquet"):
+        load_split(SST2, "train", tmp_path)
+
+
+def test_shards_with_different_columns(tmp_path: Path) -> None:
+    write(tmp_path / "sst2" / "train-00000-of-00002.parquet", rows(1))
+    write(tmp_path / "sst2" / "train-00001-of-00002.parquet", [{"sentence": "s"}])
+    with pytest.raises(ValueError, match=r"train-00001-of-00002.parquet and .* have different columns"):
+        load_split(SST2, "train", tmp_path)
+
+
+def test_the_demo_set_needs_no_folder_and_is_called_synthetic(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        split = load_split(get_task("demo"), "test", "/nowhere")
+    assert "synthetic" in split.origin
+    assert caplog.messages == ["demo: 1000 synthetic sentences made by this package (test)"]
+
+
+def test_a_task_without_a_source() -> None:
+    task = Task("mine", "{a}\n", {"0": "No", "1": "Yes"})
+    with pytest.raises(ValueError, match="task 'mine' names no data source"):
+        load_split(task, "train")
+    with pytest.raises(ValueError, match="task 'mine' has no data set on the hub: give data_dir"):
+        load_split(Task("mine", "{a}\n", {"0": "No", "1": "Yes"}, source=Source()), "train")
+
+
+class Hub:
+    """Stands for ``datasets.load_dataset``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: object) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.answers = list(answers)
+        monkeypatch.setattr("datasets.load_dataset", self)
+
+    def __call__(self, path: str, config: str | None, *, revision: str | None, split: str) -> object:
+        self.calls.append((path, config, revision, split))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def hub_rows() -> object:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
+    # A selection: rows that are not where the table has them.
+    data = Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [0, 1, 1]}, features=features)
+    return data.select([2, 0])
+
+
+def test_the_hub(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    hub = Hub(monkeypatch, hub_rows())
+    with caplog.at_level(logging.INFO):
+        split = load_split(SST2, "train")
+    assert hub.calls == [("nyu-mll/glue", "sst2", None, "train")]
+    assert split.rows([0, 1]) == [{"sentence": "c", "label": 1}, {"sentence": "a", "label": 0}]
+    assert split.names == {"label": ["negative", "positive"]}
+    assert "2 rows of nyu-mll/glue/sst2/train from the Hugging Face hub" in caplog.text
+
+
+def test_a_loading_script_on_the_hub(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    script = RuntimeError("Dataset scripts are no longer supported, but found glue.py")
+    hub = Hub(monkeypatch, script, hub_rows())
+    assert len(load_split(SST2, "train")) == 2
+    assert hub.calls[1] == ("nyu-mll/glue", "sst2", "refs/convert/parquet", "train")
+    assert "its Parquet conversion by the hub is taken instead" in caplog.text
+
+
+def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(monkeypatch, ConnectionError("Couldn't reach 'nyu-mll/glue' on the Hub"))
+    with pytest.raises(ConnectionError, match=r"cannot load nyu-mll/glue/sst2/train from the .* give data_dir with"):
+        load_split(SST2, "train")
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sst2",
+        "rte",
+        "cb",
+        "boolq",
+        "wsc",
+        "wic",
+        "multirc",
+        "copa",
+        "record",
+        "mnli",
+        "qnli",
+        "mrpc",
+        "qqp",
+        "cola",
+        "trec",
+    ],
+)
+def test_real_files(name: str, data_folder: Path) -> None:
+    from smezo_pl.tasks import make_example
+
+    task = get_task(name)
+    assert task.source is not None
+    for split in (task.source.train, task.source.test):
+        data = load_split(task, split, data_folder)
+        taken = range(0, len(data), max(1, len(data) // 200))
+        for i, row in zip(taken, data.rows(taken), strict=True):
+            example = make_example(task, row, i, data.origin, data.names.get(task.label))
+            assert example.label >= 0
+            assert "{" not in task.prompt_template.render(dict.fromkeys(task.text_columns, ""))

@@ -1,0 +1,238 @@
+"""Every task's prompt and candidates, written out."""
+
+from typing import Any, NamedTuple
+
+import pytest
+
+from smezo_pl.tasks import TASKS, get_task, make_example
+
+
+class Case(NamedTuple):
+    task: str
+    row: dict[str, Any]
+    prompt: str
+    candidates: tuple[str, ...]
+    label: int
+    correct: tuple[int, ...] | None = None
+    names: tuple[str, ...] | None = None
+
+
+CASES = [
+    Case(
+        "demo",
+        {"sentence": "The plot was superb.", "label": 1},
+        "The plot was superb. It was",
+        (" terrible", " great"),
+        1,
+    ),
+    Case(
+        "sst2",
+        {"sentence": "contains no wit , only labored gags ", "label": 0},
+        "contains no wit , only labored gags It was",
+        (" terrible", " great"),
+        0,
+    ),
+    Case(
+        "rte",
+        {"premise": "It rained.", "hypothesis": "It was dry.", "label": 1},
+        'It rained.\nDoes this mean that "It was dry." is true? Yes or No?\n',
+        ("Yes", "No"),
+        1,
+    ),
+    Case(
+        "cb",
+        {"premise": "It was a complex language.", "hypothesis": "the language was peeled down", "label": 2},
+        'Suppose It was a complex language. Can we infer that "the language was peeled down"? Yes, No, or Maybe?\n',
+        ("Yes", "No", "Maybe"),
+        2,
+    ),
+    Case(
+        "boolq",
+        {"passage": "Onyx -- A stone.", "question": "is there such a thing as green onyx", "label": 1},
+        "Onyx -- A stone. Is there such a thing as green onyx?\n",
+        ("No", "Yes"),
+        1,
+    ),
+    Case(
+        "wsc",
+        {"text": "Mark told Pete lies. He was sad.", "span1_text": "Mark", "span2_text": "He", "label": 0},
+        'Mark told Pete lies. He was sad.\nIn the previous sentence, does the pronoun "he" refer to Mark? Yes or No?\n',
+        ("No", "Yes"),
+        0,
+    ),
+    Case(
+        "wic",
+        {"word": "place", "sentence1": "Come to my place.", "sentence2": "No place for it.", "label": 0},
+        'Does the word "place" have the same meaning in these two sentences? Yes, No?\n'
+        "Come to my place.\nNo place for it.\n",
+        ("No", "Yes"),
+        0,
+    ),
+    Case(
+        "multirc",
+        {"paragraph": "A force acts.", "question": "What acts? ", "answer": "A force", "label": 1},
+        'A force acts.\nQuestion: What acts?\nI found this answer "A force". Is that correct? Yes or No?\n',
+        ("No", "Yes"),
+        1,
+    ),
+    Case(
+        "copa",
+        {
+            "premise": "My body cast a shadow over the grass. ",
+            "choice1": "The sun was rising.",
+            "choice2": "I cut the Grass. ",
+            "question": "cause",
+            "label": 0,
+        },
+        "My body cast a shadow over the grass because",
+        (" the sun was rising.", " I cut the Grass."),
+        0,
+    ),
+    Case(
+        "copa",
+        {"premise": "It rained", "choice1": "A b.", "choice2": "C d.", "question": "effect", "label": 1},
+        "It rained so",
+        (" a b.", " c d."),
+        1,
+    ),
+    Case(
+        "record",
+        {
+            "passage": "Chelsea beat Ljubljana.\n@highlight\nMourinho was happy\n@highlight\nCech was not",
+            "query": "He said that @placeholder made it difficult for @placeholder.",
+            "entities": ["Chelsea", "Ljubljana", "Mourinho", "Chelsea"],
+            "answers": ["Ljubljana", "Chelsea"],
+        },
+        "Chelsea beat Ljubljana.\n- Mourinho was happy\n- Cech was not\n-",
+        (
+            " He said that Chelsea made it difficult for Chelsea.",
+            " He said that Ljubljana made it difficult for Ljubljana.",
+            " He said that Mourinho made it difficult for Mourinho.",
+        ),
+        1,
+        (0, 1),
+    ),
+    Case(
+        "mnli",
+        {"premise": "It rained.", "hypothesis": "It was dry.", "label": 2},
+        'It rained.\nDoes this mean that "It was dry." is true? Yes, No or Maybe?\n',
+        ("Yes", "Maybe", "No"),
+        2,
+    ),
+    Case(
+        "qnli",
+        {"question": "Who was first?", "sentence": "Ann was first.", "label": 0},
+        "Passage: Ann was first.\nQuestion: Who was first?\nIs it possible to answer this question"
+        " based only on the information in the passage? Yes or No?\n",
+        ("Yes", "No"),
+        0,
+    ),
+    Case(
+        "mrpc",
+        {"sentence1": "Ann won .", "sentence2": "It was Ann who won .", "label": 1},
+        "Ann won . It was Ann who won . Is the second sentence a paraphrase of the first?\n",
+        ("No", "Yes"),
+        1,
+    ),
+    Case(
+        "qqp",
+        {"question1": "Who won?", "question2": "Who was first?", "label": 0},
+        "Who won? Who was first? Is the second sentence a paraphrase of the first?\n",
+        ("No", "Yes"),
+        0,
+    ),
+    Case(
+        "cola",
+        {"sentence": "Which boy's, mother, did you meet?", "label": 0},
+        "Which boy's, mother, did you meet? This is",
+        (" incorrect", " correct"),
+        0,
+    ),
+    Case(
+        "trec",
+        {"text": "How far is it ?", "coarse_label": 1},
+        "Question: How far is it ?\nType:",
+        (" Abbreviation", " Entity", " Description", " Human", " Location", " Number"),
+        5,
+        # Another order than the hub's: the name counts, not the number.
+        names=("DESC", "NUM", "ABBR", "HUM", "LOC", "ENTY"),
+    ),
+    Case(
+        "piqa",
+        {"goal": "open a jar ", "sol1": "twist the lid", "sol2": " shout at it ", "label": 0},
+        "Question: open a jar\nAnswer:",
+        (" twist the lid", " shout at it"),
+        0,
+    ),
+    Case(
+        "siqa",
+        {
+            "context": "Ann met Bob.",
+            "question": "How does Ann feel?",
+            "answerA": "glad",
+            "answerB": "sad",
+            "answerC": "tired",
+            "label": "2",
+        },
+        "Question: Ann met Bob. How does Ann feel?\nAnswer:",
+        (" glad", " sad", " tired"),
+        1,
+    ),
+    Case(
+        "aqua",
+        {
+            "question": "What is 20 + 1?",
+            "options": ["A)21", "B)21.5", "C)22", "D)22.5", "E)23"],
+            "correct": "C",
+        },
+        "Question: What is 20 + 1?\nAnswer:",
+        (" 21", " 21.5", " 22", " 22.5", " 23"),
+        2,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.task)
+def test_prompt_and_candidates(case: Case) -> None:
+    example = make_example(get_task(case.task), case.row, label_names=case.names)
+    assert example.prompt == case.prompt
+    assert example.candidates == case.candidates
+    assert example.label == case.label
+    assert example.correct == (case.correct or (case.label,))
+
+
+def test_every_task_is_written_out() -> None:
+    assert {case.task for case in CASES} == set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("task", "source"),
+    [
+        ("sst2", ("nyu-mll/glue", "sst2", None, "validation")),
+        ("mnli", ("nyu-mll/glue", "mnli", None, "validation_matched")),
+        ("rte", ("aps/super_glue", "rte", None, "validation")),
+        ("wsc", ("aps/super_glue", "wsc.fixed", None, "validation")),
+        ("record", ("aps/super_glue", "record", None, "validation")),
+        ("trec", ("CogComp/trec", None, "refs/convert/parquet", "test")),
+        ("aqua", ("deepmind/aqua_rat", "raw", None, "validation")),
+    ],
+)
+def test_sources(task: str, source: tuple[str | None, ...]) -> None:
+    found = get_task(task).source
+    assert found is not None
+    assert (found.path, found.config, found.revision, found.test) == source
+
+
+def test_objectives_and_sizes_follow_mezo() -> None:
+    assert {name for name, task in TASKS.items() if task.objective == "lm"} == {
+        "copa",
+        "record",
+        "piqa",
+        "siqa",
+        "aqua",
+    }
+    sizes = {name: (task.num_train, task.num_dev, task.num_test) for name, task in TASKS.items()}
+    assert sizes.pop("cb") == (150, 100, 1000)
+    assert sizes.pop("copa") == (300, 100, 1000)
+    assert sizes.pop("wsc") == (54, 500, 1000)
+    assert set(sizes.values()) == {(1000, 500, 1000)}

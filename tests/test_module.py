@@ -1,0 +1,362 @@
+"""The LightningModule: what a step does with a batch, what the Trainer may be asked for, what is logged and saved."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import PreTrainedModel
+
+from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
+from smezo_pl.models import load_network
+from smezo_pl.trainer_checks import check_precision
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "max_epochs": -1,
+}
+fast = partial(SparseMeZO, lr=1e-3, sparsity=0.5, kernel="torch")
+
+
+class Regression(SparseMeZOModule):
+    """Another kind of model: one method."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return nn.functional.mse_loss(self.model(x), y)
+
+
+def regression_data(count: int = 32, batch_size: int = 8) -> DataLoader[Any]:
+    x = torch.randn(count, 4, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(x, x @ torch.tensor([[1.0], [2.0], [-1.0], [0.5]])), batch_size)
+
+
+def demo(**changes: Any) -> PromptDataModule:
+    settings = {"task": "demo", "num_train": 32, "num_dev": 16, "num_test": 16, "batch_size": 8, **changes}
+    return PromptDataModule(**settings)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"])
+def test_fit_validate_test_predict(tiny_folder: Path, precision: Any) -> None:
+    module = SparseMeZOModule(str(tiny_folder), partial(fast, lr=1e-2))
+    data, trainer = demo(), Trainer(**QUIET, max_steps=4, precision=precision)
+    trainer.fit(module, data)
+    kept = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+    assert {p.dtype for p in module.parameters()} == {kept}
+    assert trainer.global_step == 4
+    assert {"train/loss", "val/loss", "val/accuracy"} <= set(trainer.callback_metrics)
+    before = load_network(tiny_folder, dtype=kept)
+    assert not all(torch.equal(a, b) for a, b in zip(before.parameters(), module.model.parameters(), strict=True))
+    assert set(trainer.validate(module, data, verbose=False)[0]) == {"val/loss", "val/accuracy"}
+    assert set(trainer.test(module, data, verbose=False)[0]) == {"test/loss", "test/accuracy"}
+    rows = [row for part in trainer.predict(module, data) or [] for row in part]
+    assert sorted(row["index"] for row in rows) == sorted(e.index for e in data.examples("test"))
+    texts = {e.index: e for e in data.examples("test")}
+    for row in rows:
+        assert set(row) == {"index", "prompt", "candidates", "scores", "prediction", "label"}
+        assert row["prompt"] == texts[row["index"]].prompt
+        assert row["prediction"] == max(range(2), key=lambda i: row["scores"][i])
+        assert row["label"] == texts[row["index"]].label
+
+
+def test_evaluation_equals_its_definition(tiny_folder: Path) -> None:
+    module, data = SparseMeZOModule(str(tiny_folder), fast), demo(num_dev=21, eval_batch_size=4)
+    trainer = Trainer(**QUIET)
+    values = trainer.validate(module, data, verbose=False)[0]
+    rows = []
+    tokenizer = module.tokenizer
+    assert tokenizer is not None
+    for example in data.examples("dev"):
+        scores = []
+        for candidate in example.candidates:
+            prompt = tokenizer(example.prompt)["input_ids"]
+            ids = torch.tensor([tokenizer(example.prompt + candidate)["input_ids"]])
+            log_probs = module.model(ids).logits[0, :-1].log_softmax(-1)
+            tokens = ids[0, len(prompt) :]
+            scores.append(log_probs[len(prompt) - 1 :].gather(1, tokens[:, None]).mean())
+        rows.append((torch.stack(scores), example.label))
+    loss = torch.stack([nn.functional.cross_entropy(s[None], torch.tensor([label])) for s, label in rows]).mean()
+    accuracy = sum(int(s.argmax()) == label for s, label in rows) / len(rows)
+    assert values["val/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert values["val/accuracy"] == pytest.approx(accuracy)
+
+
+def test_val_loss_keeps_its_digits_in_16_bits(tiny_folder: Path) -> None:
+    module, trainer = SparseMeZOModule(str(tiny_folder), fast), Trainer(**QUIET, precision="bf16-true")
+    loss = trainer.validate(module, demo(), verbose=False)[0]["val/loss"]
+    assert loss != torch.tensor(loss, dtype=torch.bfloat16).item()
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8, 100])
+@pytest.mark.parametrize("objective", ["classification", "lm"])
+def test_micro_batches_weigh_by_example(tiny_folder: Path, micro_batch_size: int, objective: str) -> None:
+    from dataclasses import replace
+
+    from smezo_pl.tasks import get_task
+
+    data = demo(task=replace(get_task("demo"), objective=objective))
+    whole = SparseMeZOModule(str(tiny_folder), fast)
+    parts = SparseMeZOModule(str(tiny_folder), fast, micro_batch_size=micro_batch_size)
+    losses = {}
+    for module in (whole, parts):
+        module.trainer = Trainer(**QUIET)
+        module.configure_model()
+        data.set_tokenizer(module.tokenizer)  # type: ignore[arg-type]
+        batch = next(iter(data.train_dataloader()))
+        with torch.no_grad():
+            losses[module] = module.batch_loss(batch)
+    assert losses[whole].dtype == torch.float32
+    torch.testing.assert_close(losses[parts], losses[whole], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("wrap", [lambda x, y: (x, y), lambda x, y: {"x": x, "y": [y, "kept"]}])
+def test_micro_batches_of_any_tensors(perceptron: nn.Module, wrap: Callable[..., Any]) -> None:
+    seen: list[int] = []
+
+    class Sum(SparseMeZOModule):
+        def loss(self, batch: Any) -> Tensor:
+            x = batch["x"] if isinstance(batch, dict) else batch[0]
+            y = batch["y"][0] if isinstance(batch, dict) else batch[1]
+            seen.append(len(x))
+            return (self.model(x) - y).square().mean()
+
+    module = Sum(perceptron, fast, micro_batch_size=3)
+    module.trainer = Trainer(**QUIET)
+    x, y = regression_data(batch_size=8).dataset[:8]
+    with torch.no_grad():
+        loss = module.batch_loss(wrap(x, y))
+    assert seen == [3, 3, 2]
+    torch.testing.assert_close(loss, (perceptron(x) - y).square().mean())
+
+
+def test_another_kind_of_model_learns(perceptron: nn.Module) -> None:
+    module = Regression(perceptron, partial(SparseMeZO, lr=1e-2, sparsity=0.0, kernel="torch"))
+    loader = regression_data()
+    trainer = Trainer(**QUIET, max_steps=150)
+    before = trainer.validate(module, loader, verbose=False)[0]["val/loss"]
+    trainer.fit(module, loader, loader)
+    assert trainer.callback_metrics["val/loss"] < 0.5 * before
+    assert "val/accuracy" not in trainer.callback_metrics
+
+
+def test_a_ready_network_is_told_to_save_its_start(perceptron: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "smezo_pl.module"):
+        Trainer(**QUIET, max_steps=1).fit(Regression(perceptron, fast), regression_data())
+    assert any("torch.save(module.model.state_dict(), 'start.pt') before fit" in line for line in caplog.messages)
+
+
+def test_a_named_network_is_not(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "smezo_pl.module"):
+        Trainer(**QUIET, max_steps=1).fit(SparseMeZOModule(str(tiny_folder), fast), demo())
+    assert not any("start.pt" in line for line in caplog.messages)
+    assert "precision 32-true, perturbation layerwise, device cpu" in caplog.messages
+
+
+def test_both_perturbations_train_alike(tiny_folder: Path) -> None:
+    networks = []
+    for perturbation in ("layerwise", "in_place"):
+        module = SparseMeZOModule(str(tiny_folder), fast, perturbation=perturbation)  # type: ignore[arg-type]
+        Trainer(**QUIET, max_steps=3).fit(module, demo())
+        networks.append(module.model)
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.model.modules())
+    for one, other in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_network_is_in_eval_mode_and_needs_no_gradient(perceptron: nn.Module) -> None:
+    modes: list[tuple[bool, bool]] = []
+
+    class Watch(Regression):
+        def loss(self, batch: Any) -> Tensor:
+            modes.append((self.model.training, torch.is_grad_enabled()))
+            return super().loss(batch)
+
+    perceptron.train()
+    Trainer(**QUIET, max_steps=2).fit(Watch(perceptron, fast), regression_data())
+    assert set(modes) == {(False, False)}
+    assert all(p.grad is None for p in perceptron.parameters())
+
+
+def test_scheduler_is_stepped_once_a_step(perceptron: nn.Module) -> None:
+    scheduler = partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=10)
+    module = Regression(perceptron, fast, scheduler)
+    trainer = Trainer(**QUIET, max_steps=5)
+    trainer.fit(module, regression_data())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5e-3)
+
+
+def test_scheduler_that_waits_for_a_metric(perceptron: nn.Module) -> None:
+    scheduler = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.1, threshold=10.0)
+    module = Regression(perceptron, fast, scheduler)
+    trainer = Trainer(**{**QUIET, "max_epochs": 3})
+    trainer.fit(module, regression_data(), regression_data())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-5)
+
+
+def test_callbacks_can_watch(tiny_folder: Path, tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=1)
+    watch = [best, EarlyStopping("val/accuracy", mode="max", patience=1)]
+    module = SparseMeZOModule(str(tiny_folder), partial(fast, lr=0.0))
+    trainer = Trainer(**{**QUIET, "max_epochs": 5, "enable_checkpointing": True}, callbacks=watch)
+    trainer.fit(module, demo())
+    assert trainer.current_epoch == 2
+    assert Path(best.best_model_path).is_file()
+
+
+def test_full_checkpoint_loads_and_resumes(tiny_folder: Path, tmp_path: Path) -> None:
+    def fit(steps: int, ckpt_path: Path | None = None) -> tuple[SparseMeZOModule, Trainer]:
+        module = SparseMeZOModule(str(tiny_folder), partial(fast, lr=1e-2))
+        trainer = Trainer(**QUIET, max_steps=steps)
+        trainer.fit(module, demo(), ckpt_path=ckpt_path)
+        return module, trainer
+
+    whole, _ = fit(6)
+    _, trainer = fit(3)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(6, tmp_path / "half.ckpt")
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    loaded = SparseMeZOModule.load_from_checkpoint(tmp_path / "half.ckpt")
+    assert loaded.pretrained == str(tiny_folder)
+    assert loaded.hparams["sparse_mezo"]["lr"] == 1e-2
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]},
+        {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3},
+    ],
+)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_adapters_train_alone(tiny_folder: Path, adapter: dict[str, Any], precision: Any) -> None:
+    module = SparseMeZOModule(str(tiny_folder), partial(SparseMeZO, lr=1e-2, eps=1e-2, kernel="torch"), adapter=adapter)
+    module.configure_model()
+    start = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+    module = SparseMeZOModule(str(tiny_folder), partial(SparseMeZO, lr=1e-2, eps=1e-2, kernel="torch"), adapter=adapter)
+    Trainer(**QUIET, max_steps=10, precision=precision).fit(module, demo())
+    for name, p in module.model.named_parameters():
+        same = torch.equal(p.float(), start[name].to(p.dtype).float())
+        if not p.requires_grad:
+            assert same, name
+        elif "lora_A" not in name:
+            assert not same, name
+
+
+def test_lora_b_moves_in_100_steps(tiny_folder: Path) -> None:
+    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+    module = SparseMeZOModule(str(tiny_folder), partial(SparseMeZO, lr=1e-2, eps=1e-2, kernel="torch"), adapter=adapter)
+    Trainer(**QUIET, max_steps=100).fit(module, demo())
+    moved = {name: p.abs().max() for name, p in module.model.named_parameters() if "lora_B" in name}
+    assert len(moved) == 4
+    assert all(value > 1e-4 for value in moved.values())
+
+
+def test_save_pretrained(tiny_folder: Path, tmp_path: Path) -> None:
+    module = SparseMeZOModule(str(tiny_folder), partial(fast, lr=1e-2), save_pretrained=str(tmp_path / "out"))
+    Trainer(**QUIET, max_steps=2).fit(module, demo())
+    again = SparseMeZOModule(str(tmp_path / "out"), fast)
+    again.configure_model()
+    for a, b in zip(module.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert again.tokenizer is not None
+    assert again.tokenizer("It was great")["input_ids"] == module.tokenizer("It was great")["input_ids"]  # type: ignore[misc]
+
+
+def test_ready_language_model_with_its_tokenizer(
+    make_tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: Any
+) -> None:
+    module = SparseMeZOModule(make_tiny_model("gpt2"), fast)
+    assert module.tokenizer is None
+    Trainer(**QUIET, max_steps=1).fit(module, demo(tokenizer=tiny_tokenizer))
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"perturbation": "layers"}, "perturbation must be 'layerwise' or 'in_place', got 'layers'"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
+        ({"save_pretrained": "x"}, "save_pretrained needs a transformers model, got Perceptron"),
+    ],
+)
+def test_wrong_arguments(perceptron: nn.Module, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseMeZOModule(perceptron, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_clip_val": 1.0}, "gradient_clip_val=1.0: there are no gradients to clip.*micro_batch_size"),
+        ({"accumulate_grad_batches": 4}, "accumulate_grad_batches=4: there are no gradients.*micro_batch_size"),
+    ],
+)
+def test_trainer_settings_that_need_gradients(perceptron: nn.Module, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        Trainer(**QUIET, **settings).fit(Regression(perceptron, fast), regression_data())
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "transformer-engine", "nf4"])
+def test_precisions_that_do_not_hold(precision: str) -> None:
+    with pytest.raises(MisconfigurationException, match="precision"):
+        check_precision(precision)
+
+
+def test_16_mixed_is_named() -> None:
+    with pytest.raises(MisconfigurationException, match="'16-mixed' scales gradients, and there are none here: use 'bf16-mixed'"):
+        check_precision("16-mixed")
+
+
+def test_16_mixed_on_the_cpu_says_what_was_taken(perceptron: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.warns(UserWarning, match="bf16-mixed"):
+        trainer = Trainer(**QUIET, max_steps=1, precision="16-mixed")
+    with caplog.at_level(logging.INFO, "smezo_pl.module"):
+        trainer.fit(Regression(perceptron, fast), regression_data())
+    assert "precision bf16-mixed, perturbation layerwise, device cpu" in caplog.messages
+
+
+def test_another_optimizer(perceptron: nn.Module) -> None:
+    module = Regression(perceptron, torch.optim.Adam)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="optimizer must build a SparseMeZO, got Adam, which needs gradients"):
+        Trainer(**QUIET, max_steps=1).fit(module, regression_data())
+
+
+def test_model_that_is_not_there() -> None:
+    with pytest.raises(FileNotFoundError, match="pretrained='./nowhere'"):
+        Trainer(**QUIET, max_steps=1).fit(SparseMeZOModule("./nowhere", fast), demo())
+
+
+def test_batch_that_cannot_be_split(perceptron: nn.Module) -> None:
+    module = Regression(perceptron, fast, micro_batch_size=2)
+    module.trainer = Trainer(**QUIET)
+    with pytest.raises(ValueError, match=r"micro_batch_size=2: the batch's tensors differ in their first dimension \(\[3, 4\]\)"):
+        module.batch_loss((torch.zeros(3, 4), torch.zeros(4, 1)))
+    with pytest.raises(TypeError, match="cannot tell the number of examples in a batch of type str"):
+        module.batch_loss("text")
+
+
+def test_loss_that_stays_infinite(perceptron: nn.Module) -> None:
+    class Infinite(SparseMeZOModule):
+        def loss(self, batch: Any) -> Tensor:
+            return torch.tensor(float("inf"))
+
+    module = Infinite(perceptron, partial(fast, max_skipped=3))
+    with pytest.raises(RuntimeError, match="the loss was not finite in 3 steps in a row.*smaller lr"):
+        Trainer(**QUIET, max_steps=50).fit(module, regression_data())

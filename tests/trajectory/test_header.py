@@ -1,0 +1,154 @@
+import json
+import random
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smezo_pl.optim import SparseMeZO
+from smezo_pl.trajectory import header as module
+from smezo_pl.trajectory.errors import TrajectoryError
+from smezo_pl.trajectory.header import Header
+from smezo_pl.trajectory.recorder import describe
+from tests.trajectory.runs import network
+
+
+@pytest.fixture
+def header() -> Header:
+    model = network()
+    named = list(model.named_parameters())
+    groups = [{"params": named[:3], "lr": 1e-3}, {"params": named[3:], "mask": "large"}]
+    optimizer = SparseMeZO(groups, seed=2**64 - 1, dense="3.*", exclude="0.bias", kernel="torch")
+    return describe(optimizer, model, pretrained="some/model", revision="abc")
+
+
+def plain(header: Header) -> dict[str, Any]:
+    return dict(json.loads(zlib.decompress(header.to_bytes())))
+
+
+def read(plain: Any) -> Header:
+    return Header.from_bytes(zlib.compress(json.dumps(plain).encode()), "FILE")
+
+
+def test_a_header_comes_back_as_it_was(header: Header) -> None:
+    assert Header.from_bytes(header.to_bytes(), "FILE") == header
+
+
+def test_it_says_what_takes_part(header: Header) -> None:
+    assert header.active == ("0.weight", "2.weight", "2.bias", "3.weight", "3.bias")
+    assert [group.numbers for group in header.groups] == [(0, 2), (3, 4, 5)]
+    assert [group.dense for group in header.groups] == [(), ("3.weight", "3.bias")]
+    assert [group.mask for group in header.groups] == ["small", "large"]
+    assert len(header.tensors) == 6
+    assert header.model == {"name": "some/model", "revision": "abc"}
+    assert header.seed == 2**64 - 1
+    assert header.machine["kernel"] == "torch"
+    assert {"smezo_pl", "torch", "python"} <= set(header.versions)
+
+
+def test_a_later_format_says_which_version_reads_it(header: Header) -> None:
+    changed = {**plain(header), "format": 7, "versions": {"smezo_pl": "3.1"}, "groups": "unknown to us"}
+    with pytest.raises(TrajectoryError, match=r"FILE: format 7, written by smezo_pl 3\.1; .* up to 1"):
+        read(changed)
+
+
+def test_other_noise_says_which_version_draws_it(header: Header) -> None:
+    with pytest.raises(TrajectoryError, match=r"noise scheme 2, written by smezo_pl 0\.1"):
+        read(plain(replace(header, noise_scheme=2)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": 1 << 64}, "seed"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"noise": "cauchy"}, "noise is cauchy"),
+        ({"first_step": True}, "first_step"),
+        ({"root": "00"}, "root"),
+        ({"root": 5}, "damaged"),
+        ({"groups": []}, "no parameter group"),
+        ({"surprise": 1}, "surprise"),
+        ({"settings": []}, "settings"),
+        ({"run": None}, "run"),
+    ],
+)
+def test_values_that_no_writer_writes_are_refused(header: Header, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrajectoryError, match=f"FILE: the header is damaged.*{message}"):
+        read({**plain(header), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"names": ["nowhere", "2.weight"]}, "nowhere takes part but is no tensor"),
+        ({"names": ["0.weight", "0.weight"]}, "twice"),
+        ({"numbers": [0]}, "do not fit"),
+        ({"numbers": [-1, 2]}, "number of 0.weight"),
+        ({"numbers": [1 << 24, 2]}, "number of 0.weight"),
+        ({"dense": ["3.weight"]}, "do not fit"),
+        ({"mask": "huge"}, "mask is huge"),
+        ({"mask_update": 3}, "mask is small, 3"),
+        ({"maximize": 1}, "maximize"),
+        ({"thresholds": []}, "thresholds"),
+        ({"thresholds": [None, "1"]}, "threshold is no number"),
+        ({"mask_step": -4}, "mask_step"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(header: Header, changes: dict[str, Any], message: str) -> None:
+    changed = plain(header)
+    changed["groups"][0] |= changes
+    with pytest.raises(TrajectoryError, match=f"damaged.*{message}"):
+        read(changed)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("name", "2.weight", "there twice"),
+        ("name", 5, "has no name"),
+        ("shape", [-1, 2], "size of 0.weight"),
+        ("shape", [1 << 60], "size of 0.weight"),
+        ("shape", [1 << 30, 1 << 30], "has shape"),
+        ("shape", ["2"], "size of 0.weight"),
+        ("dtype", "complex64", "of no dtype"),
+        ("dtype", None, "has shape"),
+    ],
+)
+def test_tensors_that_cannot_be_are_refused(header: Header, column: str, value: Any, message: str) -> None:
+    changed = plain(header)
+    changed["tensors"][column][0] = value
+    with pytest.raises(TrajectoryError, match=f"damaged.*{message}"):
+        read(changed)
+
+
+def test_columns_of_different_length_are_refused(header: Header) -> None:
+    changed = plain(header)
+    del changed["tensors"]["shape"][0]
+    with pytest.raises(TrajectoryError, match="differ in number"):
+        read(changed)
+
+
+def test_a_bomb_is_refused_before_it_goes_off(header: Header, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_HEADER_BYTES", 1 << 12)
+    with pytest.raises(TrajectoryError, match="inflates to more than 4096 bytes"):
+        Header.from_bytes(zlib.compress(b" " * (1 << 20)), "FILE")
+
+
+def test_mutated_headers_are_read_or_refused_cleanly(header: Header) -> None:
+    noise = random.Random(0)
+    text = zlib.decompress(header.to_bytes())
+    refused = 0
+    for _ in range(2000):
+        wrong = bytearray(text)
+        for _ in range(noise.randint(1, 4)):
+            place = noise.randrange(len(wrong))
+            wrong[place : place + noise.randint(0, 3)] = noise.randbytes(noise.randint(0, 3))
+        try:
+            Header.from_bytes(zlib.compress(bytes(wrong)), str(Path("FILE")))
+        except TrajectoryError:
+            refused += 1
+    assert refused > 1000

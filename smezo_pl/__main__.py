@@ -1,9 +1,12 @@
 """The console script ``smezo``, also ``python -m smezo_pl``."""
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 
 from smezo_pl import __version__
 from smezo_pl.commands import VERBS
@@ -22,7 +25,7 @@ examples:
   smezo test --config runs/sst2/version_0/config.yaml --ckpt_path runs/sst2/version_0/checkpoints/last.ckpt
   smezo fit --print_config > mine.yaml
 
-`smezo VERB --help` lists every key of a verb."""
+`smezo VERB --help` lists every key of a verb, `smezo fit --model.optimizer.help` those of the optimizer."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -45,7 +48,21 @@ def main(args: Sequence[str] | None = None) -> None:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         print(f"smezo: error: there is no verb {words[0]!r}{hint} The verbs are {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
-    import_module(verb.module).main(words)
+    try:
+        import_module(verb.module).main(words)
+    except Exception as error:
+        if os.environ.get("SMEZO_TRACEBACK") or not _is_message(error):
+            raise
+        print(f"smezo: error: {error}\n(SMEZO_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+        sys.exit(1)
+
+
+def _is_message(error: Exception) -> bool:
+    """Whether the package raised it to say something, rather than by mistake."""
+    mistakes = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError)
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    return ours and not isinstance(error, mistakes)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def batch_weight(batch: Any) -> int:
 def split_batch(batch: Any, micro_batch_size: int | None) -> list[Any]:
     """Parts of at most ``micro_batch_size`` examples; the batch itself if None.
 
-    Prompts are sorted by length. Of other batches every tensor in (nested) tuples, lists and dicts is cut along its first
-    dimension; what is not a tensor, or has no dimension, is in every part.
+    Prompts are sorted by length. Of other batches every tensor in (nested) tuples, lists and dicts is cut along its
+    first dimension; what is not a tensor, or has no dimension, is in every part.
 
     Raises:
         TypeError: If the batch holds no tensor.
@@ -47,8 +47,8 @@ def split_batch(batch: Any, micro_batch_size: int | None) -> list[Any]:
     sizes = {tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim}
     if len(sizes) > 1:
         raise ValueError(
-            f"micro_batch_size={micro_batch_size}: the batch's tensors differ in their first dimension ({sorted(sizes)}), "
-            "so it cannot be split by example"
+            f"micro_batch_size={micro_batch_size}: the batch's tensors differ in their first dimension "
+            f"({sorted(sizes)}), so it cannot be split by example"
         )
     return [_cut(batch, start, start + micro_batch_size) for start in range(0, size, micro_batch_size)]
 

@@ -25,6 +25,16 @@ DEFAULT_CALLBACKS: dict[str | None, tuple[type[Callback], ...]] = {
 }
 """Callbacks that a verb adds where the configuration names none of that class; None is `build`."""
 
+TRAINER_DEFAULTS = {
+    "default_root_dir": "runs",
+    "enable_model_summary": False,
+    "log_every_n_steps": 10,
+    "max_steps": 20_000,
+    "num_sanity_val_steps": 0,
+}
+"""The papers train for 20,000 steps. The sanity check would come twice, as the run is measured before it starts; the
+summary tells less than the line that is logged when the model is there."""
+
 
 class SmezoCLI(LightningCLI):
     """``smezo fit | validate | test | predict``.
@@ -36,12 +46,24 @@ class SmezoCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name."""
         parser.add_argument(
-            "--name", type=str | None, default=None, help="The run's folder is runs/<name>/version_<n>; the task's name if null."
+            "--name",
+            type=str | None,
+            default=None,
+            help="The run's folder is runs/<name>/version_<n>; the task's name if null.",
         )
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Make the parser; without verbs it also takes the configuration that a verb saved."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        if not add_subcommands:
+            for key in ("ckpt_path", "weights_only", "verbose", "return_predictions"):
+                self.parser.add_argument(f"--{key}", type=Any, default=None, help="Of a verb; not used here.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, without Lightning's warning that ``sys.argv`` is not empty (in a notebook it never is)."""
-        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
+        self.config = parser.parse_args(args) if isinstance(args, list) else parser.parse_object(args)
 
     def _parse_ckpt_path(self) -> None:
         pass
@@ -91,7 +113,7 @@ def build(config: str | Path | dict[str, Any] | None = None, *overrides: str, ru
         parser_kwargs={"prog": "smezo"},
         save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
-        trainer_defaults={"default_root_dir": "runs", "log_every_n_steps": 10, "num_sanity_val_steps": 0},
+        trainer_defaults=TRAINER_DEFAULTS,
         args=config if isinstance(config, dict) else [*file, *overrides],
         run=run,
     )
@@ -110,9 +132,17 @@ def main(args: Sequence[str] | None = None) -> None:
 def show_log() -> None:
     """Print what the package logs, one line a message, on the first process."""
     log = logging.getLogger("smezo_pl")
-    if rank_zero_only.rank == 0 and not any(isinstance(handler, _Terminal) for handler in log.handlers):
+    if getattr(rank_zero_only, "rank", 0) == 0 and not any(isinstance(handler, _Terminal) for handler in log.handlers):
         log.addHandler(_Terminal())
         log.setLevel(logging.INFO)
+    # Lightning advertises a logger of its own at every start.
+    advertiser = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if _no_advertising not in advertiser.filters:
+        advertiser.addFilter(_no_advertising)
+
+
+def _no_advertising(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 class _Terminal(logging.Handler):

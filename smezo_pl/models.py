@@ -1,6 +1,7 @@
 """Pretrained causal language models: a hub name, a local folder or a GGUF file; adapters through PEFT."""
 
 import logging
+import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ def load_model(
 
     Args:
         pretrained: Name on the Hugging Face hub, local folder in its format, or a ``.gguf`` file.
-        dtype: Type of the weights; they are read into it directly, so memory holds one copy. None: torch's default type.
+        dtype: Type of the weights; they are read into it directly, so memory holds one copy. None: torch's default.
         revision: Branch, tag or commit on the hub.
 
     Returns:
@@ -50,18 +51,18 @@ def load_network(
     try:
         # Lightning builds inside a device context, for which transformers would need accelerate.
         with torch.device("cpu"):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, output_loading_info=True, **arguments
             )
     except OSError as error:
         raise _not_given(pretrained, error) from error
-    if missing := sorted(report["missing_keys"]):
+    network: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
         raise ValueError(
-            f"pretrained={str(pretrained)!r} lacks {len(missing)} of the weights of {type(model).__name__}, which would be "
-            f"random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+            f"pretrained={str(pretrained)!r} lacks {len(missing)} of the weights of {type(network).__name__}, which "
+            f"would be random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
-    model.eval()
-    network: PreTrainedModel = model
+    network.train(False)
     size = sum(p.numel() for p in network.parameters())
     logger.info("%s: %s, %s parameters, %s, %s", pretrained, type(network).__name__, f"{size:,}", dtype, network.device)
     return network
@@ -93,7 +94,8 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
 
     Args:
         model: The network.
-        adapter: ``peft_type`` (``LORA``, ``PREFIX_TUNING``, ...) and the arguments of PEFT's configuration of that type.
+        adapter: ``peft_type`` (``LORA``, ``PREFIX_TUNING``, ...) and the arguments of PEFT's configuration of that
+            type.
         seed: Seed of the adapter's own starting weights; torch's generator is left as it was.
 
     Returns:
@@ -106,16 +108,20 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
     if find_spec("peft") is None:
         raise ModuleNotFoundError("adapter needs peft: pip install 'smezo_pl[peft]'")
     import peft
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as TYPES
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    types: dict[str, Any] = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     arguments = {"task_type": "CAUSAL_LM", **adapter}
     kind = str(arguments.pop("peft_type", "")).upper()
-    if kind not in TYPES:
-        known = ", ".join(sorted(str(getattr(t, "value", t)) for t in TYPES))
-        raise ValueError(f"adapter needs peft_type, one of {known}; got {adapter.get('peft_type')!r}")
+    if kind not in types:
+        raise ValueError(
+            f"adapter needs peft_type, one of {', '.join(sorted(types))}; got {adapter.get('peft_type')!r}"
+        )
     try:
-        settings = TYPES[kind](**arguments)
-        with torch.random.fork_rng(devices=[]):
+        settings = types[kind](**arguments)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # peft 0.21 asks transformers 5.23 by a name that it will drop in version 6.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             torch.manual_seed(seed)
             wrapped: nn.Module = peft.get_peft_model(model, settings)
     except (TypeError, ValueError) as error:
@@ -134,11 +140,12 @@ def _locate(pretrained: str | Path, revision: str | None) -> tuple[str, dict[str
             raise FileNotFoundError(f"pretrained={str(pretrained)!r}: there is no such file")
         if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
             raise ModuleNotFoundError(
-                f"a GGUF file needs {' and '.join(missing)}: pip install 'smezo_pl[gguf]' (pretrained={str(pretrained)!r})"
+                f"a GGUF file needs {' and '.join(missing)}: pip install 'smezo_pl[gguf]' "
+                f"(pretrained={str(pretrained)!r})"
             )
         return str(path.parent), {"gguf_file": path.name}
     if name and path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"; name one of its GGUF files: {', '.join(ggufs)}" if ggufs else ""
             raise FileNotFoundError(f"pretrained={str(pretrained)!r}: the folder holds no config.json{hint}")
@@ -163,6 +170,6 @@ def _unpacked() -> dict[str, Any]:
 def _not_given(pretrained: str | Path, error: OSError) -> OSError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return OSError(
-        f"pretrained={str(pretrained)!r} is neither a folder nor a .gguf file here, and the Hugging Face hub did not give "
-        f"it: {reason} (offline? `hf download {pretrained}` keeps a copy that later runs find)"
+        f"pretrained={str(pretrained)!r} is neither a folder nor a .gguf file here, and the Hugging Face hub did not "
+        f"give it: {reason} (offline? `hf download {pretrained}` keeps a copy that later runs find)"
     )

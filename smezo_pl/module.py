@@ -37,19 +37,20 @@ class SparseMeZOModule(LightningModule):
 
     The network is in ``eval()`` mode throughout. Logged: ``train/loss`` at every step (the mean of both sides),
     ``val/loss``, ``val/accuracy``, ``test/loss`` and ``test/accuracy`` over the whole split; ``ModelCheckpoint`` and
-    ``EarlyStopping`` can watch these. For another kind of model subclass and override `loss`; for other metrics override
-    `evaluate_batch`.
+    ``EarlyStopping`` can watch these. For another kind of model subclass and override `loss`; for other metrics
+    override `evaluate_batch`.
 
     Args:
         pretrained: Name on the Hugging Face hub, local folder, GGUF file, or (from Python) a ready ``nn.Module``.
         optimizer: The optimizer and its settings; given the network's named parameters.
-        lr_scheduler: A scheduler of torch, stepped once a step; one that waits for a metric is stepped after validation.
-        perturbation: ``layerwise`` perturbs each layer inside its own forward and never writes the weights; ``in_place``
-            perturbs the whole model and brings it back from a copy of the active weights.
-        micro_batch_size: Examples in one forward; a batch is run in parts of that size and weighted by example. None: the
-            whole batch at once.
-        adapter: PEFT adapter, for instance ``{peft_type: LORA, r: 8, lora_alpha: 16, target_modules: [q_proj, v_proj]}``;
-            it alone is trained.
+        lr_scheduler: A scheduler of torch, stepped once a step; one that waits for a metric is stepped after
+            validation.
+        perturbation: ``layerwise`` perturbs each layer inside its own forward and never writes the weights;
+            ``in_place`` perturbs the whole model and brings it back from a copy of the active weights.
+        micro_batch_size: Examples in one forward; a batch is run in parts of that size and weighted by example. None:
+            the whole batch at once.
+        adapter: PEFT adapter, which alone is trained, for instance
+            ``{peft_type: LORA, r: 8, lora_alpha: 16, target_modules: [q_proj, v_proj]}``.
         revision: Branch, tag or commit of ``pretrained`` on the hub.
         save_pretrained: Folder that the trained model and its tokenizer are written to, in Hugging Face's format, when
             ``fit`` ends.
@@ -112,7 +113,7 @@ class SparseMeZOModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """No callbacks; the Trainer's settings are checked here, before anything is loaded."""
         check_trainer(self.trainer)
-        silence_expected_warnings()
+        silence_expected_warnings(isinstance(getattr(self.trainer, "datamodule", None), PromptDataModule))
         return []
 
     def setup(self, stage: str) -> None:
@@ -130,6 +131,11 @@ class SparseMeZOModule(LightningModule):
 
     def _adapted(self, network: nn.Module) -> nn.Module:
         return (network if self.adapter is None else add_adapter(network, self.adapter)).eval()
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights into the network, which is made first where it is not there (as after a run in subprocesses)."""
+        self.configure_model()
+        return super().load_state_dict(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> "SparseMeZOModule":
         """Move to a device; a loaded network keeps the dtypes it was loaded with.
@@ -165,8 +171,8 @@ class SparseMeZOModule(LightningModule):
         logger.info("precision %s, perturbation %s, device %s", self.trainer.precision, self.perturbation, self.device)
         if self.pretrained is None:
             logger.warning(
-                "no file holds the starting weights of this network: the record of the run can be replayed only if they "
-                "are saved now, for instance torch.save(module.model.state_dict(), 'start.pt') before fit"
+                "no file holds the starting weights of this network: the record of the run can be replayed only if "
+                "they are saved, for instance by torch.save(module.model.state_dict(), 'start.pt') before fit"
             )
 
     def on_train_start(self) -> None:
@@ -176,11 +182,12 @@ class SparseMeZOModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One step of the optimizer on one batch."""
-        loss = self.optimizers().step(closure=lambda: self.batch_loss(batch))  # type: ignore[union-attr]
+        parts = split_batch(batch, self.micro_batch_size)  # here, as it waits for a GPU, and the closure runs twice
+        loss = self.optimizers().step(closure=lambda: self.batch_loss(parts))  # type: ignore[union-attr]
         self.log("train/loss", loss, prog_bar=True, batch_size=batch_size(batch))
         scheduler = self.lr_schedulers()
         if scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            scheduler.step()  # type: ignore[union-attr, call-arg]
+            scheduler.step()  # type: ignore[union-attr]
 
     def loss(self, batch: Any) -> Tensor:
         """Mean loss over the examples of a batch; override it for another kind of model.
@@ -194,20 +201,21 @@ class SparseMeZOModule(LightningModule):
         total, weight = loss_of(candidate_scores(model_logits(self.model, batch), batch), batch)
         return total / weight
 
-    def batch_loss(self, batch: Any) -> Tensor:
+    def batch_loss(self, parts: list[Any]) -> Tensor:
         """The closure: `loss` over the parts of a batch and over all processes, weighted by example (``lm``: by token).
 
         Returns:
             A float32 scalar, the same bits on every process.
         """
-        weighted = torch.zeros(2, dtype=torch.float32, device=self.device)
-        for part in split_batch(batch, self.micro_batch_size):
-            weight = batch_weight(part)
-            weighted += torch.stack([self.loss(part).float().reshape(()) * weight, weighted.new_tensor(float(weight))])
-        if self.trainer.world_size > 1:
-            # Gathered and added in the order of ranks, where a reduction might add in another order on each process.
-            weighted = self.trainer.strategy.all_gather(weighted).sum(0)
-        return weighted[0] / weighted[1]
+        weights = [batch_weight(part) for part in parts]
+        losses = [self.loss(part).float().reshape(()) * weight for part, weight in zip(parts, weights, strict=True)]
+        total, weight = torch.stack(losses).sum(), float(sum(weights))
+        if self.trainer.world_size == 1:
+            return total / weight
+        # Gathered and added in the order of ranks, where a reduction might add in another order on each process.
+        both = torch.stack([total, total.new_tensor(weight)])
+        total, overall = self.trainer.strategy.all_gather(both).sum(0).unbind()
+        return total / overall
 
     # ------------------------------------------------------------------ evaluation
 
@@ -247,11 +255,8 @@ class SparseMeZOModule(LightningModule):
         self._log_means("test")
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """What the model makes of each example: its index, prompt, candidates, scores, prediction and label."""
-        scores = candidate_scores(model_logits(self.model, batch), batch)
-        data = getattr(self.trainer, "datamodule", None)
-        examples = data.examples("test") if isinstance(data, PromptDataModule) else []
-        return prediction_rows(batch, scores, {example.index: example for example in examples})
+        """What the model makes of each example: index in its data set, scores of the candidates, prediction, label."""
+        return prediction_rows(batch, candidate_scores(model_logits(self.model, batch), batch))
 
     def on_validation_start(self) -> None:
         """Bring back the weights of a checkpoint that holds none."""
@@ -267,7 +272,8 @@ class SparseMeZOModule(LightningModule):
 
     def on_fit_end(self) -> None:
         """Write the trained model as a Hugging Face folder."""
-        if self.save_folder is None or self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+        trial = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.save_folder is None or trial or not self.trainer.is_global_zero:
             return
         folder = Path(self.save_folder)
         self.model.save_pretrained(folder)  # type: ignore[operator]

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from smezo_pl.optim import SparseMeZO
 
-# How jsonargparse names a key that it does not know: on the command line, in a group of a file, within a class's arguments.
+# How jsonargparse names a key that it does not know: on the command line, in a group of a file, in a class's arguments.
 _UNKNOWN = (
     re.compile(r"[Uu]nrecognized arguments: --([\w.+-]+)"),
     re.compile(r"does not accept (?:option|nested key|key) '([\w.+-]+)'"),
@@ -21,17 +21,23 @@ _UNKNOWN = (
 )
 
 
+# What jsonargparse says around an error in the arguments of a class: the type's full name, and the value a second time.
+_AROUND = re.compile(r"Type \S*Callable\[.*?\] expects a function or a callable class: |\.* Got value: Namespace\(.*\)")
+
+
 class SuggestingParser(LightningArgumentParser):
     """Lightning's parser, with short errors: what is wrong, what may have been meant, where help is."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong and exit with status 2."""
-        message += suggestion(message, known_keys(self))
         if not self.exit_on_error:
             super().error(message, ex)
+        message = _AROUND.sub("", message)
         # The usage line, which would come first, names all of the Trainer's hundred options.
         parser = getattr(ex, "subcommand_parser", None) or self
-        sys.stderr.write(f"smezo: error: {message}\n`{parser.prog} --help` lists all keys\n")
+        program = parser.prog.replace(" [options]", "")
+        hint = suggestion(message, known_keys(self))
+        sys.stderr.write(f"smezo: error: {message}{hint}\n`{program} --help` lists all keys\n")
         self.exit(2)
 
 

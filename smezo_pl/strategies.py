@@ -18,10 +18,10 @@ class ReplicasDifferError(RuntimeError):
 class ForwardDDPStrategy(DDPStrategy):
     """Every process holds the whole network, runs its own part of the batch and makes the same update.
 
-    Only losses travel: `SparseMeZOModule` gathers them within the step, so all processes get the same projected gradient
-    and, since the noise is a function of integers, the same weights to the last bit. Nothing is wrapped and no gradient
-    bucket is held. The weights are compared over the processes before the first step, every ``check_every`` steps and
-    after the last one. Registered as ``strategy="forward_ddp"``.
+    Only losses travel: `SparseMeZOModule` gathers them within the step, so all processes get the same projected
+    gradient and, since the noise is a function of integers, the same weights to the last bit. Nothing is wrapped and no
+    gradient bucket is held. The weights are compared over the processes before the first step, every ``check_every``
+    steps and after the last one. Registered as ``strategy="forward_ddp"``.
 
     Args:
         check_every: Steps between two comparisons, at least 1.
@@ -80,8 +80,8 @@ class ForwardDDPStrategy(DDPStrategy):
             if (differs := (others != all_sums[0]).nonzero()).numel():
                 raise ReplicasDifferError(
                     f"the weights of process {rank} are not those of process 0: {len(differs)} of {len(names)} tensors "
-                    f"differ, the first is {names[int(differs[0])]}. Was a parameter changed outside the optimizer, or on "
-                    "one process alone?"
+                    f"differ, the first is {names[int(differs[0])]}. Was a parameter changed outside the optimizer, or "
+                    "on one process alone?"
                 )
         logger.debug("replicas compared: %d processes hold the same bits", self.world_size)
 

@@ -152,7 +152,11 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     adjectives = ("great", "lovely", "terrible", "awful")
     rows: dict[str, Callable[[int], dict[str, object]]] = {
-        "sst2": lambda i: {"sentence": f"the movie number {i} is {adjectives[i % 4]} ", "label": int(i % 4 < 2), "idx": i},
+        "sst2": lambda i: {
+            "sentence": f"the movie number {i} is {adjectives[i % 4]} ",
+            "label": int(i % 4 < 2),
+            "idx": i,
+        },
         "rte": lambda i: {"premise": f"It is {i}.", "hypothesis": f"Not {i % 3}.", "label": i % 2, "idx": i},
         "boolq": lambda i: {"question": f"is it {i}", "passage": f"It is {i % 5}.", "label": i % 2, "idx": i},
     }

@@ -43,7 +43,9 @@ def test_a_device_context_does_not_matter(tiny_folder: Path) -> None:
         assert load_network(tiny_folder).device == torch.device("cpu")
 
 
-def test_pad_token(tiny_tokenizer: PreTrainedTokenizerFast, tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_pad_token(
+    tiny_tokenizer: PreTrainedTokenizerFast, tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert tiny_tokenizer.pad_token is None
     with caplog.at_level(logging.INFO, "smezo_pl.models"):
         tokenizer = load_tokenizer(tiny_folder)
@@ -191,7 +193,10 @@ def test_prefix(make_tiny_model: Callable[..., PreTrainedModel]) -> None:
     [
         ({"r": 8}, "adapter needs peft_type, one of .*LORA.*; got None"),
         ({"peft_type": "LORRA"}, "adapter needs peft_type, one of .*; got 'LORRA'"),
-        ({"peft_type": "LORA", "rank": 8}, "adapter={'peft_type': 'LORA', 'rank': 8}: .*unexpected keyword argument 'rank'"),
+        (
+            {"peft_type": "LORA", "rank": 8},
+            "adapter={'peft_type': 'LORA', 'rank': 8}: .*unexpected keyword argument 'rank'",
+        ),
         ({**LORA, "target_modules": ["nope"]}, "Target modules {'nope'} not found"),
     ],
 )

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
+from smezo_pl.batches import split_batch
 from smezo_pl.models import load_network
 from smezo_pl.trainer_checks import check_precision
 
@@ -55,7 +56,9 @@ def test_fit_validate_test_predict(tiny_folder: Path, precision: Any) -> None:
     module = SparseMeZOModule(str(tiny_folder), partial(fast, lr=1e-2))
     data, trainer = demo(), Trainer(**QUIET, max_steps=4, precision=precision)
     trainer.fit(module, data)
-    kept = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+    kept = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}.get(
+        precision, torch.float32
+    )
     assert {p.dtype for p in module.parameters()} == {kept}
     assert trainer.global_step == 4
     assert {"train/loss", "val/loss", "val/accuracy"} <= set(trainer.callback_metrics)
@@ -67,8 +70,7 @@ def test_fit_validate_test_predict(tiny_folder: Path, precision: Any) -> None:
     assert sorted(row["index"] for row in rows) == sorted(e.index for e in data.examples("test"))
     texts = {e.index: e for e in data.examples("test")}
     for row in rows:
-        assert set(row) == {"index", "prompt", "candidates", "scores", "prediction", "label"}
-        assert row["prompt"] == texts[row["index"]].prompt
+        assert set(row) == {"index", "scores", "prediction", "label"}
         assert row["prediction"] == max(range(2), key=lambda i: row["scores"][i])
         assert row["label"] == texts[row["index"]].label
 
@@ -118,7 +120,7 @@ def test_micro_batches_weigh_by_example(tiny_folder: Path, micro_batch_size: int
         data.set_tokenizer(module.tokenizer)  # type: ignore[arg-type]
         batch = next(iter(data.train_dataloader()))
         with torch.no_grad():
-            losses[module] = module.batch_loss(batch)
+            losses[module] = module.batch_loss(split_batch(batch, module.micro_batch_size))
     assert losses[whole].dtype == torch.float32
     torch.testing.assert_close(losses[parts], losses[whole], rtol=1e-5, atol=0)
 
@@ -134,11 +136,11 @@ def test_micro_batches_of_any_tensors(perceptron: nn.Module, wrap: Callable[...,
             seen.append(len(x))
             return (self.model(x) - y).square().mean()
 
-    module = Sum(perceptron, fast, micro_batch_size=3)
+    module = Sum(perceptron, fast)
     module.trainer = Trainer(**QUIET)
     x, y = regression_data(batch_size=8).dataset[:8]
     with torch.no_grad():
-        loss = module.batch_loss(wrap(x, y))
+        loss = module.batch_loss(split_batch(wrap(x, y), 3))
     assert seen == [3, 3, 2]
     torch.testing.assert_close(loss, (perceptron(x) - y).square().mean())
 
@@ -200,7 +202,7 @@ def test_scheduler_is_stepped_once_a_step(perceptron: nn.Module) -> None:
 
 
 def test_scheduler_that_waits_for_a_metric(perceptron: nn.Module) -> None:
-    scheduler = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.1, threshold=10.0)
+    scheduler = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.1, threshold=0.9999)
     module = Regression(perceptron, fast, scheduler)
     trainer = Trainer(**{**QUIET, "max_epochs": 3})
     trainer.fit(module, regression_data(), regression_data())
@@ -218,21 +220,22 @@ def test_callbacks_can_watch(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_full_checkpoint_loads_and_resumes(tiny_folder: Path, tmp_path: Path) -> None:
-    def fit(steps: int, ckpt_path: Path | None = None) -> tuple[SparseMeZOModule, Trainer]:
+    def fit(steps: int, folder: Path, ckpt_path: Path | None = None) -> SparseMeZOModule:
         module = SparseMeZOModule(str(tiny_folder), partial(fast, lr=1e-2))
-        trainer = Trainer(**QUIET, max_steps=steps)
+        keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
+        trainer = Trainer(**{**QUIET, "enable_checkpointing": True}, max_steps=steps, callbacks=[keep])
         trainer.fit(module, demo(), ckpt_path=ckpt_path)
-        return module, trainer
+        return module
 
-    whole, _ = fit(6)
-    _, trainer = fit(3)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, _ = fit(6, tmp_path / "half.ckpt")
+    whole = fit(5, tmp_path / "whole")
+    half = tmp_path / "whole" / "step=3.ckpt"
+    with pytest.warns(UserWarning, match="The dirpath has changed"):
+        resumed = fit(5, tmp_path / "resumed", half)
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    loaded = SparseMeZOModule.load_from_checkpoint(tmp_path / "half.ckpt")
+    loaded = SparseMeZOModule.load_from_checkpoint(half)
     assert loaded.pretrained == str(tiny_folder)
-    assert loaded.hparams["sparse_mezo"]["lr"] == 1e-2
+    assert torch.load(half)["hyper_parameters"]["sparse_mezo"]["lr"] == 1e-2
 
 
 @pytest.mark.parametrize(
@@ -275,6 +278,19 @@ def test_save_pretrained(tiny_folder: Path, tmp_path: Path) -> None:
         assert torch.equal(a, b)
     assert again.tokenizer is not None
     assert again.tokenizer("It was great")["input_ids"] == module.tokenizer("It was great")["input_ids"]  # type: ignore[misc]
+
+
+def test_saved_adapter_can_be_scored(tiny_folder: Path, tmp_path: Path) -> None:
+    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+    large = partial(SparseMeZO, lr=1e-1, eps=1e-2, kernel="torch")
+    module = SparseMeZOModule(str(tiny_folder), large, adapter=adapter, save_pretrained=str(tmp_path / "adapter"))
+    trainer, data = Trainer(**QUIET, max_steps=4), demo()
+    base = trainer.validate(module, data, verbose=False)[0]["val/loss"]
+    trainer.fit(module, data)
+    trained = trainer.validate(module, data, verbose=False)[0]["val/loss"]
+    again = SparseMeZOModule(str(tmp_path / "adapter"))
+    assert Trainer(**QUIET).validate(again, data, verbose=False)[0]["val/loss"] == pytest.approx(trained, rel=1e-6)
+    assert trained != pytest.approx(base, rel=1e-4)
 
 
 def test_ready_language_model_with_its_tokenizer(
@@ -320,7 +336,9 @@ def test_precisions_that_do_not_hold(precision: str) -> None:
 
 
 def test_16_mixed_is_named() -> None:
-    with pytest.raises(MisconfigurationException, match="'16-mixed' scales gradients, and there are none here: use 'bf16-mixed'"):
+    with pytest.raises(
+        MisconfigurationException, match="'16-mixed' scales gradients, and there are none here: use 'bf16-mixed'"
+    ):
         check_precision("16-mixed")
 
 
@@ -343,13 +361,13 @@ def test_model_that_is_not_there() -> None:
         Trainer(**QUIET, max_steps=1).fit(SparseMeZOModule("./nowhere", fast), demo())
 
 
-def test_batch_that_cannot_be_split(perceptron: nn.Module) -> None:
-    module = Regression(perceptron, fast, micro_batch_size=2)
-    module.trainer = Trainer(**QUIET)
-    with pytest.raises(ValueError, match=r"micro_batch_size=2: the batch's tensors differ in their first dimension \(\[3, 4\]\)"):
-        module.batch_loss((torch.zeros(3, 4), torch.zeros(4, 1)))
+def test_batch_that_cannot_be_split() -> None:
+    with pytest.raises(
+        ValueError, match=r"micro_batch_size=2: the batch's tensors differ in their first dimension \(\[3, 4\]\)"
+    ):
+        split_batch((torch.zeros(3, 4), torch.zeros(4, 1)), 2)
     with pytest.raises(TypeError, match="cannot tell the number of examples in a batch of type str"):
-        module.batch_loss("text")
+        split_batch("text", 2)
 
 
 def test_loss_that_stays_infinite(perceptron: nn.Module) -> None:

@@ -85,7 +85,8 @@ def curve_figure(title: str, train: Points, loss: Points, accuracy: Points) -> F
     if loss:
         axes.plot(*zip(*loss, strict=True), color=ORANGE, marker="o", markersize=4.5, linewidth=1.4, label="held out")
     axes.set_ylabel("loss")
-    axes.legend(fontsize=8, frameon=False)
+    if train or loss:
+        axes.legend(fontsize=8, frameon=False)
     if accuracy:
         axes = all_axes[1]
         axes.plot(*zip(*accuracy, strict=True), color=ORANGE, marker="o", markersize=4.5, linewidth=1.4)

@@ -7,7 +7,7 @@ import logging
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,9 +20,6 @@ from smezo_pl.callbacks.common import run_folder, zeroth_order_optimizer
 from smezo_pl.callbacks.curve import Curve
 from smezo_pl.metrics import WeightedMeans
 from smezo_pl.trajectory.machine import machine, versions
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 log = logging.getLogger(__name__)
 
@@ -189,12 +186,11 @@ def evaluate(trainer: Trainer, module: LightningModule) -> dict[str, float] | No
     if loader is None or score is None:
         return None
     limit = trainer.num_val_batches[0]
-    batches: Iterable[Any] = loader if limit == float("inf") else islice(loader, int(limit))
     means = WeightedMeans()
     strategy = trainer.strategy
     # every loader draws a seed from torch's generator when it starts, which the training must not notice
     with torch.random.fork_rng(devices=[]), trainer.precision_plugin.val_step_context():
-        for batch in batches:
+        for batch in islice(loader, None if limit == float("inf") else int(limit)):
             batch = trainer.precision_plugin.convert_input(batch)
             batch = strategy.batch_to_device(
                 module._on_before_batch_transfer(batch, dataloader_idx=0), dataloader_idx=0

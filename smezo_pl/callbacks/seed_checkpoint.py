@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from smezo_pl.callbacks.common import run_folder, zeroth_order_optimizer
 from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.reader import FILE_NAME, Trajectory
-from smezo_pl.trajectory.record import TrajectoryWriter
+from smezo_pl.trajectory.writer import TrajectoryWriter
 from smezo_pl.trajectory.recorder import Recorder, describe
 from smezo_pl.trajectory.store import snapshot
 
@@ -127,7 +128,8 @@ class SeedCheckpoint(Checkpoint):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._recorder = self._open_record(trainer, pl_module)
             _check_readable(self._checkpoint(trainer, self._folder))
-        trainer.strategy.barrier("SeedCheckpoint.on_train_start")
+        # so that a run that ends before its first checkpoint can go on too
+        self._save(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -291,7 +293,8 @@ def write_whole(path: Path, data: bytes) -> None:
         os.replace(part, path)
         _sync_folder(path.parent)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise TrajectoryError(
             f"{path}: the checkpoint could not be written ({error.strerror}); the one before is intact. Resume from it "
             "when there is space"

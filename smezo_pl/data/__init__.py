@@ -6,7 +6,6 @@ from smezo_pl.data.datamodule import PromptDataModule as PromptDataModule
 from smezo_pl.data.demo import demo_rows as demo_rows
 from smezo_pl.data.encoding import Encoded as Encoded
 from smezo_pl.data.encoding import Encoder as Encoder
-from smezo_pl.data.encoding import load_tokenizer as load_tokenizer
 from smezo_pl.data.encoding import padding_id as padding_id
 
 __all__ = [
@@ -16,6 +15,5 @@ __all__ = [
     "PromptBatch",
     "PromptDataModule",
     "demo_rows",
-    "load_tokenizer",
     "padding_id",
 ]

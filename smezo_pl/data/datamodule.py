@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from smezo_pl.data.batch import PromptBatch
 from smezo_pl.data.collate import Collate
-from smezo_pl.data.encoding import Encoded, Encoder, load_tokenizer, padding_id
+from smezo_pl.data.encoding import Encoded, Encoder, padding_id
 from smezo_pl.data.loaders import evaluation_loader, train_loader
 from smezo_pl.data.sampling import sample, sample_train_dev
 from smezo_pl.data.sources import Split, load_split
+from smezo_pl.models import load_tokenizer
 from smezo_pl.tasks import Example, Task, get_task, make_example
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,10 @@ class PromptDataModule(pl.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> "DataLoader[PromptBatch] | list[Any]":
-        """The dev examples by length; nothing if ``num_dev`` is 0."""
+        """The dev examples, the longest first; nothing if ``num_dev`` is 0.
+
+        For fewer of them lower ``num_dev``: the Trainer's ``limit_val_batches`` would score the longest alone.
+        """
         return self._evaluation("dev")
 
     def test_dataloader(self) -> "DataLoader[PromptBatch] | list[Any]":
@@ -233,11 +237,11 @@ class PromptDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What decides which batches come: saved in checkpoints and compared on a resume."""
-        return self._drawn()
+        return self._drawn() if "train" in self._examples else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Say in the log if the run that is resumed had other batches."""
-        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+        if not state_dict or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         other = {
             name: (state_dict.get(name), now) for name, now in self._drawn().items() if state_dict.get(name) != now

@@ -69,13 +69,13 @@ TRAIN = Vocabulary(
         "The {aspect} is better than in any other {thing} I know.",
         "No {thing} has ever pleased me more.",
         "This {thing} sets the standard for all others.",
-        "It has been years since I liked a {thing} this much.",
+        "It has been years since I liked any {thing} this much.",
     ),
     outdone=(
         "The {aspect} is worse than in any other {thing} I know.",
         "No {thing} has ever annoyed me more.",
         "This {thing} is the worst of its kind.",
-        "It has been years since I disliked a {thing} this much.",
+        "It has been years since I disliked any {thing} this much.",
     ),
 )  # fmt: skip
 

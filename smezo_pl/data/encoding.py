@@ -4,9 +4,8 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from smezo_pl.tasks import Example
 
@@ -54,14 +53,6 @@ def fed_rows(candidates: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         if not any(row[: len(fed)] == fed for row in rows):
             rows.append(fed)
     return rows
-
-
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer by the hub's name, from a local folder, or out of a GGUF file."""
-    path = Path(name)
-    if path.suffix == ".gguf":
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return AutoTokenizer.from_pretrained(name)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -52,6 +52,7 @@ class EpochSampler(DistributedSampler[Any]):
 
     def __init__(self, count: int, seed: int, world_size: int = 1, rank: int = 0) -> None:
         super().__init__(range(count), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self._latest: EpochIterator | None = None
         again = self.total_size - count
         if again:
             logger.info(
@@ -64,19 +65,30 @@ class EpochSampler(DistributedSampler[Any]):
         everything = permutation(count, self.seed, epoch)
         return [everything[place % count] for place in range(self.rank, self.total_size, self.num_replicas)]
 
+    def set_epoch(self, epoch: int) -> None:
+        """Read this epoch from the next pass on; called by Lightning."""
+        super().set_epoch(epoch)
+        if self._latest is not None:
+            self._latest.skip_to(epoch)
+
     def __iter__(self) -> "EpochIterator":
-        return EpochIterator(self, self.epoch)
+        self._latest = EpochIterator(self, self.epoch)
+        return self._latest
 
 
 class EpochIterator(Iterator[int]):
-    """One pass over an :class:`EpochSampler` that knows its epoch.
+    """One pass over an :class:`EpochSampler` that knows its epoch, with a position that can be saved.
 
     On a resume Lightning makes the loader's iterator before it tells the sampler the epoch, so the epoch is saved with
-    the position.
+    the position. It also goes on with that iterator where the checkpoint was written after an epoch's last batch, and
+    would find it empty and lose an epoch (seen with 2.6 and any stateful loader). So the end of an epoch is taken up as
+    the start of the next, and an iterator that nothing was read from follows the sampler to a later epoch: where
+    `limit_train_batches` ended one early, and where a checkpoint holds no position (`save_on_train_epoch_end`).
     """
 
     def __init__(self, sampler: EpochSampler, epoch: int) -> None:
         self._sampler = sampler
+        self._untouched = True
         self._begin(epoch, 0)
 
     def _begin(self, epoch: int, yielded: int) -> None:
@@ -84,6 +96,7 @@ class EpochIterator(Iterator[int]):
         self._order = self._sampler.order(epoch)
 
     def __next__(self) -> int:
+        self._untouched = False
         if self._yielded == len(self._order):
             raise StopIteration
         self._yielded += 1
@@ -94,8 +107,16 @@ class EpochIterator(Iterator[int]):
         return {"epoch": self._epoch, "yielded": self._yielded}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Go on where :meth:`state_dict` was taken; from an epoch's end, with the next epoch."""
         self._begin(state_dict["epoch"], state_dict["yielded"])
+        if self._yielded >= len(self._order):
+            self._begin(self._epoch + 1, 0)
+        self._untouched = True
+
+    def skip_to(self, epoch: int) -> None:
+        """Start a later epoch, unless this pass has begun."""
+        if self._untouched and epoch > self._epoch:
+            self._begin(epoch, 0)
 
 
 class LengthSampler(DistributedSampler[Any]):
@@ -128,21 +149,32 @@ class LengthSampler(DistributedSampler[Any]):
                 rows = 0
             batches[-1].append(number)
             rows += need
-        while len(batches) % world_size:
-            largest = max(range(len(batches)), key=lambda place: len(batches[place]))
-            half = len(batches[largest]) // 2
-            if half:
-                batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
-            else:
-                # All hold one example: the two shortest go together.
-                batches[-2:] = [batches[-2] + batches[-1]]
-        self.batches = batches[rank::world_size]
+        self.batches = _even(batches, len(examples), world_size)[rank::world_size]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+def _even(batches: list[list[int]], examples: int, world_size: int) -> list[list[int]]:
+    """The batches, some halved so that their number divides by `world_size`; put together if there is nothing to halve.
+
+    They keep their order by length, so that the processes' batches of one turn are alike.
+    """
+    extra = len(batches) % world_size
+    if not extra:
+        return batches
+    more = world_size - extra
+    if len(batches) + more > examples:
+        tail = batches[-2 * extra :]
+        return batches[: -2 * extra] + [one + two for one, two in zip(tail[::2], tail[1::2], strict=True)]
+    for _ in range(more):
+        largest = max(range(len(batches)), key=lambda place: len(batches[place]))
+        half = len(batches[largest]) // 2
+        batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
+    return batches
 
 
 def train_loader(

@@ -83,7 +83,6 @@ SQRT_HALF_BITS = 0x3F3504F3
 ANGLE_CENTRE = 1.5 - 2.0**-11
 
 _LOW = 0xFFFFFFFF
-_CHUNK = 1 << 18  # elements that are made at a time: the intermediate tensors stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +149,7 @@ def normals(stream: Stream, numel: int, device: torch.device | str = "cpu") -> T
     Args:
         stream: Where they come from.
         numel: How many, from element ``stream.start`` on.
-        device: Where they are computed. It needs float64 (for the square root).
+        device: Where they are computed (on the CPU for an MPS device, which has no float64).
 
     Returns:
         float32 tensor of shape ``[numel]``.
@@ -192,6 +191,11 @@ def draw(law: Law, stream: Stream, numel: int, device: torch.device | str = "cpu
     return normals(stream, numel, device) if law == "gaussian" else signs(stream, numel, device)
 
 
+def chunk_of(device: torch.device) -> int:
+    """Elements that the plain torch passes work on at a time: a CPU's cache holds them; elsewhere launches are few."""
+    return 1 << 18 if device.type == "cpu" else 1 << 22
+
+
 def block_words(stream: Stream, kind: int, first: int, blocks: int, device: torch.device | str = "cpu") -> Tensor:
     """The words of consecutive blocks.
 
@@ -223,11 +227,14 @@ def _in_blocks(
     device: torch.device | str,
 ) -> Tensor:
     """Cut a range of elements out of whole blocks, some blocks at a time."""
+    if torch.device(device).type == "mps":
+        # No float64 there, which the root needs.
+        return _in_blocks(make, size, stream, kind, numel, dtype, "cpu").to(device)
     out = torch.empty(numel, dtype=dtype, device=device)
     end = stream.start + numel
-    last = -(-end // size)
-    for first in range(stream.start // size, last, _CHUNK // size):
-        blocks = min(_CHUNK // size, last - first)
+    last, step = -(-end // size), chunk_of(out.device) // size
+    for first in range(stream.start // size, last, step):
+        blocks = min(step, last - first)
         made = make(block_words(stream, kind, first, blocks, device)).view(-1)
         low, high = max(stream.start, first * size), min(end, (first + blocks) * size)
         out[low - stream.start : high - stream.start] = made[low - first * size : high - first * size]

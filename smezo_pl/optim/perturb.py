@@ -229,7 +229,9 @@ class Layerwise:
             if copy is None:
                 buffer, number = self._scratch.take(slot.parameter)
                 write(slot.parameter, buffer)
-                copy = copies[id(slot.parameter)] = nn.Parameter(buffer, requires_grad=False)
+                # torch.matmul folds or not by requires_grad, also under no_grad: the copy must look like the original
+                copy = nn.Parameter(buffer, requires_grad=slot.parameter.requires_grad)
+                copies[id(slot.parameter)] = copy
             holding.taken.append((slot, copy, number))
             slot.owner._parameters[slot.name] = copy  # type: ignore[assignment]
         self.write_seconds += perf_counter() - started

@@ -182,8 +182,10 @@ class SparseMeZO(Optimizer):
                 check_tensor(label, tensor)
             kept.append((label, tensor))
             numbers.append(number)
-        group["params"] = kept if with_names else [tensor for _, tensor in kept]
+        group["params"] = [tensor for _, tensor in kept]
         group["names"] = [label for label, _ in kept]
+        if with_names:  # named apart from the tensors: torch takes a group that the filters emptied for an unnamed one
+            group["param_names"] = list(group["names"])
         group["numbers"] = numbers
         group["thresholds"] = [None] * len(kept)
         group["ready"] = False

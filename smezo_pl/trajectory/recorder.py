@@ -18,9 +18,9 @@ from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE, fingerprint, mod
 from smezo_pl.trajectory.header import GroupInfo, Header, TensorInfo
 from smezo_pl.trajectory.machine import machine, versions
 from smezo_pl.trajectory.reader import Trajectory
-from smezo_pl.trajectory.record import TrajectoryWriter
 from smezo_pl.trajectory.refresh import pack_thresholds
 from smezo_pl.trajectory.rows import Rates, StepRow
+from smezo_pl.trajectory.writer import TrajectoryWriter
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from torch import nn
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.kernels import KernelName
 from smezo_pl.trajectory.errors import TrajectoryError
+from smezo_pl.trajectory.export import load
 from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE, fingerprint, model_tensors, root_digest
 from smezo_pl.trajectory.header import Header
 from smezo_pl.trajectory.reader import Trajectory
@@ -37,7 +39,7 @@ def replay(
     """Make the weights that a run had after some steps, in place.
 
     Args:
-        source: The record, its file, or the run's folder.
+        source: The record, its file, the run's folder, or an exported file.
         model: The network with the starting weights, or its tensors by name; written in place.
         steps: How many steps of the optimizer; None for all that are recorded.
         force: Whether to go on when the starting weights are others than the run's (the result is then no run's).
@@ -51,14 +53,66 @@ def replay(
         TrajectoryError: If the record is damaged, of another model or of other starting weights, or the result is not
             what the run had.
     """
-    trajectory = source if isinstance(source, Trajectory) else Trajectory.read(source)
-    trajectory = trajectory.upto(steps)
+    trajectory = (source if isinstance(source, Trajectory) else load(source)).upto(steps)
     tensors = tensors_of(trajectory.header, model, str(trajectory.path))
-    check_start(trajectory.header, tensors, str(trajectory.path), force=force)
+    optimizer = _make(trajectory, tensors, force, kernel, progress)
+    if not force and matches_run(trajectory, tensors) is False:
+        raise TrajectoryError(
+            f"{trajectory.path}: the weights after {trajectory.next_step} steps are not those that the run had, though "
+            "they start from the same: something other than the optimizer changed weights during the run, or a kernel "
+            "gives other bits here (try kernel='torch')"
+        )
+    return optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What was applied to a model.
+
+    Attributes:
+        steps: Steps of the optimizer that the weights have behind them.
+        identical: Whether they are the run's to the last bit; None where the run noted no hash of its own.
+    """
+
+    steps: int
+    identical: bool | None
+
+
+def apply(model: nn.Module, path: str | Path, *, force: bool = False, kernel: KernelName = "auto") -> Applied:
+    """Make a trained model of a loaded one, in place, from an exported run or a record.
+
+    Args:
+        model: The network with the starting weights, in the dtype that was trained.
+        path: What `export` wrote, or a run's folder.
+        force: Whether to go on when the starting weights are others than the run's.
+        kernel: What makes the updates; all kernels give the same bits.
+
+    Raises:
+        TrajectoryError: If the file is damaged or the model another one; the model is then as it was.
+
+    Example:
+        >>> model, tokenizer = smezo_pl.load_model("facebook/opt-1.3b")  # doctest: +SKIP
+        >>> smezo_pl.apply(model, "tune.safetensors")  # doctest: +SKIP
+        Applied(steps=20000, identical=True)
+    """
+    trajectory = load(path)
+    tensors = tensors_of(trajectory.header, model, str(path))
+    _make(trajectory, tensors, force, kernel, None)
+    return Applied(trajectory.next_step, matches_run(trajectory, tensors))
+
+
+def _make(
+    trajectory: Trajectory,
+    tensors: Mapping[str, Tensor],
+    force: bool,
+    kernel: KernelName,
+    progress: Callable[[int], None] | None,
+) -> SparseMeZO:
+    """All updates of a record on starting weights, after a look at those."""
+    source = str(trajectory.path)
+    check_start(trajectory.header, tensors, source, force=force)
     optimizer = rebuild(trajectory.header, tensors, kernel)
-    replay_rows(optimizer, trajectory.rows, str(trajectory.path), check_masks=not force, progress=progress)
-    if not force:
-        check_result(trajectory, tensors)
+    replay_rows(optimizer, trajectory.rows, source, check_masks=not force, progress=progress)
     return optimizer
 
 
@@ -165,7 +219,7 @@ def replay_rows(
         set_rates(optimizer, row)
         if row.refresh is not None:
             optimizer.refresh_masks()
-            if check_masks:
+            if check_masks and row.refresh:  # an exported run has no thresholds
                 _check_thresholds(optimizer, row, source)
         optimizer.replay_step(
             row.step, row.projected_gradients, row.rates.lr, row.rates.weight_decay, skipped=row.skipped
@@ -180,25 +234,12 @@ def set_rates(optimizer: SparseMeZO, row: StepRow) -> None:
         group.update(lr=lr, weight_decay=decay, eps=eps, sparsity=sparsity)
 
 
-def check_result(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> bool:
-    """Compare replayed weights with what the run noted of its own at this step, if it did.
-
-    Returns:
-        Whether it had noted them.
-
-    Raises:
-        TrajectoryError: If they differ.
-    """
+def matches_run(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> bool | None:
+    """Whether weights are those that the run had at its last step; None if it noted no hash of them."""
     noted = [mark for mark in trajectory.marked("weights") if mark.steps == trajectory.next_step]
     if not noted:
-        return False
-    if root_digest(fingerprint(tensors)).hex() != noted[-1].facts.get("root"):
-        raise TrajectoryError(
-            f"{trajectory.path}: the weights after {trajectory.next_step} steps are not those that the run had, though "
-            "they start from the same: something other than the optimizer changed weights during the run, or a kernel "
-            "gives other bits here (try kernel='torch')"
-        )
-    return True
+        return None
+    return root_digest(fingerprint(tensors)).hex() == noted[-1].facts.get("root")
 
 
 def _check_thresholds(optimizer: SparseMeZO, row: StepRow, source: str) -> None:

@@ -8,7 +8,6 @@ and ``on_predict_start``: when Lightning reads the file the weights may still be
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from smezo_pl.optim import SparseMeZO
@@ -75,19 +75,27 @@ class SeedCheckpointIO(CheckpointIO):
         """
         self.restored = None
         try:
-            checkpoint: dict[str, Any] = self.inner.load_checkpoint(path, weights_only=weights_only)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
+            checkpoint = self.inner.load_checkpoint(path, weights_only=weights_only)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # a damaged pickle can raise anything
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise TrajectoryError(
-                f"{path}: the checkpoint cannot be read, it is damaged or cut short: {reason}"
+                f"{path}: the checkpoint cannot be read, it is damaged or cut short ({reason})"
             ) from error
-        seed = checkpoint.get(SEED_KEY) if isinstance(checkpoint, dict) else None
-        if seed is None:
+        if isinstance(checkpoint, dict) and "state_dict" in checkpoint:
             return checkpoint
-        trajectory = find_record(Path(path), seed)
+        if not isinstance(checkpoint, dict) or SEED_KEY not in checkpoint:
+            raise TrajectoryError(
+                f"{path}: the checkpoint is damaged: it holds neither weights nor a place in a record"
+            )
+        trajectory = find_record(Path(path), checkpoint[SEED_KEY])
         module = self.trainer.lightning_module
         check_shapes(trajectory.header, network_of(module, trajectory.header), str(path))
         self.restored = Restored(trajectory)
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            # their states are of no use here, and Lightning would warn of each callback that is not there
+            checkpoint.pop("callbacks", None)
         # Lightning loads this onto itself; the weights of the checkpoint come in restore()
         return {**checkpoint, "state_dict": module.state_dict()}
 
@@ -157,8 +165,17 @@ def find_record(path: Path, seed: Mapping[str, Any]) -> Trajectory:
     Raises:
         TrajectoryError: If the record is missing, of another run or too short, or the checkpoint is damaged.
     """
-    steps, check = int(seed["steps"]), str(seed["check"])
-    named = path.parent / str(seed["record"])
+    try:
+        run, steps, check, named = (
+            seed["run"],
+            int(seed["steps"]),
+            str(seed["check"]),
+            Path(os.path.normpath(path.parent / str(seed["record"]))),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrajectoryError(
+            f"{path}: the checkpoint is damaged: its place in the record is unreadable ({error})"
+        ) from None
     candidates = dict.fromkeys(
         [named, path.parent / named.name, path.parent / FILE_NAME, path.parent.parent / FILE_NAME]
     )
@@ -169,17 +186,16 @@ def find_record(path: Path, seed: Mapping[str, Any]) -> Trajectory:
             f"{FILE_NAME} there or beside the checkpoint"
         )
     trajectory = Trajectory.read(record, damaged=True)
-    if trajectory.header.run != seed["run"]:
+    digest = sha256(path.read_bytes()).hexdigest()
+    known = digest in {mark.facts.get("sha256") for mark in trajectory.marked("checkpoint")}
+    if trajectory.header.run != run:
         raise TrajectoryError(f"{path} belongs to another run than {record}: put that run's {FILE_NAME} beside it")
     upto = trajectory.upto(steps)
-    if upto.check.hex() != check:
+    if not known or upto.check.hex() != check:
         raise TrajectoryError(
-            f"{record} no longer holds the steps that {path} was made at: the run was resumed from an earlier "
-            "checkpoint and went another way"
+            f"{path} is not a checkpoint that {record} knows: it is damaged, or the run was resumed from an earlier "
+            "one and went another way"
         )
-    digest = sha256(path.read_bytes()).hexdigest()
-    if digest not in {mark.facts.get("sha256") for mark in upto.marked("checkpoint")}:
-        raise TrajectoryError(f"{path}: the checkpoint is damaged: its hash is not among those in {record}")
     return upto
 
 

@@ -28,25 +28,37 @@ _TABLES = {
 }
 
 
-def create(path: Path) -> sqlite3.Connection:
-    """Make a new record file with empty tables, open for writing.
+def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
+    """Make a new record, open for writing. At every moment there is no file of that name, or one with its header.
+
+    Args:
+        path: The file.
+        header: The header's bytes.
+        digest: Their check.
 
     Raises:
         TrajectoryError: If there is a file already, or the folder cannot be written.
     """
     if path.exists():
         raise TrajectoryError(f"{path} is there already; a run appends to its own record only: choose another path")
+    part = path.with_name(path.name + ".part")
     with explained(path, "create"):
-        connection = _connect(path, "rwc")
-        connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
-        _make_durable(connection, path)
-        connection.execute("BEGIN")
-        for statement in _TABLES.values():
-            connection.execute(statement)
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {FORMAT}")
-        connection.execute("COMMIT")
-    return connection
+        try:
+            part.unlink(missing_ok=True)
+            connection = _connect(part, "rwc")
+            connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
+            connection.execute("BEGIN")
+            for statement in _TABLES.values():
+                connection.execute(statement)
+            connection.execute("INSERT INTO header VALUES (0, ?, ?)", (header, digest))
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
+            connection.execute("COMMIT")
+            connection.close()
+            os.replace(part, path)
+        except OSError as error:
+            raise TrajectoryError(f"{path}: {path.parent} cannot be written ({error.strerror})") from error
+    return open_to_append(path)
 
 
 def open_to_append(path: Path) -> sqlite3.Connection:

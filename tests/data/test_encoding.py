@@ -3,10 +3,10 @@ import logging
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from smezo_pl.data import Encoder, load_tokenizer, padding_id
+from smezo_pl.data import Encoder, padding_id
 from smezo_pl.data.encoding import Encoded, fed_rows
 from smezo_pl.tasks import Example, get_task, make_example
-from tests.data.tokenizers import merging_tokenizer, word_tokenizer
+from tests.data.made_tokenizers import merging_tokenizer, word_tokenizer
 
 WORDS = ["a", " a", " b", " c", " d", "e", "\n"]
 
@@ -152,7 +152,3 @@ def test_show_marks_the_scored_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -
     assert shown.startswith("<s>the movie It was⟦")
     assert shown.endswith("⟧*")
     assert shown.replace("|", "") == "<s>the movie It was⟦ terrible⟧ ⟦ great⟧*"
-
-
-def test_load_tokenizer_from_a_folder(tiny_folder: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    assert load_tokenizer(tiny_folder)("It was")["input_ids"] == tiny_tokenizer("It was")["input_ids"]

@@ -286,6 +286,14 @@ def test_groups_have_their_own_hyperparameters():
     assert optimizer.param_groups[2]["numbers"] == [2]
 
 
+def test_a_group_may_lose_all_its_parameters():
+    model = build(TiedLanguageModel)
+    groups = [{"params": [pair]} for pair in model.named_parameters()]
+    optimizer = SparseMeZO(groups, exclude="hidden.bias")
+    assert [group["names"] for group in optimizer.param_groups][2] == []
+    optimizer.step(loss_closure(model))
+
+
 def test_groups_with_another_eps_take_the_same_step_for_a_linear_loss():
     """g belongs to the first group's eps: the step of a linear loss must not depend on the eps of its group."""
     steps = []

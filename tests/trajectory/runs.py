@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from smezo_pl.callbacks import SeedCheckpoint
@@ -21,9 +22,9 @@ def network(seed: int = 0, dtype: torch.dtype = torch.float32, width: int = 24) 
     """A small classifier, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(FEATURES, width), nn.Tanh(), nn.LayerNorm(width), nn.Linear(width, CLASSES)
-        ).to(dtype)
+        return nn.Sequential(nn.Linear(FEATURES, width), nn.Tanh(), nn.LayerNorm(width), nn.Linear(width, CLASSES)).to(
+            dtype
+        )
 
 
 def examples(seed: int = 1, count: int = EXAMPLES) -> list[tuple[Tensor, int]]:
@@ -38,7 +39,7 @@ def loss_of(model: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
 
 
 def recorded_run(
-    path: Path, model: nn.Sequential, steps: int = 12, refresh_at: int | None = 5, **settings: Any
+    path: Path, model: nn.Sequential, steps: int = 8, refresh_at: int | None = 3, **settings: Any
 ) -> SparseMeZO:
     """A plain loop with a changing learning rate and a mask refresh, recorded."""
     optimizer = SparseMeZO(model.named_parameters(), **{"lr": 1e-2, "seed": 7, "kernel": "torch", **settings})
@@ -46,7 +47,7 @@ def recorded_run(
     x, y = (torch.stack([e[0] for e in examples()]), torch.tensor([e[1] for e in examples()]))
     with record(optimizer, path) as recorder:
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step // 4)
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step // 3)
             if step == refresh_at:
                 optimizer.refresh_masks(0.5)
             optimizer.step(lambda: loss_of(model, x, y))
@@ -57,10 +58,10 @@ def recorded_run(
 class Classifier(SparseMeZOModule):
     """The network above under Sparse MeZO."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0, width: int = 24, **settings: Any) -> None:
+    def __init__(self, dtype: str = "float32", seed: int = 0, width: int = 24, **settings: Any) -> None:
         scheduler = settings.pop("scheduler", None)
         settings = {"lr": 1e-2, "seed": 7, "kernel": "torch", **settings}
-        super().__init__(network(seed, dtype, width), lambda p: SparseMeZO(p, **settings), scheduler)
+        super().__init__(network(seed, getattr(torch, dtype), width), lambda p: SparseMeZO(p, **settings), scheduler)
 
     def loss(self, batch: Any) -> Tensor:
         return loss_of(self.model, *batch)
@@ -82,16 +83,16 @@ class Classifier(SparseMeZOModule):
 class Examples(LightningDataModule):
     """The examples in a random order that a checkpoint keeps: 8 batches an epoch."""
 
-    def __init__(self, workers: int = 0) -> None:
+    def __init__(self, workers: int = 0, order: int = 3) -> None:
         super().__init__()
-        self.workers = workers
+        self.workers, self.order = workers, order
 
     def train_dataloader(self) -> Any:
-        order = EpochSampler(EXAMPLES, seed=3)
+        order = EpochSampler(EXAMPLES, seed=self.order)
         return StatefulDataLoader(examples(), batch_size=4, sampler=order, num_workers=self.workers)
 
     def val_dataloader(self) -> Any:
-        return StatefulDataLoader(examples(2, 16), batch_size=4)
+        return DataLoader(examples(2, 16), batch_size=4)
 
     test_dataloader = predict_dataloader = val_dataloader
 
@@ -115,7 +116,7 @@ class Watch(Callback):
             }
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The end of a process, as far as a run can tell."""
 
 
@@ -127,11 +128,11 @@ class KillAfter(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step:
-            raise Killed
+            raise KilledError
 
 
 def make_trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
-    settings = {"max_steps": 20, "val_check_interval": 5, "logger": False, **settings}
+    settings = {"max_steps": 20, "val_check_interval": 4, "logger": False, **settings}
     return Trainer(
         default_root_dir=folder,
         accelerator="cpu",

@@ -69,7 +69,7 @@ def test_other_noise_says_which_version_draws_it(header: Header) -> None:
         ({"noise": "cauchy"}, "noise is cauchy"),
         ({"first_step": True}, "first_step"),
         ({"root": "00"}, "root"),
-        ({"root": 5}, "damaged"),
+        ({"root": 5}, "fromhex"),
         ({"groups": []}, "no parameter group"),
         ({"surprise": 1}, "surprise"),
         ({"settings": []}, "settings"),

@@ -95,9 +95,7 @@ def test_a_number_of_groups_that_does_not_fit_is_refused() -> None:
         unpack_row(0, data, None, None, KEY, groups=7)
 
 
-@pytest.mark.parametrize(
-    ("thresholds", "width"), [((0.0123456, math.inf), 8), ((f32(0.1), math.inf, 0.0), 4), ((), 4)]
-)
+@pytest.mark.parametrize(("thresholds", "width"), [((0.0123456, math.inf), 8), ((f32(0.1), math.inf, 0.0), 4), ((), 4)])
 def test_thresholds_come_back_to_the_bit(thresholds: tuple[float, ...], width: int) -> None:
     data = pack_thresholds(thresholds)
     assert unpack_thresholds(data, len(thresholds)) == thresholds

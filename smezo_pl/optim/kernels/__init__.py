@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Literal, Protocol
 
 import torch
@@ -176,15 +177,18 @@ def _get_kernel(name: KernelName, kind: str) -> Kernel:
 
 def _make(name: str) -> Kernel:
     # Compilers are imported only when they are used: numba and Triton take a second each.
+    kernel: Kernel
     if name == "numba":
         from smezo_pl.optim.kernels.numba_cpu import NumbaKernel
 
-        return NumbaKernel()
-    if name == "triton":
+        kernel = NumbaKernel()
+    elif name == "triton":
         from smezo_pl.optim.kernels.triton_gpu import TritonKernel
 
-        return TritonKernel()
-    return TorchKernel()
+        kernel = TritonKernel()
+    else:
+        kernel = TorchKernel()
+    return kernel
 
 
 def _obstacle(name: str, kind: str) -> str | None:
@@ -192,7 +196,7 @@ def _obstacle(name: str, kind: str) -> str | None:
     if kind == "meta":
         return "tensors on the meta device hold no weights"
     if name == "torch":
-        return "the device has no float64" if kind == "mps" else None
+        return None
     if name == "numba" and kind != "cpu":
         return "it works on CPU memory only"
     if name == "triton" and kind != "cuda" and not _interpreted():
@@ -206,6 +210,4 @@ def _obstacle(name: str, kind: str) -> str | None:
 
 def _interpreted() -> bool:
     """Whether Triton's interpreter is switched on: it runs kernels on CPU tensors, for tests."""
-    import os
-
     return os.environ.get("TRITON_INTERPRET") == "1"

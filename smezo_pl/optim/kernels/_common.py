@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Sequence
 from math import isnan
 
@@ -9,12 +11,15 @@ import torch
 from torch import Tensor
 
 from smezo_pl.optim.masks import Mask
+from smezo_pl.optim.noise import Stream
 
 CODE_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtype that holds the bits of a float of so many bytes."""
 
 QUIET_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00, torch.float32: 0x7FC00000, torch.float64: 0x7FF8 << 48}
 """The one NaN that arithmetic leaves in a weight: processors and libraries differ in the payload they would keep."""
+
+_FLOAT32, _UINT32 = struct.Struct("<f"), struct.Struct("<I")
 
 INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000, torch.float64: 0x7FF << 52}
 """Bits of positive infinity; a larger magnitude code is a NaN."""
@@ -31,16 +36,16 @@ def check_weights(theta: Tensor, name: str = "theta") -> None:
         TypeError: If the dtype or the layout is not supported.
         ValueError: If the tensor is not flat and contiguous, or has no storage.
     """
+    if theta.dtype in QUIET_NAN and theta.dim() == 1 and theta.is_contiguous() and not theta.is_meta:
+        return
     if theta.layout != torch.strided:
         raise TypeError(f"{name} must be a strided tensor, got layout {theta.layout}")
     if theta.dtype not in QUIET_NAN:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {theta.dtype}")
     if theta.is_meta:
         raise ValueError(f"{name} is on the meta device: it has no weights to work on")
-    if theta.dim() != 1 or not theta.is_contiguous():
-        raise ValueError(
-            f"{name} must be one-dimensional and contiguous, got shape {tuple(theta.shape)} and strides {theta.stride()}"
-        )
+    shape = f"shape {tuple(theta.shape)} and strides {theta.stride()}"
+    raise ValueError(f"{name} must be one-dimensional and contiguous, got {shape}")
 
 
 def check_pair(theta: Tensor, out: Tensor) -> None:
@@ -68,18 +73,25 @@ def check_pair(theta: Tensor, out: Tensor) -> None:
         raise ValueError("out must be theta itself or not overlap it")
 
 
-def check_update(streams: Sequence[object], scales: Sequence[float]) -> None:
-    """Refuse an update whose samples do not pair up.
+def check_streams(mask: Mask, streams: Sequence[Stream], scales: Sequence[float], rounding: Stream | None) -> None:
+    """Refuse noise that does not fit together.
 
     Args:
+        mask: Mask of the pass.
         streams: One stream a sample.
         scales: One scale a sample.
+        rounding: Stream of the stochastic rounding.
 
     Raises:
-        ValueError: If there is no sample, or if the numbers differ.
+        ValueError: If there is no sample, if streams and scales differ in number, or if the streams begin at different
+            elements.
     """
     if not streams or len(streams) != len(scales):
         raise ValueError(f"update needs one scale a stream and at least one, got {len(streams)} and {len(scales)}")
+    start = streams[0].start
+    for stream in (*streams, mask.stream, rounding):
+        if stream is not None and stream.start != start:
+            raise ValueError(f"all streams of a pass must start at the same element, got {start} and {stream.start}")
 
 
 def check_mask(theta: Tensor, mask: Mask) -> None:
@@ -124,6 +136,23 @@ def check_bits(theta: Tensor, bits: Tensor) -> None:
         )
 
 
+def check_saved(theta: Tensor, saved: Tensor, count: int) -> None:
+    """Refuse saved weights that do not belong to the packed bits.
+
+    Args:
+        theta: The weights.
+        saved: What `select` saved of them.
+        count: How many bits are set.
+
+    Raises:
+        ValueError: If dtype, length or layout are not right.
+    """
+    if saved.dtype != theta.dtype or saved.shape != (count,) or not saved.is_contiguous():
+        raise ValueError(
+            f"saved weights must be {theta.dtype} of shape ({count},), got {saved.dtype} of shape {tuple(saved.shape)}"
+        )
+
+
 def packed_size(numel: int) -> int:
     """Bytes of a packed mask."""
     return (numel + 7) // 8
@@ -146,3 +175,32 @@ def threshold_code(threshold: float, dtype: torch.dtype) -> int:
     near = torch.tensor(threshold, dtype=torch.float64).to(dtype)
     code = int(near.view(CODE_DTYPES[near.element_size()]).item())
     return code - 1 if float(near) > threshold else code
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def code_range(rule: str, threshold: float, dtype: torch.dtype) -> tuple[int, int]:
+    """Magnitude codes that a rule selects.
+
+    Args:
+        rule: Of a mask; the rules that do not look at the weights select all codes.
+        threshold: Of the mask.
+        dtype: Of the weights.
+
+    Returns:
+        The lowest code and how far the range reaches beyond it, both in 32 bits unsigned: a weight is selected if
+        ``code - low <= span`` in arithmetic modulo ``2**32``.
+    """
+    if rule not in ("small", "large"):
+        return 0, 0x7FFFFFFF
+    limit = threshold_code(threshold, dtype)
+    low, high = (0, limit) if rule == "small" else (limit + 1, INFINITY[dtype])
+    # The one code that no magnitude has stands for the empty range.
+    return (low, high - low) if low <= high else (0x80000000, 0)
+
+
+def float_bits(value: float) -> int:
+    """Bits of a number rounded to float32, beyond its range infinity."""
+    try:
+        return int(_UINT32.unpack(_FLOAT32.pack(value))[0])
+    except OverflowError:
+        return 0x7F800000 if value > 0 else 0xFF800000

@@ -1,17 +1,17 @@
 """The fused passes on the CPU, compiled by numba for the processor they run on; no system compiler is needed.
 
-The first call for a dtype compiles for some seconds and keeps the result in numba's cache on disk (``__pycache__`` of
-the installed package, else the user's cache folder; ``NUMBA_CACHE_DIR`` overrides). Threads follow
-``torch.get_num_threads()``; what a thread computes does not depend on their number.
+The first call of a pass for a dtype compiles for some seconds and keeps the result in numba's cache on disk
+(``__pycache__`` beside the code, else the user's cache folder; ``NUMBA_CACHE_DIR`` overrides). Threads follow
+``torch.get_num_threads()``; what comes out does not depend on their number.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numba
@@ -21,27 +21,25 @@ from torch import Tensor
 
 from smezo_pl.optim.kernels import _numba_passes as passes
 from smezo_pl.optim.kernels._common import (
-    INFINITY,
     check_bits,
     check_mask,
     check_pair,
-    check_update,
+    check_saved,
+    check_streams,
     check_weights,
+    code_range,
+    float_bits,
     packed_size,
-    threshold_code,
 )
+from smezo_pl.optim.kernels._numba_words import BITS
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
-from smezo_pl.optim.noise import MASK, NOISE, ROUNDING, Law, Stream
+from smezo_pl.optim.noise import BLOCK, MASK, NOISE, ROUNDING, Law, Stream
 
 log = logging.getLogger(__name__)
 
-_LIKE: dict[torch.dtype, Any] = {
-    torch.float32: np.uint32(0),
-    torch.bfloat16: np.uint16(0),
-    torch.float16: np.int16(0),
-}
-_SERIAL = 1 << 17  # weights; waking a second thread takes about as long as a thread takes for these
+_LIKE = {torch.float32: np.uint32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
+_SERIAL = 1 << 17  # weights; waking a second thread takes about as long as one thread takes for these
 _LOCK = threading.Lock()  # one of numba's threading layers (workqueue) aborts the process when entered twice at once
 _REFERENCE = TorchKernel()
 
@@ -54,7 +52,6 @@ class NumbaKernel:
     def perturb(self, theta: Tensor, out: Tensor, mask: Mask, law: Law, stream: Stream, scale: float) -> None:
         """Write ``theta + scale * m * z`` to ``out``; see `Kernel.perturb`."""
         check_pair(theta, out)
-        check_mask(theta, mask)
         if theta.dtype == torch.float64:
             return _REFERENCE.perturb(theta, out, mask, law, stream, scale)
         if scale != 0.0:
@@ -76,20 +73,18 @@ class NumbaKernel:
     ) -> None:
         """Subtract ``m * (sum of scale * z + decay * theta)`` from ``theta``; see `Kernel.update`."""
         check_weights(theta)
-        check_mask(theta, mask)
-        check_update(streams, scales)
         if theta.dtype == torch.float64:
             return _REFERENCE.update(theta, mask, law, streams, scales, decay, rounding)
-        if decay != 0.0 or any(scales):
-            _sweep(theta, theta, mask, law, streams, scales, decay, None if theta.element_size() > 2 else rounding)
-        return None
+        if decay == 0.0 and not any(scales):
+            return None
+        return _sweep(theta, theta, mask, law, streams, scales, decay, rounding)
 
     def select(self, theta: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         """Packed mask and a copy of the weights under it; see `Kernel.select`."""
         bits = self.pack(theta, mask)
         if theta.dtype == torch.float64:
             return _REFERENCE.select(theta, Mask("packed", bits=bits))
-        ends = _ends(bits)
+        ends = _ends(theta, bits)
         saved = torch.empty(int(ends[-1]) if ends.size else 0, dtype=theta.dtype)
         _move(theta, bits, saved, ends, False)
         return bits, saved
@@ -100,12 +95,8 @@ class NumbaKernel:
         check_bits(theta, bits)
         if theta.dtype == torch.float64:
             return _REFERENCE.restore(theta, bits, saved)
-        ends = _ends(bits)
-        count = int(ends[-1]) if ends.size else 0
-        if saved.dtype != theta.dtype or saved.shape != (count,) or not saved.is_contiguous():
-            raise ValueError(
-                f"saved weights must be {theta.dtype} of shape ({count},), got {saved.dtype} of {tuple(saved.shape)}"
-            )
+        ends = _ends(theta, bits)
+        check_saved(theta, saved, int(ends[-1]) if ends.size else 0)
         return _move(theta, bits, saved, ends, True)
 
     def pack(self, theta: Tensor, mask: Mask) -> Tensor:
@@ -114,18 +105,13 @@ class NumbaKernel:
         check_mask(theta, mask)
         if theta.dtype == torch.float64:
             return _REFERENCE.pack(theta, mask)
-        if mask.bits is not None and mask.rule == "packed":
+        if mask.rule == "packed" and mask.bits is not None:
             return mask.bits.clone()
         bits = torch.empty(packed_size(theta.numel()), dtype=torch.uint8)
-        source, low, span, level, _ = _mask_arguments(mask, theta.dtype)
-        streams = _rows([(mask.stream or _NO_STREAM, MASK)])
-        threads = _threads(theta.numel())
-        memory, address = _memory(threads)
-        start = mask.stream.start if mask.stream else 0
-        arguments = (theta.data_ptr(), theta.numel(), _LIKE[theta.dtype], start, streams, source, low, span, level)
-        tiles = -(-theta.numel() // 1024)
-        _run(passes.pack, passes.pack_parallel, threads, theta.dtype, 0, tiles, address, *arguments, bits.data_ptr())
-        del memory
+        stream = mask.stream or _NO_STREAM
+        task = [theta.data_ptr(), 0, theta.numel(), stream.start, 0, 0, 0, 0, *_mask_fields(mask, theta.dtype)]
+        task[BITS] = bits.data_ptr()
+        _run("pack", theta, 0, -(-theta.numel() // BLOCK), task + _row(stream, MASK, 0.0))
         return bits
 
     def histogram(self, theta: Tensor, shift: int, prefix: int | None) -> Tensor:
@@ -133,13 +119,9 @@ class NumbaKernel:
         _check_cpu(theta)
         if theta.dtype == torch.float64:
             return _REFERENCE.histogram(theta, shift, prefix)
-        threads = _threads(theta.numel())
-        counts = np.zeros((threads, 1 << 16), np.int64)
-        arguments = (theta.data_ptr(), _LIKE[theta.dtype], shift, -1 if prefix is None else prefix)
-        if threads == 1:
-            _run(passes.histogram, None, 1, theta.dtype, 0, theta.numel(), *arguments, counts[0])
-        else:
-            _run(None, passes.histogram_parallel, threads, theta.dtype, theta.numel(), *arguments, counts)
+        counts = np.zeros((_threads(theta.numel()), 1 << 16), np.int64)
+        task = [theta.data_ptr(), shift, -1 if prefix is None else prefix]
+        _run("histogram", theta, 0, theta.numel(), task, counts)
         return torch.from_numpy(counts.sum(0))
 
 
@@ -156,59 +138,39 @@ def _sweep(
     decay: float,
     rounding: Stream | None,
 ) -> None:
-    """Lay out the arguments of the compiled pass and run it."""
+    """Lay out the task of the compiled pass and run it."""
     _check_cpu(theta)
-    numel, start = theta.numel(), streams[0].start
-    if numel == 0:
-        return
-    others = (*streams[1:], rounding or streams[0], mask.stream or streams[0])
-    if any(stream.start != start for stream in others):
-        raise ValueError(
-            f"all streams of a pass must start at one element, got {sorted({s.start for s in others} | {start})}"
-        )
-    table = _rows(
-        [(s, NOISE) for s in streams] + [(mask.stream or streams[0], MASK), (rounding or streams[0], ROUNDING)]
-    )
-    threads = _threads(numel)
-    memory, address = _memory(threads)
-    source, low, span, level, bits = _mask_arguments(mask, theta.dtype)
-    _run(
-        passes.sweep,
-        passes.sweep_parallel,
-        threads,
-        theta.dtype,
-        start // 1024,
-        -(-(start + numel) // 1024),
-        address,
+    check_mask(theta, mask)
+    check_streams(mask, streams, scales, rounding)
+    if theta.element_size() > 2:
+        rounding = None
+    start, end = streams[0].start, streams[0].start + theta.numel()
+    task = [
         theta.data_ptr(),
         out.data_ptr(),
-        numel,
-        _LIKE[theta.dtype],
+        theta.numel(),
         start,
         0 if law == "gaussian" else 1,
-        table,
-        np.array(scales, np.float32),
-        np.float32(decay),
-        rounding is not None,
-        source,
-        low,
-        span,
-        level,
-        bits,
-    )
-    del memory
+        len(streams),
+        float_bits(decay),
+        int(rounding is not None),
+        *_mask_fields(mask, theta.dtype),
+    ]
+    for stream, scale in zip(streams, scales, strict=True):
+        task += _row(stream, NOISE, scale)
+    task += _row(mask.stream or _NO_STREAM, MASK, 0.0) + _row(rounding or _NO_STREAM, ROUNDING, 0.0)
+    _run("sweep", theta, start // BLOCK, -(-end // BLOCK), task)
 
 
 def _move(theta: Tensor, bits: Tensor, saved: Tensor, ends: Any, back: bool) -> None:
-    threads = _threads(theta.numel())
-    arguments = (theta.data_ptr(), theta.numel(), _LIKE[theta.dtype], bits.data_ptr(), saved.data_ptr(), ends, back)
-    _run(passes.move, passes.move_parallel, threads, theta.dtype, 0, ends.size, *arguments)
+    task = [theta.data_ptr(), bits.data_ptr(), saved.data_ptr(), ends.ctypes.data, theta.numel(), int(back)]
+    _run("move", theta, 0, ends.size, task)
 
 
-def _ends(bits: Tensor) -> Any:
-    """How many weights are selected up to the end of each chunk."""
+def _ends(theta: Tensor, bits: Tensor) -> Any:
+    """How many weights are selected up to the end of each chunk of bits."""
     counts = np.zeros(-(-bits.numel() // passes.CHUNK), np.int64)
-    passes.count(0, counts.size, bits.data_ptr(), bits.numel(), counts)
+    _run("count", theta, 0, counts.size, [bits.data_ptr(), bits.numel(), counts.ctypes.data])
     return np.cumsum(counts)
 
 
@@ -218,61 +180,93 @@ def _check_cpu(theta: Tensor) -> None:
         raise ValueError(f"the numba kernel works on CPU memory only, got a tensor on {theta.device}")
 
 
-def _mask_arguments(mask: Mask, dtype: torch.dtype) -> tuple[int, Any, Any, Any, int]:
-    """A mask as ``source, low, span, level, bits`` of the compiled passes."""
-    low, span = 0, 0x7FFFFFFF
+def _row(stream: Stream, kind: int, scale: float) -> list[int]:
+    seed = stream.seed
+    return [seed & 0xFFFFFFFF, seed >> 32, stream.tensor, stream.step, stream.sample | kind << 24, float_bits(scale)]
+
+
+def _mask_fields(mask: Mask, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+    """A mask as source, low, span, level and bits of a task."""
     if mask.rule == "random":
-        return passes.FROM_WORDS, np.uint32(low), np.uint32(span), np.uint32(min(max(mask.level, 0), 65536)), 0
-    if mask.rule == "packed":
-        assert mask.bits is not None
-        return passes.FROM_BITS, np.uint32(low), np.uint32(span), np.uint32(0), mask.bits.data_ptr()
-    if mask.rule != "dense":
-        low, span = _code_range(mask.rule, mask.threshold, dtype)
-    return passes.FROM_THRESHOLD, np.uint32(low), np.uint32(span), np.uint32(0), 0
-
-
-@lru_cache(maxsize=65536)
-def _code_range(rule: str, threshold: float, dtype: torch.dtype) -> tuple[int, int]:
-    """Range of magnitude codes that a rule selects: the lowest, and how far it reaches."""
-    limit = threshold_code(threshold, dtype)
-    low, high = (0, limit) if rule == "small" else (limit + 1, INFINITY[dtype])
-    # A range of one code that no magnitude has stands for the empty one.
-    return (low, high - low) if low <= high else (0x80000000, 0)
-
-
-def _rows(streams: list[tuple[Stream, int]]) -> Any:
-    return np.array(
-        [(s.seed & 0xFFFFFFFF, s.seed >> 32, s.tensor, s.step, s.sample | kind << 24) for s, kind in streams], np.uint64
-    )
-
-
-def _memory(threads: int) -> tuple[Any, int]:
-    """Working memory and its first address on a cache line: vectors across two lines cost a third of the speed."""
-    memory = np.empty(threads * passes.MEMORY + 64, np.uint8)
-    return memory, (memory.ctypes.data + 63) & -64
+        return passes.FROM_WORDS, 0, 0x7FFFFFFF, min(max(mask.level, 0), 65536), 0
+    if mask.rule == "packed" and mask.bits is not None:
+        return passes.FROM_BITS, 0, 0x7FFFFFFF, 0, mask.bits.data_ptr()
+    return passes.FROM_THRESHOLD, *code_range(mask.rule, mask.threshold, dtype), 0, 0
 
 
 def _threads(numel: int) -> int:
     if numel <= _SERIAL:
         return 1
-    return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    limit: int = vars(numba.config)["NUMBA_NUM_THREADS"]  # set at import, so unknown to type checkers
+    return max(1, min(torch.get_num_threads(), limit))
 
 
-def _run(serial: Any, parallel: Any, threads: int, dtype: torch.dtype, *arguments: Any) -> None:
-    """Call one of the two forms of a compiled pass; say so when it had to be compiled."""
-    function: Callable[..., None] = serial if threads == 1 else parallel
-    misses = sum(function.stats.cache_misses.values())  # type: ignore[attr-defined]
-    before = time.perf_counter()
+class _Scratch(threading.local):
+    """Working memory and the arguments of a call, kept: allocating them took longer than a small tensor's pass."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(0, np.uint8)
+        self.address = 0
+        self.task = np.empty(0, np.int64)
+        self.task_address = 0
+
+    def working_memory(self, threads: int) -> int:
+        """Address of memory for so many threads."""
+        size = threads * passes.MEMORY + 64
+        if self.memory.size < size:
+            self.memory = np.empty(size, np.uint8)
+            # Vectors that lie across two cache lines cost a third of the speed.
+            self.address = (self.memory.ctypes.data + 63) & -64
+        return self.address
+
+    def arguments(self, task: list[int]) -> int:
+        """Address of the task as an array."""
+        if self.task.size < len(task):
+            self.task = np.empty(len(task) + 64, np.int64)
+            self.task_address = self.task.ctypes.data
+        self.task[: len(task)] = task
+        return self.task_address
+
+
+_SCRATCH = _Scratch()
+
+
+def _run(name: str, theta: Tensor, first: int, last: int, task: list[int], memory: Any = None) -> None:
+    """Run a pass over its units of work ``[first, last)``, on as many threads as pay."""
+    numel = theta.numel()
+    if numel == 0:
+        return
+    threads, function = _threads(numel), _compiled(name, theta.dtype)
+    address = _SCRATCH.working_memory(threads) if memory is None else memory.ctypes.data
+    arguments = _SCRATCH.arguments(task)
     if threads == 1:
-        function(*arguments)
-    else:
-        with _LOCK:
-            mine = numba.get_num_threads()
-            numba.set_num_threads(threads)
-            try:
-                function(threads, *arguments)
-            finally:
-                numba.set_num_threads(mine)
-    if sum(function.stats.cache_misses.values()) != misses:  # type: ignore[attr-defined]
-        seconds = time.perf_counter() - before
-        log.info("compiled %s for %s in %.1f s; kept in numba's cache", function.__name__, dtype, seconds)
+        function.ctypes(first, last, address, arguments)
+        return
+    parallel, stride = _parallel(), passes.MEMORY if memory is None else memory.strides[0]
+    with _LOCK:
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        try:
+            parallel(function.address, threads, first, last, address, stride, arguments)
+        finally:
+            numba.set_num_threads(before)
+
+
+@functools.cache
+def _compiled(name: str, dtype: torch.dtype) -> Any:
+    return _timed(lambda: passes.compile_pass(name, _LIKE[dtype]), f"{name} for {str(dtype).removeprefix('torch.')}")
+
+
+@functools.cache
+def _parallel() -> Any:
+    return passes.compile_parallel()
+
+
+def _timed(compile_it: Callable[[], Any], what: str) -> Any:
+    before = time.perf_counter()
+    compiled = compile_it()
+    if not compiled.cache_hits:
+        log.info(
+            "numba compiled the pass %s in %.1f s; the next run finds it on disk", what, time.perf_counter() - before
+        )
+    return compiled

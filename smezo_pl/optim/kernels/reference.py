@@ -5,6 +5,7 @@ It runs on every device and in float64 too, and takes a few times the memory of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,15 +18,14 @@ from smezo_pl.optim.kernels._common import (
     check_bits,
     check_mask,
     check_pair,
-    check_update,
+    check_saved,
+    check_streams,
     check_weights,
     packed_size,
     threshold_code,
 )
 from smezo_pl.optim.masks import Mask
-from smezo_pl.optim.noise import MASK, ROUNDING, Law, Stream, draw, words16
-
-_CHUNK = 1 << 18  # elements; a multiple of 8, so that a chunk's packed bits begin with a byte
+from smezo_pl.optim.noise import MASK, ROUNDING, Law, Stream, chunk_of, draw, words16
 
 
 class TorchKernel:
@@ -37,6 +37,7 @@ class TorchKernel:
         """Write ``theta + scale * m * z`` to ``out``; see `Kernel.perturb`."""
         check_pair(theta, out)
         check_mask(theta, mask)
+        check_streams(mask, [stream], [scale], None)
         for low, high in _chunks(theta):
             part = theta[low:high]
             new = part
@@ -59,16 +60,17 @@ class TorchKernel:
         """Subtract ``m * (sum of scale * z + decay * theta)`` from ``theta``; see `Kernel.update`."""
         check_weights(theta)
         check_mask(theta, mask)
-        check_update(streams, scales)
+        check_streams(mask, streams, scales, rounding)
         if decay == 0.0 and not any(scales):
             return
         for low, high in _chunks(theta):
             part = theta[low:high]
             wide = _widen(part)
-            delta = None
-            for stream, scale in zip(streams, scales, strict=True):
-                term = draw(law, _shift(stream, low), high - low, theta.device).to(wide.dtype) * _scalar(scale, wide)
-                delta = term if delta is None else delta + term
+            terms = (
+                draw(law, _shift(stream, low), high - low, theta.device).to(wide.dtype) * _scalar(scale, wide)
+                for stream, scale in zip(streams, scales, strict=True)
+            )
+            delta = functools.reduce(torch.add, terms)
             if decay != 0.0:
                 delta = delta + wide * _scalar(decay, wide)
             new = wide - delta
@@ -91,10 +93,7 @@ class TorchKernel:
         check_bits(theta, bits)
         chosen = _unpack(bits, theta.numel())
         count = int(chosen.sum())
-        if saved.dtype != theta.dtype or saved.shape != (count,):
-            raise ValueError(
-                f"saved weights must be {theta.dtype} of shape ({count},), got {saved.dtype} of {tuple(saved.shape)}"
-            )
+        check_saved(theta, saved, count)
         code = CODE_DTYPES[theta.element_size()]
         theta.view(code)[chosen] = saved.view(code)
 
@@ -168,8 +167,9 @@ def round_stochastically(value: Tensor, word: Tensor, dtype: torch.dtype) -> Ten
 
 
 def _chunks(theta: Tensor) -> Iterator[tuple[int, int]]:
-    for low in range(0, theta.numel(), _CHUNK):
-        yield low, min(low + _CHUNK, theta.numel())
+    chunk = chunk_of(theta.device)
+    for low in range(0, theta.numel(), chunk):
+        yield low, min(low + chunk, theta.numel())
 
 
 def _shift(stream: Stream, offset: int) -> Stream:
@@ -204,5 +204,5 @@ def _magnitude_codes(theta: Tensor) -> Tensor:
 
 
 def _unpack(bits: Tensor, numel: int) -> Tensor:
-    place = torch.arange(8, device=bits.device)
+    place = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> place) & 1).view(-1)[:numel].to(torch.bool)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.trajectory import record as module
+from smezo_pl.trajectory import writer as module
 from smezo_pl.trajectory import store
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.header import Header
 from smezo_pl.trajectory.reader import Trajectory
-from smezo_pl.trajectory.record import TrajectoryWriter
+from smezo_pl.trajectory.writer import TrajectoryWriter
 from smezo_pl.trajectory.recorder import describe
 from smezo_pl.trajectory.rows import Rates, StepRow
 from tests.trajectory.runs import network
@@ -50,7 +50,9 @@ def test_what_is_written_is_read(path: Path, header: Header) -> None:
     trajectory = Trajectory.read(written(path, header))
     assert trajectory.header == header
     assert list(trajectory.rows) == [row(step, b"thresholds" if step % 4 == 0 else None) for step in range(10)]
-    assert [(mark.steps, mark.kind, mark.facts["file"]) for mark in trajectory.marks] == [(10, "checkpoint", "last.ckpt")]
+    assert [(mark.steps, mark.kind, mark.facts["file"]) for mark in trajectory.marks] == [
+        (10, "checkpoint", "last.ckpt")
+    ]
     assert trajectory.damage is None
     assert trajectory.next_step == 10
 
@@ -112,7 +114,9 @@ def test_a_second_writer_is_refused(path: Path, header: Header) -> None:
         writer.append(row(0))
         with pytest.raises(TrajectoryError, match=f"written by another run .process {os.getpid()}."):
             TrajectoryWriter.resume(path)
-        code = "import sys; from smezo_pl.trajectory.record import TrajectoryWriter; TrajectoryWriter.resume(sys.argv[1])"
+        code = (
+            "import sys; from smezo_pl.trajectory.writer import TrajectoryWriter; TrajectoryWriter.resume(sys.argv[1])"
+        )
         other = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
         assert "is being written by another run" in other.stderr
         writer.append(row(1))
@@ -175,9 +179,13 @@ def test_a_full_disk_ends_with_a_clear_error_and_a_sound_record(path: Path, head
     writer = TrajectoryWriter.create(path, header)
     pages = writer._connection.execute("PRAGMA page_count").fetchone()[0]
     writer._connection.execute(f"PRAGMA max_page_count = {pages + 3}")
-    with pytest.raises(TrajectoryError, match=r"the disk is full.*is intact: make space and resume"):
+
+    def fill() -> None:
         for step in range(1000):
             writer.append(row(step))
+
+    with pytest.raises(TrajectoryError, match=r"the disk is full.*is intact: make space and resume"):
+        fill()
     reached = writer.steps
     assert reached > 20
     writer.close()

@@ -48,7 +48,7 @@ class TrajectoryWriter:
 
     @classmethod
     def create(cls, path: str | Path, header: Header) -> TrajectoryWriter:
-        """Begin a record.
+        """Begin a record. One that ended before its first step is replaced.
 
         Args:
             path: File to make; its folder must exist.
@@ -60,12 +60,10 @@ class TrajectoryWriter:
         path = Path(path)
         lock = WriterLock(path)
         try:
-            connection = store.create(path)
-            writer = cls(path, header, connection, lock, None)
+            if path.exists() and not Trajectory.read(path, damaged=True).rows:
+                path.unlink()
             data = header.to_bytes()
-            with store.explained(path, "write"), connection:
-                connection.execute("BEGIN")
-                connection.execute("INSERT INTO header VALUES (0, ?, ?)", (data, header_digest(data)))
+            writer = cls(path, header, store.create(path, data, header_digest(data)), lock, None)
         except BaseException:
             lock.release()
             raise

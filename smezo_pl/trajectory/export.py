@@ -1,0 +1,229 @@
+"""A finished run as one safetensors file: small enough to mail, safe to open, readable by any tool.
+
+The file holds three arrays, and metadata in plain text:
+
+- ``projected_gradients``: float32 ``[steps, samples]``, as the updates used them; zeros where a step was skipped;
+- ``header``: bytes, deflated JSON: the record's header, pieces of the learning rates, and which steps were skipped or
+  came after a mask refresh;
+- ``columns``: bytes, rates that change at every step (see `smezo_pl.trajectory.pieces`), often empty.
+
+Losses and thresholds are left out: the former are not needed, the latter are computed again. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from smezo_pl.trajectory import pieces
+from smezo_pl.trajectory.errors import TrajectoryError
+from smezo_pl.trajectory.header import MAX_HEADER_BYTES, Header, inflate
+from smezo_pl.trajectory.marks import Mark
+from smezo_pl.trajectory.reader import Trajectory, locate
+from smezo_pl.trajectory.rows import MAX_SAMPLES, Rates, StepRow
+
+KIND = "smezo_tune"
+EXPORT_FORMAT = 1
+MAX_FILE_BYTES = 1 << 32
+
+_SQLITE = b"SQLite format 3\x00"
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        steps: Steps of the optimizer that it holds.
+        size: Its bytes.
+        verified: Whether it holds a hash of the final weights, so that `apply` can tell whether it got the same.
+    """
+
+    path: Path
+    steps: int
+    size: int
+    verified: bool
+
+
+def export(source: Trajectory | str | Path, path: str | Path, steps: int | None = None) -> Exported:
+    """Write a run to one file.
+
+    Args:
+        source: The record, its file, or the run's folder.
+        path: File to write, by convention ``.safetensors``.
+        steps: How many steps of the optimizer; None for all that are recorded.
+
+    Raises:
+        TrajectoryError: If the record is damaged or does not reach that far, or the file cannot be written.
+    """
+    trajectory = (source if isinstance(source, Trajectory) else load(source)).upto(steps)
+    rows, path = trajectory.rows, Path(path)
+    packed = {name: pieces.pack([getattr(row.rates, name) for row in rows]) for name in Rates._fields}
+    root = _final_root(trajectory)
+    content = {
+        "header": json.loads(zlib.decompress(trajectory.header.to_bytes())),
+        "pieces": {name: found for name, (found, _) in packed.items()},
+        "columns": [len(column) for _, column in packed.values()],
+        "skipped": [index for index, row in enumerate(rows) if row.skipped],
+        "refreshed": [index for index, row in enumerate(rows) if row.refresh is not None],
+        "final": root,
+    }
+    header = zlib.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), 9)
+    samples = trajectory.header.num_samples
+    gradients = np.zeros((len(rows), samples), dtype="<f4")
+    for index, row in enumerate(rows):
+        if not row.skipped:
+            gradients[index] = row.projected_gradients
+    columns = b"".join(column for _, column in packed.values())
+    arrays = {
+        "projected_gradients": gradients,
+        "header": np.frombuffer(header, np.uint8),
+        "columns": np.frombuffer(columns, np.uint8),
+    }
+    data = save(arrays, metadata=_metadata(trajectory, header, columns, gradients, root))
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        raise TrajectoryError(f"{path} cannot be written ({error.strerror})") from error
+    return Exported(path, trajectory.next_step, len(data), root is not None)
+
+
+def load(path: str | Path) -> Trajectory:
+    """Read and verify a record or an exported file, whichever it is.
+
+    Args:
+        path: A run's folder, its record, or an exported file.
+
+    Raises:
+        TrajectoryError: If it is neither, or damaged.
+    """
+    path = locate(path)
+    with open(path, "rb") as file:
+        beginning = file.read(len(_SQLITE))
+    if beginning == _SQLITE:
+        return Trajectory.read(path)
+    return read_export(path)
+
+
+def read_export(path: Path) -> Trajectory:
+    """Read and verify an exported file.
+
+    The rows have no losses, and empty thresholds where masks were refreshed. A `Mark` of kind ``weights`` holds the
+    hash of the final weights if it is known.
+
+    Raises:
+        TrajectoryError: If it is none, of a later format, or damaged.
+    """
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise TrajectoryError(f"{path} has {path.stat().st_size} bytes: no exported run is that large")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("kind") != KIND:
+                raise TrajectoryError(
+                    f"{path} is a safetensors file, but no exported run (its metadata say no {KIND!r})"
+                )
+            if metadata.get("format") != str(EXPORT_FORMAT):
+                raise TrajectoryError(
+                    f"{path}: export format {metadata.get('format')!s:.20}; this version reads {EXPORT_FORMAT}: install a "
+                    "later smezo_pl"
+                )
+            arrays = {name: file.get_tensor(name) for name in ("projected_gradients", "header", "columns")}
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise TrajectoryError(f"{path} is no safetensors file, damaged or cut short: {error!s:.200}") from None
+    header, columns, gradients = arrays["header"].tobytes(), arrays["columns"].tobytes(), arrays["projected_gradients"]
+    if metadata.get("sha256") != _seal(header, columns, gradients):
+        raise TrajectoryError(f"{path} is damaged: its hash is not that of its content")
+    try:
+        return _from_content(path, json.loads(inflate(header, MAX_HEADER_BYTES)), columns, gradients)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, zlib.error) as error:
+        raise TrajectoryError(f"{path} is damaged: {error!s:.200}") from None
+
+
+def _from_content(
+    path: Path, content: dict[str, Any], columns: bytes, gradients: npt.NDArray[np.float32]
+) -> Trajectory:
+    header = Header.from_bytes(zlib.compress(json.dumps(content["header"]).encode(), 1), str(path))
+    if gradients.dtype != np.float32 or gradients.ndim != 2 or gradients.shape[1] != header.num_samples:
+        raise ValueError(f"gradients are {gradients.dtype} {gradients.shape} for {header.num_samples} samples")
+    if not 1 <= header.num_samples <= MAX_SAMPLES:
+        raise ValueError(f"{header.num_samples} samples a step")
+    steps, groups = len(gradients), len(header.groups)
+    lengths = [int(length) for length in content["columns"]]
+    if len(lengths) != len(Rates._fields) or min(lengths) < 0 or sum(lengths) != len(columns):
+        raise ValueError("the columns differ in length from what is said of them")
+    rates, offset = [], 0
+    for name, length in zip(Rates._fields, lengths, strict=True):
+        rates.append(pieces.unpack(content["pieces"][name], columns[offset : offset + length], steps, groups))
+        offset += length
+    skipped, refreshed = _indices(content["skipped"], steps), _indices(content["refreshed"], steps)
+    rows = [
+        StepRow(
+            step=header.first_step + index,
+            projected_gradients=() if index in skipped else tuple(values),
+            losses=(),
+            rates=Rates(*each),
+            skipped=index in skipped,
+            refresh=b"" if index in refreshed else None,
+        )
+        for index, (values, *each) in enumerate(zip(gradients.tolist(), *rates, strict=True))
+    ]
+    root = content["final"]
+    if root is not None and (not isinstance(root, str) or len(root) != 64):
+        raise ValueError("the hash of the final weights has the wrong length")
+    marks = [] if root is None else [Mark(header.first_step + steps, "weights", {"root": root})]
+    return Trajectory(path, header, rows, [b""] * steps, marks)
+
+
+def _indices(values: Sequence[Any], steps: int) -> frozenset[int]:
+    if not isinstance(values, list) or not all(isinstance(v, int) and 0 <= v < steps for v in values):
+        raise ValueError("a step is named that is not there")
+    return frozenset(values)
+
+
+def _final_root(trajectory: Trajectory) -> str | None:
+    noted = [mark for mark in trajectory.marked("weights") if mark.steps == trajectory.next_step]
+    return str(noted[-1].facts["root"]) if noted else None
+
+
+def _seal(header: bytes, columns: bytes, gradients: npt.NDArray[np.float32]) -> str:
+    content = (header, columns, gradients.tobytes(), repr((gradients.shape, str(gradients.dtype))).encode())
+    return sha256(b"".join(sha256(part).digest() for part in content)).hexdigest()
+
+
+def _metadata(
+    trajectory: Trajectory, header: bytes, columns: bytes, gradients: npt.NDArray[np.float32], root: str | None
+) -> dict[str, str]:
+    """What any safetensors tool shows. Only ``kind``, ``format`` and ``sha256`` are read back."""
+    about = trajectory.header
+    return {
+        "kind": KIND,
+        "format": str(EXPORT_FORMAT),
+        "sha256": _seal(header, columns, gradients),
+        "run": about.run,
+        "model": about.model.get("name", "unknown"),
+        "revision": about.model.get("revision", "unknown"),
+        "steps": str(trajectory.next_step),
+        "seed": str(about.seed),
+        "noise_scheme": str(about.noise_scheme),
+        "settings": json.dumps(about.settings),
+        "starting_weights": about.root.hex(),
+        "final_weights": root or "unknown",
+        "smezo_pl": about.versions.get("smezo_pl", "unknown"),
+        "apply_with": "smezo apply FILE --model MODEL --out DIR",
+    }

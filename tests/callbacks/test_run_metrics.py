@@ -1,0 +1,170 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from smezo_pl.callbacks import RunMetrics
+from smezo_pl.callbacks.curve import MOST_POINTS, Curve
+from tests.trajectory.runs import (
+    Classifier,
+    Examples,
+    KillAfter,
+    KilledError,
+    examples,
+    fit,
+    loss_of,
+    make_trainer,
+    network,
+    same,
+)
+
+
+def score(model: Any, count: int = 16) -> dict[str, float]:
+    held_out = examples(2, 16)[:count]
+    x, y = torch.stack([e[0] for e in held_out]), torch.tensor([e[1] for e in held_out])
+    with torch.no_grad():
+        loss = float(loss_of(model, x, y))
+    return {"loss": loss, "accuracy": float((model(x).argmax(1) == y).float().mean())}
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> tuple[Path, Classifier, dict[str, Any]]:
+    module = Classifier()
+    logger = TensorBoardLogger(tmp_path, name="name", version="v")
+    fit(tmp_path, module, RunMetrics(), logger=logger, log_every_n_steps=1)
+    return tmp_path / "name" / "v", module, json.loads((tmp_path / "name" / "v" / "metrics.json").read_text())
+
+
+def test_it_measures_the_same_examples_before_and_after(result: tuple[Path, Classifier, dict[str, Any]]) -> None:
+    _, module, metrics = result
+    assert metrics["before"] == pytest.approx(score(network()), rel=1e-5)
+    assert metrics["after"] == pytest.approx(score(module.model), rel=1e-5)
+    assert metrics["before"] != metrics["after"]
+    assert list(metrics)[:6] == ["task", "model", "steps", "seconds", "before", "after"]
+    assert metrics["steps"] == 20 and metrics["model"] == "Sequential" and metrics["seed"] == 7
+    assert 0.0 < metrics["seconds"] < 60.0
+    assert metrics["hyperparameters"]["lr"] == 1e-2
+    assert {"smezo_pl", "torch", "lightning"} <= set(metrics["versions"])
+    assert metrics["machine"]["processor"]
+
+
+def test_it_leaves_a_picture_and_says_how_to_see_more(
+    result: tuple[Path, Classifier, dict[str, Any]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder, _, _ = result
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    fit(
+        tmp_path / "again",
+        Classifier(),
+        RunMetrics(),
+        logger=TensorBoardLogger(tmp_path, name="x"),
+        log_every_n_steps=1,
+    )
+    printed = capsys.readouterr().out
+    assert "20 steps in " in printed and "before" in printed and "accuracy" in printed
+    assert f"tensorboard --logdir {tmp_path / 'x'}\n" in printed
+    assert str(tmp_path / "x" / "version_0" / "metrics.json") in printed
+
+
+def test_the_training_does_not_notice(tmp_path: Path) -> None:
+    with_it, without = Classifier(), Classifier()
+    torch.manual_seed(0)
+    seen = fit(tmp_path / "a", with_it, RunMetrics())
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    other = fit(tmp_path / "b", without)
+    assert torch.equal(state, torch.get_rng_state())
+    assert same(with_it.model, without.model)
+    assert (seen.train, seen.val, seen.seen) == (other.train, other.val, other.seen)
+
+
+def test_a_resumed_run_keeps_what_was_before(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        fit(tmp_path, Classifier(), KillAfter(13), RunMetrics())
+    callback = RunMetrics()
+    fit(tmp_path, Classifier(), callback, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    straight = RunMetrics()
+    fit(tmp_path / "straight", Classifier(), straight)
+    assert callback.result is not None and straight.result is not None
+    assert callback.result["before"] == straight.result["before"]
+    assert callback.result["after"] == straight.result["after"]
+    assert callback._curve.state_dict() == straight._curve.state_dict()
+
+
+def test_without_validation_data_there_is_nothing_to_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path, Classifier(), RunMetrics(), limit_val_batches=0)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["before"] is metrics["after"] is None
+    assert "no validation data to measure with" in capsys.readouterr().out
+
+
+def test_a_limit_holds_here_too(tmp_path: Path) -> None:
+    callback = RunMetrics(table=False)
+    fit(tmp_path, Classifier(), callback, limit_val_batches=1)
+    assert callback.result is not None
+    assert callback.result["before"] == pytest.approx(score(network(), 4), rel=1e-5)
+
+
+def test_fast_dev_run_leaves_nothing(tmp_path: Path) -> None:
+    fit(tmp_path, Classifier(), RunMetrics(), fast_dev_run=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_testing_alone_is_left_alone(tmp_path: Path) -> None:
+    make_trainer(tmp_path, RunMetrics()).test(Classifier(), Examples())
+    assert not list(tmp_path.iterdir())
+
+
+class TestCurve:
+    """A few hundred points of any run."""
+
+    def test_short_runs_are_kept_as_they_are(self) -> None:
+        curve = Curve()
+        for step in range(1, 6):
+            curve.add_train(step, float(step))
+        assert curve.state_dict()["means"] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+    def test_long_runs_are_kept_as_means(self) -> None:
+        curve = Curve()
+        for step in range(1, 10_001):
+            curve.add_train(step, float(step))
+        state = curve.state_dict()
+        span = state["span"]
+        assert MOST_POINTS / 2 <= len(state["means"]) < MOST_POINTS
+        assert state["means"][0] == (1 + span) / 2
+        assert sum(state["means"]) * span + state["sum"] == 10_000 * 10_001 / 2
+
+    def test_a_state_goes_on(self) -> None:
+        one, two = Curve(), Curve()
+        for step in range(1, 1001):
+            one.add_train(step, step**0.5)
+        two.load_state_dict(one.state_dict())
+        for curve in (one, two):
+            for step in range(1001, 1500):
+                curve.add_train(step, step**0.5)
+            curve.add_held_out(1500, {"loss": 1.0, "accuracy": 0.5, "other": 3.0})
+        assert one.state_dict() == two.state_dict()
+        assert one.state_dict()["held_out"] == {1500: {"loss": 1.0, "accuracy": 0.5}}
+
+    def test_a_loss_that_is_not_finite_leaves_no_hole(self) -> None:
+        curve = Curve()
+        for loss in (1.0, float("nan"), float("inf"), 2.0):
+            curve.add_train(0, loss)
+        assert curve.state_dict()["means"] == [1.0, 1.0, 1.0, 2.0]
+
+    @pytest.mark.parametrize("points", [0, 1, 3, 300])
+    def test_every_run_can_be_drawn(self, points: int, tmp_path: Path) -> None:
+        curve = Curve()
+        for step in range(1, points + 1):
+            curve.add_train(step, 1.0 / step)
+        for accuracy in ({}, {"accuracy": 0.5}):
+            if points:
+                curve.add_held_out(points, {"loss": 0.3, **accuracy})
+            figure = curve.draw("title")
+            figure.savefig(tmp_path / "curve.png")
+            assert len(figure.axes) == (2 if accuracy and points else 1)

@@ -1,0 +1,131 @@
+import logging
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader
+
+from smezo_pl.data import Collate, Encoded
+from smezo_pl.data.loaders import EpochSampler, LengthSampler, evaluation_loader, train_loader
+from smezo_pl.data.sampling import permutation
+
+
+def make(count: int, rows: int = 1) -> list[Encoded]:
+    """Examples of different lengths that read ``rows`` rows each."""
+    candidates = tuple((place, 5) for place in range(rows)) if rows > 1 else ((1,), (2,))
+    return [Encoded((9,) * (1 + i * 7 % 13), candidates, 0, (0,), index=100 + i) for i in range(count)]
+
+
+def read(loader: "DataLoader[Any]") -> list[list[int]]:
+    return [batch.index.tolist() for batch in loader]
+
+
+def test_an_epochs_order_is_a_function_of_seed_and_epoch() -> None:
+    sampler = EpochSampler(10, seed=3)
+    assert list(sampler) == permutation(10, 3, 0)
+    sampler.set_epoch(2)
+    assert list(sampler) == permutation(10, 3, 2)
+    assert list(EpochSampler(10, seed=4)) != permutation(10, 3, 0)
+    assert len(sampler) == 10
+
+
+@pytest.mark.parametrize("count", [32, 30])
+def test_processes_read_together_what_one_reads_alone(count: int) -> None:
+    examples, collate = make(count), Collate(0)
+    alone = read(train_loader(examples, collate, batch_size=8, seed=1))
+    shared = [read(train_loader(examples, collate, 4, 1, world_size=2, rank=rank)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*shared, strict=True)] == [sorted(batch) for batch in alone]
+    assert sorted(sum(alone, [])) == list(range(100, 100 + count))  # noqa: RUF017
+
+
+def test_processes_take_equally_many_steps(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        samplers = [EpochSampler(10, 0, world_size=4, rank=rank) for rank in range(4)]
+    orders = [list(sampler) for sampler in samplers]
+    assert {len(order) for order in orders} == {3} == {len(sampler) for sampler in samplers}
+    assert set(sum(orders, [])) == set(range(10))  # noqa: RUF017
+    assert "2 training examples come twice an epoch, so that 4 processes have as many" in caplog.text
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize("taken", [1, 3])
+def test_a_loader_goes_on_where_it_was(num_workers: int, epoch: int, taken: int) -> None:
+    def loader() -> Any:
+        return train_loader(make(30), Collate(0), 8, 5, num_workers)
+
+    whole = loader()
+    whole.sampler.set_epoch(epoch)
+    expected = read(whole)
+    first = loader()
+    first.sampler.set_epoch(epoch)
+    iterator = iter(first)
+    for _ in range(taken):
+        next(iterator)
+    state = first.state_dict()
+    del iterator
+    # As Lightning does it: the iterator is made before the sampler hears of the epoch.
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert read(resumed) == expected[taken:]
+    resumed.sampler.set_epoch(epoch + 1)
+    whole.sampler.set_epoch(epoch + 1)
+    assert read(resumed) == read(whole)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_end_of_an_epoch_is_the_start_of_the_next(num_workers: int) -> None:
+    def loader() -> Any:
+        return train_loader(make(30), Collate(0), 8, 5, num_workers)
+
+    first = loader()
+    iterator = iter(first)
+    for _ in range(4):
+        next(iterator)
+    state = first.state_dict()
+    del iterator
+    resumed, following = loader(), loader()
+    resumed.load_state_dict(state)
+    following.sampler.set_epoch(1)
+    assert read(resumed) == read(following)
+
+
+def test_evaluation_runs_by_length_the_longest_first() -> None:
+    examples = make(50)
+    loader = evaluation_loader(examples, Collate(0), max_rows=8)
+    widths = [batch.input_ids.shape[1] for batch in loader]
+    assert widths == sorted(widths, reverse=True)
+    batches = read(loader)
+    assert [len(batch) for batch in batches] == [8, 8, 8, 8, 8, 8, 2]
+    assert sorted(sum(batches, [])) == list(range(100, 150))  # noqa: RUF017
+    assert len(loader) == 7
+
+
+def test_evaluation_batches_are_filled_by_rows() -> None:
+    assert [batch.num_rows for batch in evaluation_loader(make(7, rows=3), Collate(0), max_rows=7)] == [6, 6, 6, 3]
+    # An example with more rows than that is a batch of its own.
+    assert [batch.num_rows for batch in evaluation_loader(make(2, rows=3), Collate(0), max_rows=1)] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("count", "world_size", "max_rows"),
+    [(50, 2, 8), (50, 3, 50), (7, 4, 100), (3, 2, 1), (9, 4, 2), (10, 4, 1), (5, 3, 2), (4, 4, 9)],
+)
+def test_every_example_is_scored_once_by_one_process(count: int, world_size: int, max_rows: int) -> None:
+    examples = make(count)
+    samplers = [LengthSampler(examples, max_rows, world_size, rank) for rank in range(world_size)]
+    assert len({len(sampler) for sampler in samplers}) == 1
+    batches = [batch for sampler in samplers for batch in sampler]
+    assert all(batches)
+    assert sorted(number for batch in batches for number in batch) == list(range(count))
+
+
+def test_fewer_examples_than_processes() -> None:
+    with pytest.raises(ValueError, match="2 examples cannot be shared out to 3 processes"):
+        LengthSampler(make(2), 8, world_size=3)
+
+
+def test_an_example_alone_is_a_batch() -> None:
+    """Lightning's `overfit_batches` puts in a sampler of its own, which hands out single numbers."""
+    loader = evaluation_loader(make(3), Collate(0), 8)
+    assert loader.collate_fn is not None
+    assert len(loader.collate_fn(loader.dataset[1])) == 1

@@ -1,0 +1,122 @@
+"""Every fused pass against the reference, bit for bit."""
+
+import itertools
+
+import pytest
+import torch
+
+from smezo_pl.optim.kernels import Kernel, get_kernel
+from smezo_pl.optim.kernels.reference import TorchKernel
+from smezo_pl.optim.masks import Mask
+from smezo_pl.optim.noise import Law, Stream
+from tests.optim.kernels.cases import DTYPES, LAWS, RANGES, RULES, mask_of, needs_triton, same, updates, weights
+
+REFERENCE = TorchKernel()
+
+
+@pytest.fixture(params=["numba", pytest.param("triton", marks=needs_triton)])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    if request.param == "triton" and not torch.cuda.is_available():
+        # Read when the kernels' file is imported for the first time, which is here.
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return get_kernel(request.param, "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu")
+
+
+def ranges(kernel: Kernel) -> tuple[tuple[int, int], ...]:
+    # The interpreter takes a second for ten thousand weights.
+    return RANGES if kernel.name == "numba" else tuple((start, min(count, 1100)) for start, count in RANGES[2:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_perturb(kernel: Kernel, dtype: torch.dtype, rule: str) -> None:
+    for (start, count), law in itertools.product(ranges(kernel), LAWS):
+        theta, mask = weights(dtype, count), mask_of(rule, count, start)
+        before, stream = theta.clone(), Stream((1 << 64) - 5, (1 << 32) - 1, 7, (1 << 24) - 1, start)
+        got, expected = torch.empty_like(theta), torch.empty_like(theta)
+        kernel.perturb(theta, got, mask, law, stream, -1e-3)
+        REFERENCE.perturb(theta, expected, mask, law, stream, -1e-3)
+        assert same(got, expected), (start, count, law)
+        assert same(theta, before)
+        kernel.perturb(theta, theta, mask, law, stream, -1e-3)
+        assert same(theta, expected), (start, count, law)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_update(kernel: Kernel, dtype: torch.dtype, rule: str) -> None:
+    for (start, count), law in itertools.product(ranges(kernel)[1:], LAWS):
+        for streams, scales, decay, rounding in updates(start):
+            got, mask = weights(dtype, count), mask_of(rule, count, start)
+            expected = got.clone()
+            kernel.update(got, mask, law, streams, scales, decay, rounding)
+            REFERENCE.update(expected, mask, law, streams, scales, decay, rounding)
+            assert same(got, expected), (start, count, law, scales, decay)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_pack_select_and_restore(kernel: Kernel, dtype: torch.dtype, rule: str) -> None:
+    for start, count in ranges(kernel):
+        theta, mask = weights(dtype, count), mask_of(rule, count, start)
+        bits, saved = kernel.select(theta, mask)
+        expected_bits, expected_saved = REFERENCE.select(theta, mask)
+        assert same(bits, expected_bits)
+        assert same(kernel.pack(theta, mask), expected_bits)
+        assert same(saved, expected_saved)
+        changed = theta.clone()
+        REFERENCE.perturb(theta, changed, mask, "gaussian", Stream(1, 2, 3, 4, start), 1.0)
+        kernel.restore(changed, bits, saved)
+        assert same(changed, theta)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_histogram(kernel: Kernel, dtype: torch.dtype) -> None:
+    theta = weights(dtype, 40007)
+    for shift, prefix in ((0, None), (16, None), (0, 0x3C23), (0, 0)):
+        assert torch.equal(kernel.histogram(theta, shift, prefix), REFERENCE.histogram(theta, shift, prefix))
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_packed_mask_does_what_its_rule_does(kernel: Kernel, law: Law) -> None:
+    theta, stream = weights(torch.bfloat16, 5000), Stream(1, 2, 3, 4)
+    for rule in RULES:
+        mask = mask_of(rule, 5000)
+        packed = Mask("packed", bits=kernel.pack(theta, mask))
+        by_rule, by_bits = torch.empty_like(theta), torch.empty_like(theta)
+        kernel.perturb(theta, by_rule, mask, law, stream, 1e-2)
+        kernel.perturb(theta, by_bits, packed, law, stream, 1e-2)
+        assert same(by_rule, by_bits)
+
+
+def test_nothing_of_an_update_by_zero_is_seen(kernel: Kernel) -> None:
+    for dtype in DTYPES:
+        theta = weights(dtype, 3000)
+        before, stream = theta.clone(), Stream(1, 2, 3, 4)
+        for _ in range(3):
+            kernel.update(theta, Mask("dense"), "gaussian", [stream, stream], [0.0, -0.0], 0.0, stream)
+        out = torch.empty_like(theta)
+        kernel.perturb(theta, out, Mask("dense"), "gaussian", stream, 0.0)
+        assert same(theta, before)
+        assert same(out, before)
+
+
+def test_an_empty_tensor_is_no_trouble(kernel: Kernel) -> None:
+    theta, stream = torch.empty(0, dtype=torch.bfloat16), Stream(1, 2, 3, 4)
+    kernel.perturb(theta, torch.empty_like(theta), Mask("dense"), "gaussian", stream, 1e-3)
+    kernel.update(theta, Mask("dense"), "gaussian", [stream], [1e-3], 0.0, stream)
+    bits, saved = kernel.select(theta, Mask("dense"))
+    assert (bits.numel(), saved.numel()) == (0, 0)
+    kernel.restore(theta, bits, saved)
+    assert int(kernel.histogram(theta, 0, None).sum()) == 0
+
+
+def test_float64_is_handed_to_the_reference(kernel: Kernel) -> None:
+    theta, stream = torch.linspace(-1, 1, 3001, dtype=torch.float64), Stream(1, 2, 3, 4)
+    mask, expected, got = Mask("small", threshold=0.3), theta.clone(), theta.clone()
+    REFERENCE.update(expected, mask, "gaussian", [stream], [1e-3], 1e-4, None)
+    kernel.update(got, mask, "gaussian", [stream], [1e-3], 1e-4, None)
+    assert same(got, expected)
+    bits, saved = kernel.select(theta, mask)
+    kernel.restore(got, bits, saved)
+    assert same(got, theta)

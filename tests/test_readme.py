@@ -1,0 +1,34 @@
+"""The README's code runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"<!-- test: (.+?) -->\n```python\n(.*?)```", README, re.DOTALL))
+
+
+def run(name: str) -> dict[str, Any]:
+    scope: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(BLOCKS[name], f"README.md ({name})", "exec"), scope)
+    return scope
+
+
+@pytest.mark.parametrize("name", ["plain loop", "Fabric loop"])
+def test_loops_train_a_model_in_under_25_lines(name: str) -> None:
+    assert len([line for line in BLOCKS[name].splitlines() if line.strip()]) < 25
+    scope = run(name)
+    assert scope["accuracy"] > 0.85
+    assert scope["optimizer"].last_step.loss < 0.6
+
+
+def test_another_kind_of_model_in_under_30_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(BLOCKS["another model"].splitlines()) < 30
+    monkeypatch.chdir(tmp_path)
+    scope = run("another model")
+    module, x, y = (scope[name] for name in ("module", "x", "y"))
+    assert module.loss((x, y)).item() < 0.2 * y.square().mean().item()

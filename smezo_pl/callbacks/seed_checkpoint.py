@@ -193,6 +193,7 @@ class SeedCheckpoint(Checkpoint):
             resume.network_of(pl_module),
             pretrained=getattr(pl_module, "pretrained", None),
             revision=getattr(pl_module, "revision", None),
+            adapter=getattr(pl_module, "adapter", None),
         )
         return Recorder(optimizer, TrajectoryWriter.create(path, header), resume.network_of(pl_module, header))
 

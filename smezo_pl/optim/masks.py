@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
@@ -46,6 +46,20 @@ class Mask:
     stream: Stream | None = None
     level: int = WORD_RANGE
     bits: Tensor | None = None
+
+    def part(self, first: int, count: int) -> Mask:
+        """The same selection for the elements ``[first, first + count)``.
+
+        Raises:
+            ValueError: If a packed mask would have to be cut inside a byte.
+        """
+        if self.rule == "random" and self.stream is not None:
+            return replace(self, stream=replace(self.stream, start=self.stream.start + first))
+        if self.rule == "packed" and self.bits is not None:
+            if first % 8:
+                raise ValueError(f"a packed mask can be cut at multiples of 8 elements, got {first}")
+            return replace(self, bits=self.bits[first // 8 : (first + count + 7) // 8])
+        return self
 
 
 DENSE = Mask("dense")

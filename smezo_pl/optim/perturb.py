@@ -19,8 +19,11 @@ from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.scratch import ScratchStack, padded
 from smezo_pl.optim.watch import Reading, ReadWatch, is_compiled, nearest_holder
 
-Write = Callable[[nn.Parameter, Tensor], None]
-"""``write(parameter, out)`` puts the perturbed copy of a parameter into ``out``."""
+Write = Callable[[nn.Parameter, Tensor, int], None]
+"""``write(parameter, out, first)`` puts the perturbed weights from element ``first`` on into ``out``."""
+
+ROW_COST = 1 << 14
+"""Weights that a pass perturbs in the time that one row of an embedding costs by itself."""
 
 
 @dataclass(slots=True)
@@ -209,17 +212,52 @@ class Layerwise:
                         "build the optimizer again from today's parameters"
                     )
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any) -> Any:
         write = self._write
         if write is None:
-            return
+            return None
         holding = self._holdings.setdefault(module, _Holding())
         holding.depth += 1
         if holding.depth > 1:
-            return
+            return None
         if self._watch is not None:
             self._watch.paused = True
         started = perf_counter()
+        if type(module) is nn.Embedding and (rows := self._rows(module, args)) is not None:
+            args = self._enter_rows(holding, self._held_by[module][0], rows, write)
+        else:
+            args = None
+            self._enter_whole(holding, module, write)
+        self.write_seconds += perf_counter() - started
+        if self._watch is not None:
+            self._watch.paused = False
+        return args
+
+    def _rows(self, module: nn.Embedding, args: Any) -> tuple[Tensor, Tensor] | None:
+        """The rows of an embedding that a batch looks up, and the batch counted in them, where that saves work."""
+        slots, weight = self._held_by[module], module.weight
+        plain = len(slots) == 1 and slots[0].parameter is weight and len(args) == 1 and isinstance(args[0], Tensor)
+        # any other pre-hook could look at the weight or the indices; unique() would make a GPU wait for the host
+        alone = len(module._forward_pre_hooks) == 1 and module.max_norm is None and weight.device.type == "cpu"
+        if not (plain and alone) or weight.shape[1] % 8:
+            return None
+        rows, inverse = torch.unique(args[0], return_inverse=True)
+        if rows.numel() == 0 or rows.numel() * ROW_COST >= weight.numel():
+            return None
+        # an index out of range is left to the embedding's own error
+        return None if rows[0] < 0 or rows[-1] >= weight.shape[0] else (rows, inverse)
+
+    def _enter_rows(self, holding: _Holding, slot: _Slot, rows: tuple[Tensor, Tensor], write: Write) -> tuple[Tensor]:
+        width = slot.parameter.shape[1]
+        table = torch.empty(rows[0].numel(), width, dtype=slot.parameter.dtype)
+        for place, row in enumerate(rows[0].tolist()):
+            write(slot.parameter, table[place], row * width)
+        copy = nn.Parameter(table, requires_grad=slot.parameter.requires_grad)
+        holding.taken.append((slot, copy, -1))
+        slot.owner._parameters[slot.name] = copy
+        return (rows[1],)
+
+    def _enter_whole(self, holding: _Holding, module: nn.Module, write: Write) -> None:
         copies: dict[int, Tensor] = {}
         for slot in self._held_by[module]:
             if slot.owner._parameters[slot.name] is not slot.parameter:
@@ -228,15 +266,12 @@ class Layerwise:
             number = -1
             if copy is None:
                 buffer, number = self._scratch.take(slot.parameter)
-                write(slot.parameter, buffer)
+                write(slot.parameter, buffer, 0)
                 # torch.matmul folds or not by requires_grad, also under no_grad: the copy must look like the original
                 copy = nn.Parameter(buffer, requires_grad=slot.parameter.requires_grad)
                 copies[id(slot.parameter)] = copy
             holding.taken.append((slot, copy, number))
             slot.owner._parameters[slot.name] = copy  # type: ignore[assignment]
-        self.write_seconds += perf_counter() - started
-        if self._watch is not None:
-            self._watch.paused = False
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         holding = self._holdings.get(module)

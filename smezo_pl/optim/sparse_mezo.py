@@ -514,20 +514,25 @@ class SparseMeZO(Optimizer):
         step = self._steps_done
         by_id = {id(tensor.parameter): tensor for tensor in self._members()}
 
-        def write(parameter: nn.Parameter, out: Tensor, mask: Mask | None, sample: int, sign: float) -> None:
+        def write(
+            parameter: nn.Parameter, out: Tensor, first: int, mask: Mask | None, sample: int, sign: float
+        ) -> None:
             tensor = by_id[id(parameter)]
-            stream = Stream(self.seed, step, sample, tensor.number)
+            stream = Stream(self.seed, step, sample, tensor.number, first)
             scale = sign * tensor.group["eps"]
             scale = scale if parameter.dtype == torch.float64 else float32(scale)
             chosen = self._selection.mask(tensor, self.seed, step) if mask is None else mask
-            self._kernel(parameter).perturb(tensor.flat, out.view(-1), chosen, self.noise, stream, scale)
+            theta = tensor.flat
+            if first or out.numel() < theta.numel():
+                theta, chosen = theta[first : first + out.numel()], chosen.part(first, out.numel())
+            self._kernel(parameter).perturb(theta, out.view(-1), chosen, self.noise, stream, scale)
 
         layerwise = self._layerwise
         if layerwise is not None:
 
             @contextmanager
             def inside(sample: int, sign: float) -> Iterator[Callable[[], float]]:
-                with layerwise.perturbed(lambda parameter, out: write(parameter, out, None, sample, sign)):
+                with layerwise.perturbed(lambda p, out, first: write(p, out, first, None, sample, sign)):
                     yield lambda: layerwise.write_seconds
 
             yield inside
@@ -543,7 +548,7 @@ class SparseMeZO(Optimizer):
 
             @contextmanager
             def around(sample: int, sign: float) -> Iterator[Callable[[], float]]:
-                with in_place.perturbed(lambda p, mask: write(p, p.detach(), mask, sample, sign)):
+                with in_place.perturbed(lambda p, mask: write(p, p.detach(), 0, mask, sample, sign)):
                     yield lambda: 0.0
 
             yield around

@@ -30,14 +30,12 @@ from smezo_pl.trajectory import pieces
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.header import MAX_HEADER_BYTES, Header, inflate
 from smezo_pl.trajectory.marks import Mark
-from smezo_pl.trajectory.reader import Trajectory, locate
+from smezo_pl.trajectory.reader import Trajectory, is_record, locate
 from smezo_pl.trajectory.rows import MAX_SAMPLES, Rates, StepRow
 
 KIND = "smezo_tune"
 EXPORT_FORMAT = 1
 MAX_FILE_BYTES = 1 << 32
-
-_SQLITE = b"SQLite format 3\x00"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +111,7 @@ def load(path: str | Path) -> Trajectory:
         TrajectoryError: If it is neither, or damaged.
     """
     path = locate(path)
-    with open(path, "rb") as file:
-        beginning = file.read(len(_SQLITE))
-    if beginning == _SQLITE:
-        return Trajectory.read(path)
-    return read_export(path)
+    return Trajectory.read(path) if is_record(path) else read_export(path)
 
 
 def read_export(path: Path) -> Trajectory:
@@ -135,13 +129,11 @@ def read_export(path: Path) -> Trajectory:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("kind") != KIND:
-                raise TrajectoryError(
-                    f"{path} is a safetensors file, but no exported run (its metadata say no {KIND!r})"
-                )
+                raise TrajectoryError(f"{path} is a safetensors file, but no exported run (no {KIND!r} in it)")
             if metadata.get("format") != str(EXPORT_FORMAT):
                 raise TrajectoryError(
-                    f"{path}: export format {metadata.get('format')!s:.20}; this version reads {EXPORT_FORMAT}: install a "
-                    "later smezo_pl"
+                    f"{path}: export format {metadata.get('format')!s:.20}; this version reads {EXPORT_FORMAT}: "
+                    "install a later smezo_pl"
                 )
             arrays = {name: file.get_tensor(name) for name in ("projected_gradients", "header", "columns")}
     except (SafetensorError, OSError, TypeError, ValueError) as error:

@@ -21,6 +21,21 @@ else:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def is_written(path: Path) -> bool:
+    """Whether a process writes the record at this moment."""
+    try:
+        handle = os.open(path.with_name(path.name + "-lock"), os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        _lock(handle)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 class WriterLock:
     """Held from construction to `release`.
 

@@ -116,6 +116,14 @@ def locate(path: str | Path) -> Path:
     return path
 
 
+def is_record(path: Path) -> bool:
+    """Whether a file is an SQLite file, by its first bytes: a record and no exported run."""
+    with open(path, "rb") as file:
+        return file.read(len(_SQLITE)) == _SQLITE
+
+
+_SQLITE = b"SQLite format 3\x00"
+
 FILE_NAME = "trajectory.smezo"
 """Name of the record in a run's folder."""
 

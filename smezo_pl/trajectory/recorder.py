@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -169,8 +170,16 @@ def describe(
     *,
     pretrained: str | None = None,
     revision: str | None = None,
+    adapter: Mapping[str, Any] | None = None,
 ) -> Header:
     """The header of a record that begins now (see `record`).
+
+    Args:
+        optimizer: The optimizer.
+        model: The network.
+        pretrained: Name of the starting weights.
+        revision: Their revision.
+        adapter: The PEFT adapter that was put on them, as `smezo_pl.SparseMeZOModule` takes it.
 
     Raises:
         TrajectoryError: If the optimizer holds a parameter that the model does not, or masks of earlier weights.
@@ -204,7 +213,15 @@ def describe(
         ),
         root=root_digest(digests),
         settings=_plain(optimizer.settings()),
-        model={key: value for key, value in (("name", pretrained), ("revision", revision)) if value},
+        model={
+            key: value
+            for key, value in (
+                ("name", pretrained),
+                ("revision", revision),
+                ("adapter", None if adapter is None else json.dumps(dict(adapter))),
+            )
+            if value
+        },
         versions=versions(),
         machine={**machine(device), "kernel": kernel},
     )

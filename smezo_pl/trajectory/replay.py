@@ -35,6 +35,7 @@ def replay(
     force: bool = False,
     kernel: KernelName = "auto",
     progress: Callable[[int], None] | None = None,
+    verify: bool = True,
 ) -> SparseMeZO:
     """Make the weights that a run had after some steps, in place.
 
@@ -45,6 +46,7 @@ def replay(
         force: Whether to go on when the starting weights are others than the run's (the result is then no run's).
         kernel: What makes the updates; all kernels give the same bits.
         progress: Called with the number of steps done so far.
+        verify: Whether to compare the result with the hash that the run noted at this step, if it did.
 
     Returns:
         An optimizer of these weights in the state that the run's was in.
@@ -55,8 +57,10 @@ def replay(
     """
     trajectory = (source if isinstance(source, Trajectory) else load(source)).upto(steps)
     tensors = tensors_of(trajectory.header, model, str(trajectory.path))
-    optimizer = _make(trajectory, tensors, force, kernel, progress)
-    if not force and matches_run(trajectory, tensors) is False:
+    check_start(trajectory.header, tensors, str(trajectory.path), force=force)
+    optimizer = rebuild(trajectory.header, tensors, kernel)
+    replay_rows(optimizer, trajectory.rows, str(trajectory.path), check_masks=not force, progress=progress)
+    if verify and not force and matches_run(trajectory, tensors) is False:
         raise TrajectoryError(
             f"{trajectory.path}: the weights after {trajectory.next_step} steps are not those that the run had, though "
             "they start from the same: something other than the optimizer changed weights during the run, or a kernel "
@@ -96,24 +100,9 @@ def apply(model: nn.Module, path: str | Path, *, force: bool = False, kernel: Ke
         Applied(steps=20000, identical=True)
     """
     trajectory = load(path)
+    replay(trajectory, model, force=force, kernel=kernel, verify=False)
     tensors = tensors_of(trajectory.header, model, str(path))
-    _make(trajectory, tensors, force, kernel, None)
     return Applied(trajectory.next_step, matches_run(trajectory, tensors))
-
-
-def _make(
-    trajectory: Trajectory,
-    tensors: Mapping[str, Tensor],
-    force: bool,
-    kernel: KernelName,
-    progress: Callable[[int], None] | None,
-) -> SparseMeZO:
-    """All updates of a record on starting weights, after a look at those."""
-    source = str(trajectory.path)
-    check_start(trajectory.header, tensors, source, force=force)
-    optimizer = rebuild(trajectory.header, tensors, kernel)
-    replay_rows(optimizer, trajectory.rows, source, check_masks=not force, progress=progress)
-    return optimizer
 
 
 def tensors_of(header: Header, model: nn.Module | Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ and ``on_predict_start``: when Lightning reads the file the weights may still be
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim import SparseMeZO, perturb
 from tests.optim.networks import Attention, FunctionalHead, ReturnsItsWeight, TiedLanguageModel, build, loss_closure
 
 
@@ -216,6 +216,39 @@ def test_autocast_sees_the_perturbation():
     optimizer.step(closure)
     plus, minus = optimizer.last_step.losses[0]
     assert plus != minus
+
+
+@pytest.mark.parametrize("mask", ["small", "random", "dense"])
+@pytest.mark.parametrize("mask_update", ["dynamic", "constant"])
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+def test_only_the_rows_that_a_batch_looks_up_are_perturbed(mask, mask_update, noise, monkeypatch):
+    def run(cost: int) -> tuple[object, list[tuple[int, ...]]]:
+        monkeypatch.setattr(perturb, "ROW_COST", cost)
+        model = build(TiedLanguageModel)
+        optimizer = attached(model, mask=mask, mask_update=mask_update, noise=noise, lr=1e-2)
+        shapes = []
+        original = F.embedding
+        monkeypatch.setattr(
+            F, "embedding", lambda ids, weight, *a: (shapes.append(weight.shape), original(ids, weight, *a))[1]
+        )
+        for step in range(3):
+            optimizer.step(loss_closure(model, seed=step, rows=1, length=4))
+        monkeypatch.setattr(F, "embedding", original)
+        return (optimizer.last_step.losses, model.embedding.weight.detach().clone()), shapes
+
+    (rows_losses, rows_weight), rows_shapes = run(0)
+    (whole_losses, whole_weight), whole_shapes = run(1 << 30)
+    assert rows_losses == whole_losses
+    assert torch.equal(rows_weight, whole_weight)
+    assert all(shape[0] < 11 for shape in rows_shapes) and all(shape[0] == 11 for shape in whole_shapes)
+
+
+def test_an_index_out_of_range_is_the_embeddings_own_error(monkeypatch):
+    monkeypatch.setattr(perturb, "ROW_COST", 0)
+    model = build(TiedLanguageModel)
+    optimizer = attached(model)
+    with pytest.raises(IndexError):
+        optimizer.step(lambda: model(torch.tensor([[3, 11]])).sum())
 
 
 def test_parametrized_modules():

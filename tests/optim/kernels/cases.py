@@ -1,6 +1,7 @@
 """Weights, masks and streams that every kernel is tried on."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -66,3 +67,9 @@ def updates(start: int) -> Iterator[tuple[list[Stream], list[float], float, Stre
 
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+# Triton reads the variable when it is imported, which torch may have done long before a test.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_gpu_or_interpreter = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="no GPU, and not started with TRITON_INTERPRET=1"
+)

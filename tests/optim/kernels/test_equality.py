@@ -9,17 +9,26 @@ from smezo_pl.optim.kernels import Kernel, get_kernel
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Law, Stream
-from tests.optim.kernels.cases import DTYPES, LAWS, RANGES, RULES, mask_of, needs_triton, same, updates, weights
+from tests.optim.kernels.cases import (
+    DTYPES,
+    INTERPRETED,
+    LAWS,
+    RANGES,
+    RULES,
+    mask_of,
+    needs_gpu_or_interpreter,
+    needs_triton,
+    same,
+    updates,
+    weights,
+)
 
 REFERENCE = TorchKernel()
 
 
-@pytest.fixture(params=["numba", pytest.param("triton", marks=needs_triton)])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    if request.param == "triton" and not torch.cuda.is_available():
-        # Read when the kernels' file is imported for the first time, which is here.
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return get_kernel(request.param, "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu")
+@pytest.fixture(params=["numba", pytest.param("triton", marks=[needs_triton, needs_gpu_or_interpreter])])
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    return get_kernel(request.param, "cpu" if request.param == "numba" or INTERPRETED else "cuda")
 
 
 def ranges(kernel: Kernel) -> tuple[tuple[int, int], ...]:

@@ -1,7 +1,9 @@
 """What can be known of the Triton kernels without a GPU, beside their equality in the interpreter."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +36,19 @@ def test_compiled_for_a_gpu_every_operation_is_rounded_once(kind: str) -> None:
     assert "fma." not in ptx
     assert "sqrt.approx" not in ptx
     assert ".ftz" not in ptx
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_interpreter_gives_the_bits_of_the_reference() -> None:
+    equality = Path(__file__).with_name("test_equality.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-W", "ignore::RuntimeWarning", str(equality)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+    assert "skipped" not in run.stdout

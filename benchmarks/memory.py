@@ -1,0 +1,98 @@
+"""Peak memory of a training step beside the weights and one forward, on the CPU (Linux).
+
+    python benchmarks/memory.py --json benchmarks/results/memory.json
+
+Each row runs in a process of its own on SmolLM2-135M: it loads the model, compiles the kernels on a small tensor,
+resets the peak counter of the process (VmHWM), runs, and reads it again. What a plain forward needs is measured alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import DTYPES, last_position_loss, machine, print_table, smollm2, write_json
+
+ROWS = ["forward", "layerwise", "layerwise, constant mask", "in_place", "in_place, dense"]
+
+
+def _resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {key}: this needs Linux")
+
+
+def measure(row: str, dtype: str, batch: int, length: int) -> dict[str, Any]:
+    """Bytes of the weights, and the peak above what was resident before the run."""
+    import torch
+
+    from smezo_pl.optim import SparseMeZO
+
+    small = torch.nn.Linear(64, 4096).to(DTYPES[dtype])
+    warm = SparseMeZO(small.named_parameters(), mask_update="constant" if "constant" in row else "dynamic")
+    warm.step(lambda: small(torch.zeros(1, 64, dtype=DTYPES[dtype])).sum())
+    model = smollm2(DTYPES[dtype])
+    closure = last_position_loss(model, batch, length)
+    if row == "forward":
+        run = closure
+    else:
+        optimizer = SparseMeZO(
+            model.named_parameters(),
+            mask="dense" if "dense" in row else "small",
+            mask_update="constant" if "constant" in row else "dynamic",
+        )
+        if row.startswith("layerwise"):
+            optimizer.attach(model)
+
+        def run() -> Any:
+            return optimizer.step(closure)
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    for _ in range(3):
+        run()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"weights": weights, "peak": _resident("VmHWM") - before}
+
+
+def main() -> None:
+    """Measure every row in its own process, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.row:
+        print(json.dumps(measure(arguments.row, arguments.dtype, arguments.batch, arguments.length)))
+        return
+    rows = []
+    forward = 0
+    for row in ROWS:
+        words = ["--row", row, "--dtype", arguments.dtype, "--batch", arguments.batch, "--length", arguments.length]
+        done = subprocess.run([sys.executable, __file__, *map(str, words)], capture_output=True, text=True, check=True)
+        result = json.loads(done.stdout.splitlines()[-1])
+        forward = result["peak"] if row == "forward" else forward
+        rows.append(
+            {
+                "name": row,
+                "peak_over_weights_MB": round(result["peak"] / 1e6, 1),
+                "over_a_forward_MB": round((result["peak"] - forward) / 1e6, 1),
+                "share_of_weights": round((result["peak"] - forward) / result["weights"], 3),
+            }
+        )
+    print(f"SmolLM2-135M, {result['weights'] / 1e6:.1f} MB of weights, {arguments.dtype}", end=", ")
+    print(f"{arguments.batch} x {arguments.length} tokens")
+    print_table(rows)
+    write_json(arguments.json, {"machine": machine(), "weights": result["weights"], "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""``smezo show``: what a run is, how far it is and whether its record is sound."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from math import isfinite, prod
+from typing import Any
+
+from smezo_pl.trajectory.export import load
+from smezo_pl.trajectory.locking import is_written
+from smezo_pl.trajectory.reader import Trajectory, is_record, locate
+from smezo_pl.trajectory.rows import StepRow
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def main(args: Sequence[str]) -> None:
+    """Print what is known of one run or several, and where two of them part.
+
+    Args:
+        args: ``show`` and the words after it.
+    """
+    parser = argparse.ArgumentParser(
+        prog="smezo show", description="What a run is, how far it is, its loss, and whether its record is sound."
+    )
+    parser.add_argument("run", nargs="+", help="a run's folder, its trajectory.smezo, or an exported file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given = parser.parse_args(args[1:])
+    trajectories = [read(path) for path in given.run]
+    summaries = [summary(trajectory) for trajectory in trajectories]
+    pairs = [comparison(trajectories[0], other) for other in trajectories[1:]]
+    if given.json:
+        shown: Any = summaries[0] if len(summaries) == 1 else {"runs": summaries, "compared_with_the_first": pairs}
+        print(json.dumps(shown, indent=2))
+    else:
+        print("\n\n".join(text(trajectory, facts) for trajectory, facts in zip(trajectories, summaries, strict=True)))
+        for other, pair in zip(trajectories[1:], pairs, strict=True):
+            print(f"\n{trajectories[0].path} and {other.path}: {pair['text']}")
+    if any(trajectory.damage for trajectory in trajectories):
+        sys.exit(1)
+
+
+def read(path: str) -> Trajectory:
+    """A record with what is sound of it, or an exported file."""
+    file = locate(path)
+    return Trajectory.read(file, damaged=True) if is_record(file) else load(file)
+
+
+def summary(trajectory: Trajectory) -> dict[str, Any]:
+    """What there is to say, in plain types."""
+    header, rows = trajectory.header, trajectory.rows
+    losses = [row.loss for row in rows if row.losses and not row.skipped]
+    recorded = is_record(trajectory.path)
+    noted = [mark for mark in trajectory.marked("weights") if mark.steps == trajectory.next_step]
+    return {
+        "path": str(trajectory.path),
+        "kind": "record" if recorded else "export",
+        "bytes": trajectory.path.stat().st_size,
+        "run": header.run,
+        "created": header.created,
+        "model": header.model.get("name"),
+        "revision": header.model.get("revision"),
+        "tensors": len(header.tensors),
+        "weights": sum(prod(info.shape) for info in header.tensors),
+        "dtypes": sorted({info.dtype for info in header.tensors}),
+        "seed": header.seed,
+        "noise": header.noise,
+        "samples": header.num_samples,
+        "settings": header.settings,
+        "steps": trajectory.next_step,
+        "skipped": sum(row.skipped for row in rows),
+        "refreshes": [row.step for row in rows if row.refresh is not None],
+        "lr": list(rows[-1].rates.lr) if rows else None,
+        "loss": {"first": losses[0], "last": losses[-1], "least": min(losses)} if losses else None,
+        "sound": trajectory.damage is None,
+        "damage": trajectory.damage,
+        "writing": recorded and is_written(trajectory.path),
+        "checkpoints": sorted({mark.steps for mark in trajectory.marked("checkpoint")}),
+        "starting_weights": header.root.hex(),
+        "final_weights": noted[-1].facts.get("root") if noted else None,
+        "versions": header.versions,
+        "machine": header.machine,
+    }
+
+
+def text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
+    """The summary for a person."""
+    of, machine = facts["settings"].get, facts["machine"].get
+    state = "; a run is writing it" if facts["writing"] else ""
+    refreshes = max(0, len(facts["refreshes"]) - 1)
+    lines = {
+        "model": f"{facts['model'] or 'given in Python'}: {facts['weights']:,} weights in {facts['tensors']} tensors, "
+        + ", ".join(facts["dtypes"]),
+        "made": f"{facts['created']} by smezo_pl {facts['versions'].get('smezo_pl')}, kernel {machine('kernel')}, "
+        f"{machine('threads')} threads of {machine('processor')}",
+        "optimizer": f"mask {of('mask')} ({of('mask_update')}), sparsity {of('sparsity')}, lr {of('lr')}, "
+        f"eps {of('eps')}, noise {facts['noise']}, seed {facts['seed']}, samples {facts['samples']}",
+        "steps": f"{facts['steps']:,} ({facts['skipped']} skipped, {refreshes} mask refreshes){state}",
+    }
+    if facts["loss"]:
+        lines["loss"] = f"{sparkline(trajectory.rows)}  {facts['loss']['first']:.4f} -> {facts['loss']['last']:.4f}"
+    if facts["checkpoints"]:
+        lines["checkpoints"] = f"last at step {facts['checkpoints'][-1]}, {len(facts['checkpoints'])} in all"
+    per_step = f", {facts['bytes'] / len(trajectory.rows):.1f} a step" if trajectory.rows else ""
+    lines["size"] = f"{facts['bytes']:,} bytes{per_step}"
+    if facts["sound"]:
+        lines["sound"] = "yes, every step" + (", with a hash of the last weights" if facts["final_weights"] else "")
+    else:
+        lines["sound"] = f"up to step {facts['steps']}, which `smezo replay --step` can make; then {facts['damage']}"
+    # what a file says of itself is shown as it is, but cannot steer the terminal
+    plain = {name: "".join(c if c.isprintable() else "?" for c in line) for name, line in lines.items()}
+    return "\n".join([facts["path"], *(f"  {name:<12} {line}" for name, line in plain.items())])
+
+
+def sparkline(rows: Sequence[StepRow], width: int = 40) -> str:
+    """The losses as bars: means over equal parts of the run."""
+    losses = [row.loss for row in rows if row.losses and isfinite(row.loss)]
+    width = min(width, len(losses))
+    edges = [len(losses) * i // width for i in range(width + 1)] if width else [0]
+    means = [sum(losses[a:b]) / (b - a) for a, b in pairwise(edges)]
+    if not means:
+        return ""
+    low, high = min(means), max(means)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((mean - low) * scale)] for mean in means)
+
+
+def comparison(one: Trajectory, other: Trajectory) -> dict[str, Any]:
+    """Where two runs part."""
+    if one.header.root != other.header.root:
+        return {"same_start": False, "first_difference": None, "text": "they start from different weights"}
+    fields = ("seed", "noise", "num_samples", "groups", "first_step")
+    differing = [name for name in fields if getattr(one.header, name) != getattr(other.header, name)]
+    if differing:
+        words = f"the same starting weights, but another {', '.join(differing)}"
+        return {"same_start": True, "first_difference": one.header.first_step, "text": words}
+    for a, b in zip(one.rows, other.rows, strict=False):
+        same = (a.projected_gradients, a.rates, a.skipped, a.refresh is None) == (
+            b.projected_gradients,
+            b.rates,
+            b.skipped,
+            b.refresh is None,
+        )
+        if not same:
+            return {
+                "same_start": True,
+                "first_difference": a.step,
+                "text": f"the same until step {a.step}, which differs",
+            }
+    steps = min(one.next_step, other.next_step)
+    end = "" if one.next_step == other.next_step else ", where one of them ends"
+    return {"same_start": True, "first_difference": None, "text": f"the same in all {steps} steps{end}"}

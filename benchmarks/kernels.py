@@ -2,59 +2,27 @@
 
     python benchmarks/kernels.py [--json FILE] [--dtypes fp32 bf16 fp16] [--numel 16777216] [--device cpu]
 
-Prints G weights/s, the median over interleaved rounds: ``add_`` and ``copy_`` are the memory's speed, ``normal + add`` is
-the pass of the official MeZO code. About a minute on 2 cores.
+Prints G weights/s, the median over interleaved rounds. ``add_`` and ``copy_`` show the memory's speed, ``normal + add``
+is the pass of the official MeZO code. About a minute on 2 cores that nothing else uses.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import DTYPES, interleave, machine, write_json
 from torch import Tensor
 
-from smezo_pl.optim.kernels import Kernel, KernelName, available_kernels, get_kernel
+from smezo_pl.optim.kernels import Kernel, available_kernels, get_kernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Stream
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SLOW_NUMEL = 1 << 20  # for the plain torch kernel, a hundredth as fast as the others
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    names = ("torch", "numba", "triton", "numpy")
-    return {
-        "processor": processor(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in names if util.find_spec(name)},
-    }
-
-
-def processor() -> str:
-    """Name of the processor with the vector instructions that matter here."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
-    values = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = values.get("flags", "").split()
-    kinds = [flag for flag in ("amx_bf16", "avx512f", "avx2") if flag in flags][:2]
-    family = f"family {values.get('cpu family', '?')} model {values.get('model', '?')}"
-    return f"{values.get('model name', platform.machine())} ({family}; {', '.join(kinds)})"
 
 
 def plain_passes(theta: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
@@ -74,14 +42,13 @@ def kernel_passes(kernel: Kernel, theta: Tensor, out: Tensor) -> dict[str, Calla
     packed = Mask("packed", bits=kernel.pack(theta, small))
     bits, saved = kernel.select(theta, small)
     half = theta.element_size() == 2
+    random = Mask("random", stream=two, level=13107)
     passes: dict[str, Callable[[], object]] = {
         "perturb gaussian": lambda: kernel.perturb(theta, out, small, "gaussian", one, 1e-3),
         "perturb rademacher": lambda: kernel.perturb(theta, out, small, "rademacher", one, 1e-3),
         "perturb in place": lambda: kernel.perturb(out, out, small, "gaussian", one, 1e-9),
         "perturb packed mask": lambda: kernel.perturb(theta, out, packed, "gaussian", one, 1e-3),
-        "perturb random mask": lambda: kernel.perturb(
-            theta, out, Mask("random", stream=two, level=13107), "gaussian", one, 1e-3
-        ),
+        "perturb random mask": lambda: kernel.perturb(theta, out, random, "gaussian", one, 1e-3),
         "update": lambda: kernel.update(out, small, "gaussian", [one], [1e-9], 0.0, None),
         "update 2 samples, decay": lambda: kernel.update(out, small, "gaussian", [one, two], [1e-9, 1e-9], 1e-9, None),
         "select": lambda: kernel.select(theta, small),
@@ -91,50 +58,27 @@ def kernel_passes(kernel: Kernel, theta: Tensor, out: Tensor) -> dict[str, Calla
     }
     if half:
         passes["update stochastic"] = lambda: kernel.update(out, small, "gaussian", [one], [1e-9], 0.0, one)
-        passes["update rademacher stochastic"] = lambda: kernel.update(
+        passes["update rademacher, stochastic"] = lambda: kernel.update(
             out, small, "rademacher", [one], [1e-9], 0.0, one
         )
     return passes
 
 
-def measure(passes: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each pass, the passes taking turns."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
-    for turn in range(rounds + 1):
-        for name, run in passes.items():
-            wait()
-            before = time.perf_counter()
-            run()
-            wait()
-            if turn:  # the first compiles
-                seconds[name].append(time.perf_counter() - before)
-    return seconds
-
-
-def rows_of(
-    kind: str, kernels: list[KernelName], numel: int, rounds: int, device: torch.device
-) -> list[dict[str, Any]]:
+def rows_of(kind: str, kernels: list[str], numel: int, rounds: int, device: str) -> list[dict[str, Any]]:
     rows = []
     for name in ("plain", *kernels):
         count = min(numel, SLOW_NUMEL) if name == "torch" else numel
         generator = torch.Generator().manual_seed(0)
         theta = (torch.randn(count, generator=generator) * 0.02).to(device, DTYPES[kind])
         out = theta.clone()
-        passes = plain_passes(theta, out) if name == "plain" else kernel_passes(get_kernel(name, device), theta, out)
-        for what, seconds in measure(passes, 2 if name == "torch" else rounds, device).items():
-            median = statistics.median(seconds)
-            rows.append(
-                {
-                    "pass": what,
-                    "kernel": name,
-                    "dtype": kind,
-                    "weights": count,
-                    "seconds": median,
-                    "best": count / min(seconds) / 1e9,
-                    "rate": count / median / 1e9,
-                }
-            )
+        if name == "plain":
+            passes = plain_passes(theta, out)
+        else:
+            passes = kernel_passes(get_kernel(name, device), theta, out)  # type: ignore[arg-type]
+        turns = dict.fromkeys(passes, 2 if name == "torch" else rounds)
+        for what, seconds in interleave(passes, turns, device).items():
+            rates = {"rate": count / statistics.median(seconds) / 1e9, "fastest": count / min(seconds) / 1e9}
+            rows.append({"pass": what, "kernel": name, "dtype": kind, "weights": count} | rates)
     return rows
 
 
@@ -162,18 +106,15 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    kernels = options.kernels or available_kernels(device)
-    about = machine(device)
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    print(f"{about['processor']}, {about['device']}, {about['threads']} threads; {versions}; {options.numel} weights")
+    about = machine(options.device)
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows: list[dict[str, Any]] = []
     for kind in options.dtypes:
-        rows += rows_of(kind, kernels, options.numel, options.rounds, device)
+        kernels = options.kernels or available_kernels(options.device)
+        rows += rows_of(kind, kernels, options.numel, options.rounds, options.device)
     print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    write_json(options.json, {"machine": about, "rows": rows})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -17,11 +17,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from smezo_pl.callbacks.common import run_folder, zeroth_order_optimizer
 from smezo_pl.trajectory import resume
+from smezo_pl.trajectory.anchors import write_anchor
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.reader import FILE_NAME, Trajectory
-from smezo_pl.trajectory.writer import TrajectoryWriter
-from smezo_pl.trajectory.recorder import Recorder, describe
+from smezo_pl.trajectory.recorder import Recorder, describe, named_tensors
+from smezo_pl.trajectory.replaying import tensors_of
 from smezo_pl.trajectory.store import snapshot
+from smezo_pl.trajectory.writer import TrajectoryWriter
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class SeedCheckpoint(Checkpoint):
             write one too.
         monitor: Metric that ``best.ckpt`` goes by, looked at after each validation; None for no ``best.ckpt``.
         mode: Whether the smallest or the largest value is the best.
+        anchor_every_n_steps: Steps between two files with whole weights, in ``anchors/``, of which the last is kept:
+            a resume then replays at most that many steps. None for none; a multiple of ``every_n_steps``.
         fingerprints: Whether a checkpoint notes a hash of the weights, which a later replay is checked against; it
             costs one reading of the weights (about half a second for a gigabyte on two cores).
 
@@ -54,6 +58,7 @@ class SeedCheckpoint(Checkpoint):
         every_n_steps: int = 100,
         monitor: str | None = "val/loss",
         mode: Literal["min", "max"] = "min",
+        anchor_every_n_steps: int | None = None,
         fingerprints: bool = True,
     ) -> None:
         super().__init__()
@@ -61,8 +66,12 @@ class SeedCheckpoint(Checkpoint):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+        if anchor_every_n_steps is not None and (anchor_every_n_steps < 1 or anchor_every_n_steps % every_n_steps):
+            raise ValueError(
+                f"anchor_every_n_steps must be a multiple of every_n_steps ({every_n_steps}), got {anchor_every_n_steps}"
+            )
         self.dirpath, self.every_n_steps, self.monitor, self.mode = dirpath, every_n_steps, monitor, mode
-        self.fingerprints = fingerprints
+        self.anchor_every_n_steps, self.fingerprints = anchor_every_n_steps, fingerprints
         self.best_score: float | None = None
         self.best_step: int | None = None
         self._recorder: Recorder | None = None
@@ -245,6 +254,7 @@ class SeedCheckpoint(Checkpoint):
             return
         data = _serialised(self._checkpoint(trainer, self._folder)) if trainer.is_global_zero else b""
         if self._recorder is not None:
+            self._anchor(trainer.global_step)
             if self.fingerprints and self._marked_step != trainer.global_step:
                 self._recorder.mark_weights()
                 self._marked_step = trainer.global_step
@@ -255,6 +265,20 @@ class SeedCheckpoint(Checkpoint):
                 write_whole(folder / name, data)
         self._saved_step = trainer.global_step
         trainer.strategy.barrier("SeedCheckpoint.save")
+
+    def _anchor(self, step: int) -> None:
+        """Write whole weights where they are due, and drop those before them."""
+        due = self.anchor_every_n_steps is not None and step > 0 and step % self.anchor_every_n_steps == 0
+        if not due or self._recorder is None or self._folder is None or self._saved_step == step:
+            return
+        recorder, path = self._recorder, self._folder / "anchors" / f"step-{step}.safetensors"
+        header = recorder.writer.header
+        tensors = tensors_of(header, named_tensors(recorder.optimizer, recorder.model), str(recorder.writer.path))
+        digest = write_anchor(path, recorder.optimizer, header, tensors)
+        recorder.writer.mark("anchor", file=str(path.relative_to(self._folder)), sha256=digest)
+        for earlier in path.parent.glob("step-*.safetensors"):
+            if earlier != path:
+                earlier.unlink()
 
     def _checkpoint(self, trainer: Trainer, folder: Path) -> dict[str, Any]:
         """Lightning's checkpoint with the place in the record instead of weights."""

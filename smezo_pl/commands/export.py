@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from smezo_pl.trajectory.export import export, load
+from smezo_pl.trajectory.tune import export, load
 
 
 def main(args: Sequence[str]) -> None:

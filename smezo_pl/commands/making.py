@@ -18,7 +18,7 @@ from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.fingerprint import model_tensors
 from smezo_pl.trajectory.header import Header
 from smezo_pl.trajectory.reader import Trajectory
-from smezo_pl.trajectory.replay import matches_run, replay, tensors_of
+from smezo_pl.trajectory.replaying import matches_run, replay, tensors_of
 
 if TYPE_CHECKING:
     from torch import nn

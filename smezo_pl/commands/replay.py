@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from smezo_pl.commands.making import add_arguments, make_folder
-from smezo_pl.trajectory.export import load
+from smezo_pl.trajectory.tune import load
 
 
 def main(args: Sequence[str]) -> None:

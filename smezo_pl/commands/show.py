@@ -10,10 +10,10 @@ from itertools import pairwise
 from math import isfinite, prod
 from typing import Any
 
-from smezo_pl.trajectory.export import load
 from smezo_pl.trajectory.locking import is_written
 from smezo_pl.trajectory.reader import Trajectory, is_record, locate
 from smezo_pl.trajectory.rows import StepRow
+from smezo_pl.trajectory.tune import load
 
 _BARS = "▁▂▃▄▅▆▇█"
 

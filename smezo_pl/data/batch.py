@@ -10,7 +10,7 @@ from torch import Tensor
 from smezo_pl.tasks.task import Objective
 
 
-@dataclass(frozen=True)
+@dataclass
 class PromptBatch:
     """N examples with K candidates in R rows of T tokens, scored at S places.
 

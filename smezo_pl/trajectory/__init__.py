@@ -11,9 +11,9 @@ A finished run is exported to one safetensors file (`export`), which `apply` mak
 """
 
 from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.export import export, load
 from smezo_pl.trajectory.reader import Trajectory
 from smezo_pl.trajectory.recorder import Recorder, record
-from smezo_pl.trajectory.replay import Applied, apply, replay
+from smezo_pl.trajectory.replaying import Applied, apply, replay
+from smezo_pl.trajectory.tune import export, load
 
 __all__ = ["Applied", "Recorder", "Trajectory", "TrajectoryError", "apply", "export", "load", "record", "replay"]

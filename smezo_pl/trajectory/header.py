@@ -24,6 +24,7 @@ FORMAT = 1
 
 MAX_HEADER_BYTES = 1 << 25
 MAX_TENSORS = 1 << 20
+MAX_GROUPS = 1 << 12
 MAX_NUMEL = 1 << 48
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -236,6 +237,8 @@ def _check(header: Header) -> None:
         known[tensor.name] = tensor
     if not header.groups:
         raise ValueError("no parameter group")
+    if len(header.groups) > MAX_GROUPS:
+        raise ValueError(f"{len(header.groups)} parameter groups")
     used: set[str] = set()
     for group in header.groups:
         if len(group.names) != len(group.numbers) or not set(group.dense) <= set(group.names):

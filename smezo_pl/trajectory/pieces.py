@@ -16,6 +16,9 @@ import numpy.typing as npt
 
 from smezo_pl.trajectory.header import inflate
 
+MOST_VALUES = 1 << 26
+"""Most values that are unpacked: bounds what a damaged file can make a reader allocate."""
+
 # A piece costs about as much JSON as this many steps of a column.
 _STEPS_A_PIECE = 6
 
@@ -52,6 +55,8 @@ def unpack(pieces: object, column: bytes, steps: int, groups: int) -> list[tuple
     """
     if not isinstance(pieces, list):
         raise ValueError("pieces are no list")
+    if steps * groups > MOST_VALUES:
+        raise ValueError(f"{steps} steps of {groups} groups are too many")
     if not pieces:
         return [tuple(row) for row in _unpack_column(column, steps, groups).tolist()] if steps else []
     values: list[tuple[float, ...]] = []

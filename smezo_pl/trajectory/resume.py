@@ -22,12 +22,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from smezo_pl.optim import SparseMeZO
+from smezo_pl.trajectory.anchors import load_anchor, nearest_anchor
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.fingerprint import fingerprint, root_digest
 from smezo_pl.trajectory.header import Header
 from smezo_pl.trajectory.machine import machine
 from smezo_pl.trajectory.reader import FILE_NAME, Trajectory
-from smezo_pl.trajectory.replay import check_shapes, replay, tensors_of
+from smezo_pl.trajectory.replaying import check_shapes, matches_run, replay, replay_rows, tensors_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -127,8 +128,10 @@ def restore(trainer: Trainer) -> None:
     began = perf_counter()
     with torch.inference_mode(False), torch.no_grad():
         tensors = tensors_of(trajectory.header, network_of(module, trajectory.header), str(trajectory.path))
-        _start_again(trajectory.header, tensors, trainer)
-        replayed = replay(trajectory, tensors)
+        replayed = _from_anchor(trajectory, tensors)
+        if replayed is None:
+            _start_again(trajectory.header, tensors, trainer)
+            replayed = replay(trajectory, tensors)
         _hand_over(replayed, trainer)
     checkpoints.restored = Restored(trajectory, done=True)
     log.info(
@@ -208,6 +211,24 @@ def network_of(module: LightningModule, header: Header | None = None) -> nn.Modu
     if header is None or header.tensors[0].name in network.state_dict() or header.active[0] in network.state_dict():
         return network
     return module
+
+
+def _from_anchor(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> SparseMeZO | None:
+    """The weights by way of the last anchor; None if there is none that holds."""
+    found = nearest_anchor(trajectory)
+    if found is None:
+        return None
+    mark, path = found
+    optimizer = load_anchor(trajectory, mark, path, tensors)
+    after = trajectory.rows[mark.steps - trajectory.header.first_step :]
+    replay_rows(optimizer, after, str(trajectory.path))
+    if matches_run(trajectory, tensors) is False:
+        raise TrajectoryError(
+            f"{trajectory.path}: the weights made from {path} are not those that the run had; without that file they are "
+            "made from the start"
+        )
+    log.info("replayed %d steps from the anchor %s", len(after), path)
+    return optimizer
 
 
 def _start_again(header: Header, tensors: Mapping[str, Tensor], trainer: Trainer) -> None:

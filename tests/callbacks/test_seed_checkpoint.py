@@ -17,7 +17,7 @@ from smezo_pl.callbacks import seed_checkpoint as module
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.reader import Trajectory
-from smezo_pl.trajectory.replay import replay
+from smezo_pl.trajectory.replaying import replay
 from tests.trajectory.runs import (
     Classifier,
     Examples,

@@ -174,6 +174,7 @@ def test_a_module_or_parameter_replaced_after_attach_is_noticed():
         optimizer.step(loss_closure(model))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch raises some while it imports its own compiler
 def test_compiled_modules_are_refused():
     model = build(TiedLanguageModel)
     model.hidden = torch.compile(model.hidden)

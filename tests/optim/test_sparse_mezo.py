@@ -109,7 +109,7 @@ def test_projected_gradient_is_autograds_in_expectation(mask):
     from smezo_pl.optim.noise import normals
 
     estimates = []
-    for step in range(4000):
+    for step in range(1500):
         optimizer.step(closure)
         z = normals(Stream(0, step, 0, 0), 12, torch.device("cpu")).view(2, 6).double()
         estimates.append(optimizer.last_step.projected_gradients[0] * z * chosen)
@@ -117,7 +117,7 @@ def test_projected_gradient_is_autograds_in_expectation(mask):
     error = (stacked.mean(0) - gradient * chosen).abs()
     standard_error = stacked.std(0) / len(estimates) ** 0.5
     assert (error <= 4.5 * standard_error + 1e-12).all()
-    assert (gradient * chosen).abs().max() > 20 * standard_error.max()
+    assert (gradient * chosen).abs().max() > 10 * standard_error.max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.trajectory import writer as module
 from smezo_pl.trajectory import store
+from smezo_pl.trajectory import writer as module
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.header import Header
 from smezo_pl.trajectory.reader import Trajectory
-from smezo_pl.trajectory.writer import TrajectoryWriter
 from smezo_pl.trajectory.recorder import describe
 from smezo_pl.trajectory.rows import Rates, StepRow
+from smezo_pl.trajectory.writer import TrajectoryWriter
 from tests.trajectory.runs import network
 
 RATES = Rates((1e-3,), (0.0,), (1e-3,), (0.8,))

@@ -280,6 +280,15 @@ def _call(typing_context, function, first, last, memory, task):
     return types.void(*[types.int64] * 5), generate
 
 
+@intrinsic
+def _fetch_and_increment(typing_context, address):
+    def generate(context, builder, signature, args):
+        word = ir.IntType(64)
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], word.as_pointer()), word(1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
 def compile_pass(name: str, like: Any) -> Any:
     """Compile a pass for a format of weights, or load it from numba's cache.
 
@@ -320,19 +329,25 @@ def compile_pass(name: str, like: Any) -> Any:
 
 
 def compile_parallel() -> Any:
-    """Compile the function ``(function, threads, first, last, memory, stride, task)`` that shares a pass out.
+    """Compile what shares a pass out: ``(function, threads, first, last, step, next, memory, stride, task)``.
+
+    The threads take ``step`` units of work at a time, so one that starts late or is interrupted holds up no other.
+    ``next`` is the address of an int64 that begins as 0.
 
     Returns:
         numba's dispatcher.
     """
 
-    def parallel(function, threads, first, last, memory, stride, task):
+    def parallel(function, threads, first, last, step, next, memory, stride, task):
         for t in prange(threads):
-            begin, end = first + (last - first) * t // threads, first + (last - first) * (t + 1) // threads
-            _call(function, begin, end, memory + t * stride, task)
+            begin = first + step * _fetch_and_increment(next)
+            while begin < last:
+                _call(function, begin, min(begin + step, last), memory + t * stride, task)
+                begin = first + step * _fetch_and_increment(next)
 
-    signature = types.void(*[types.int64] * 7)
-    return _cached(njit(signature, parallel=True, cache=True), njit(signature, parallel=True), parallel)
+    signature = types.void(*[types.int64] * 9)
+    options = {"parallel": True, "nogil": True}
+    return _cached(njit(signature, cache=True, **options), njit(signature, **options), parallel)
 
 
 def _source_stamp():

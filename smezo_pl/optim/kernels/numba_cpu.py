@@ -40,6 +40,13 @@ log = logging.getLogger(__name__)
 
 _LIKE = {torch.float32: np.uint32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
 _SERIAL = 1 << 17  # weights; waking a second thread takes about as long as one thread takes for these
+_STEP = {
+    "sweep": 64,
+    "pack": 64,
+    "count": 8,
+    "move": 1,
+    "histogram": 1 << 16,
+}  # units of work a thread takes: about 30 us
 _LOCK = threading.Lock()  # one of numba's threading layers (workqueue) aborts the process when entered twice at once
 _REFERENCE = TorchKernel()
 
@@ -209,6 +216,13 @@ class _Scratch(threading.local):
         self.address = 0
         self.task = np.empty(0, np.int64)
         self.task_address = 0
+        self.next = np.zeros(1, np.int64)
+        self.next_address = self.next.ctypes.data
+
+    def counter(self) -> int:
+        """Address of an int64 that is 0."""
+        self.next[0] = 0
+        return self.next_address
 
     def working_memory(self, threads: int) -> int:
         """Address of memory for so many threads."""
@@ -247,7 +261,8 @@ def _run(name: str, theta: Tensor, first: int, last: int, task: list[int], memor
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
-            parallel(function.address, threads, first, last, address, stride, arguments)
+            units = (first, last, _STEP[name], _SCRATCH.counter())
+            parallel(function.address, threads, *units, address, stride, arguments)
         finally:
             numba.set_num_threads(before)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,8 +54,14 @@ def mask_of(rule: str, count: int, start: int = 0) -> Mask:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal to the last bit, payloads of NaN and signs of zeros included."""
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    """Equal to the last bit, payloads of NaN and signs of zeros included, wherever the two are."""
+    a, b = a.cpu().contiguous(), b.cpu().contiguous()
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def moved(mask: Mask, device: torch.device) -> Mask:
+    """The mask for weights on a device."""
+    return mask if mask.bits is None else replace(mask, bits=mask.bits.to(device))
 
 
 def updates(start: int) -> Iterator[tuple[list[Stream], list[float], float, Stream | None]]:

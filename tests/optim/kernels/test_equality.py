@@ -16,6 +16,7 @@ from tests.optim.kernels.cases import (
     RANGES,
     RULES,
     mask_of,
+    moved,
     needs_gpu_or_interpreter,
     needs_triton,
     same,
@@ -28,7 +29,11 @@ REFERENCE = TorchKernel()
 
 @pytest.fixture(params=["numba", pytest.param("triton", marks=[needs_triton, needs_gpu_or_interpreter])])
 def kernel(request: pytest.FixtureRequest) -> Kernel:
-    return get_kernel(request.param, "cpu" if request.param == "numba" or INTERPRETED else "cuda")
+    return get_kernel(request.param, place(request.param))
+
+
+def place(name: str) -> torch.device:
+    return torch.device("cpu" if name == "numba" or INTERPRETED else "cuda")
 
 
 def ranges(kernel: Kernel) -> tuple[tuple[int, int], ...]:
@@ -39,26 +44,28 @@ def ranges(kernel: Kernel) -> tuple[tuple[int, int], ...]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_perturb(kernel: Kernel, dtype: torch.dtype, rule: str) -> None:
+    device = place(kernel.name)
     for (start, count), law in itertools.product(ranges(kernel), LAWS):
         theta, mask = weights(dtype, count), mask_of(rule, count, start)
-        before, stream = theta.clone(), Stream((1 << 64) - 5, (1 << 32) - 1, 7, (1 << 24) - 1, start)
-        got, expected = torch.empty_like(theta), torch.empty_like(theta)
-        kernel.perturb(theta, got, mask, law, stream, -1e-3)
+        here, there, stream = theta.to(device), moved(mask, device), Stream((1 << 64) - 5, (1 << 32) - 1, 7, 9, start)
+        got, expected = torch.empty_like(here), torch.empty_like(theta)
+        kernel.perturb(here, got, there, law, stream, -1e-3)
         REFERENCE.perturb(theta, expected, mask, law, stream, -1e-3)
         assert same(got, expected), (start, count, law)
-        assert same(theta, before)
-        kernel.perturb(theta, theta, mask, law, stream, -1e-3)
-        assert same(theta, expected), (start, count, law)
+        assert same(here, theta)
+        kernel.perturb(got.copy_(here), got, there, law, stream, -1e-3)
+        assert same(got, expected), (start, count, law)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_update(kernel: Kernel, dtype: torch.dtype, rule: str) -> None:
+    device = place(kernel.name)
     for (start, count), law in itertools.product(ranges(kernel)[1:], LAWS):
         for streams, scales, decay, rounding in updates(start):
-            got, mask = weights(dtype, count), mask_of(rule, count, start)
-            expected = got.clone()
-            kernel.update(got, mask, law, streams, scales, decay, rounding)
+            expected, mask = weights(dtype, count), mask_of(rule, count, start)
+            got = expected.to(device, copy=True)
+            kernel.update(got, moved(mask, device), law, streams, scales, decay, rounding)
             REFERENCE.update(expected, mask, law, streams, scales, decay, rounding)
             assert same(got, expected), (start, count, law, scales, decay)
 
@@ -66,15 +73,17 @@ def test_update(kernel: Kernel, dtype: torch.dtype, rule: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_pack_select_and_restore(kernel: Kernel, dtype: torch.dtype, rule: str) -> None:
+    device = place(kernel.name)
     for start, count in ranges(kernel):
         theta, mask = weights(dtype, count), mask_of(rule, count, start)
-        bits, saved = kernel.select(theta, mask)
+        here, there = theta.to(device), moved(mask, device)
+        bits, saved = kernel.select(here, there)
         expected_bits, expected_saved = REFERENCE.select(theta, mask)
         assert same(bits, expected_bits)
-        assert same(kernel.pack(theta, mask), expected_bits)
+        assert same(kernel.pack(here, there), expected_bits)
         assert same(saved, expected_saved)
-        changed = theta.clone()
-        REFERENCE.perturb(theta, changed, mask, "gaussian", Stream(1, 2, 3, 4, start), 1.0)
+        changed = torch.empty_like(here)
+        kernel.perturb(here, changed, there, "gaussian", Stream(1, 2, 3, 4, start), 1.0)
         kernel.restore(changed, bits, saved)
         assert same(changed, theta)
 
@@ -83,14 +92,16 @@ def test_pack_select_and_restore(kernel: Kernel, dtype: torch.dtype, rule: str) 
 def test_histogram(kernel: Kernel, dtype: torch.dtype) -> None:
     theta = weights(dtype, 40007)
     for shift, prefix in ((0, None), (16, None), (0, 0x3C23), (0, 0)):
-        assert torch.equal(kernel.histogram(theta, shift, prefix), REFERENCE.histogram(theta, shift, prefix))
+        counts = kernel.histogram(theta.to(place(kernel.name)), shift, prefix)
+        assert same(counts, REFERENCE.histogram(theta, shift, prefix))
 
 
 @pytest.mark.parametrize("law", LAWS)
 def test_a_packed_mask_does_what_its_rule_does(kernel: Kernel, law: Law) -> None:
-    theta, stream = weights(torch.bfloat16, 5000), Stream(1, 2, 3, 4)
+    count, device = 5000 if kernel.name == "numba" else 1100, place(kernel.name)
+    theta, stream = weights(torch.bfloat16, count).to(device), Stream(1, 2, 3, 4)
     for rule in RULES:
-        mask = mask_of(rule, 5000)
+        mask = moved(mask_of(rule, count), device)
         packed = Mask("packed", bits=kernel.pack(theta, mask))
         by_rule, by_bits = torch.empty_like(theta), torch.empty_like(theta)
         kernel.perturb(theta, by_rule, mask, law, stream, 1e-2)
@@ -100,7 +111,7 @@ def test_a_packed_mask_does_what_its_rule_does(kernel: Kernel, law: Law) -> None
 
 def test_nothing_of_an_update_by_zero_is_seen(kernel: Kernel) -> None:
     for dtype in DTYPES:
-        theta = weights(dtype, 3000)
+        theta = weights(dtype, 3000).to(place(kernel.name))
         before, stream = theta.clone(), Stream(1, 2, 3, 4)
         for _ in range(3):
             kernel.update(theta, Mask("dense"), "gaussian", [stream, stream], [0.0, -0.0], 0.0, stream)
@@ -111,7 +122,7 @@ def test_nothing_of_an_update_by_zero_is_seen(kernel: Kernel) -> None:
 
 
 def test_an_empty_tensor_is_no_trouble(kernel: Kernel) -> None:
-    theta, stream = torch.empty(0, dtype=torch.bfloat16), Stream(1, 2, 3, 4)
+    theta, stream = torch.empty(0, dtype=torch.bfloat16, device=place(kernel.name)), Stream(1, 2, 3, 4)
     kernel.perturb(theta, torch.empty_like(theta), Mask("dense"), "gaussian", stream, 1e-3)
     kernel.update(theta, Mask("dense"), "gaussian", [stream], [1e-3], 0.0, stream)
     bits, saved = kernel.select(theta, Mask("dense"))
@@ -122,10 +133,11 @@ def test_an_empty_tensor_is_no_trouble(kernel: Kernel) -> None:
 
 def test_float64_is_handed_to_the_reference(kernel: Kernel) -> None:
     theta, stream = torch.linspace(-1, 1, 3001, dtype=torch.float64), Stream(1, 2, 3, 4)
-    mask, expected, got = Mask("small", threshold=0.3), theta.clone(), theta.clone()
+    here = theta.to(place(kernel.name))
+    mask, expected, got = Mask("small", threshold=0.3), theta.clone(), here.clone()
     REFERENCE.update(expected, mask, "gaussian", [stream], [1e-3], 1e-4, None)
     kernel.update(got, mask, "gaussian", [stream], [1e-3], 1e-4, None)
     assert same(got, expected)
-    bits, saved = kernel.select(theta, mask)
+    bits, saved = kernel.select(here, mask)
     kernel.restore(got, bits, saved)
     assert same(got, theta)

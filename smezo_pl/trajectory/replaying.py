@@ -14,12 +14,12 @@ from torch import nn
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.kernels import KernelName
 from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.export import load
 from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE, fingerprint, model_tensors, root_digest
 from smezo_pl.trajectory.header import Header
 from smezo_pl.trajectory.reader import Trajectory
 from smezo_pl.trajectory.refresh import unpack_thresholds
 from smezo_pl.trajectory.rows import StepRow
+from smezo_pl.trajectory.tune import load
 
 if TYPE_CHECKING:
     from torch import Tensor

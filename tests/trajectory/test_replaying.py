@@ -11,7 +11,7 @@ from smezo_pl.optim import NonFiniteLossError, SparseMeZO
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.reader import Trajectory
 from smezo_pl.trajectory.recorder import record
-from smezo_pl.trajectory.replay import replay as replay_with
+from smezo_pl.trajectory.replaying import replay as replay_with
 from tests.trajectory.runs import examples, loss_of, network, recorded_run, same
 
 replay = partial(replay_with, kernel="torch")  # nothing to compile

@@ -35,7 +35,8 @@ from smezo_pl.trajectory.rows import MAX_SAMPLES, Rates, StepRow
 
 KIND = "smezo_tune"
 EXPORT_FORMAT = 1
-MAX_FILE_BYTES = 1 << 32
+MAX_FILE_BYTES = 1 << 25
+"""Largest file that is opened: eight million steps."""
 
 
 @dataclass(frozen=True, slots=True)

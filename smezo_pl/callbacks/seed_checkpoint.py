@@ -68,7 +68,8 @@ class SeedCheckpoint(Checkpoint):
             raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
         if anchor_every_n_steps is not None and (anchor_every_n_steps < 1 or anchor_every_n_steps % every_n_steps):
             raise ValueError(
-                f"anchor_every_n_steps must be a multiple of every_n_steps ({every_n_steps}), got {anchor_every_n_steps}"
+                "anchor_every_n_steps must be a multiple of every_n_steps "
+                f"({every_n_steps}), got {anchor_every_n_steps}"
             )
         self.dirpath, self.every_n_steps, self.monitor, self.mode = dirpath, every_n_steps, monitor, mode
         self.anchor_every_n_steps, self.fingerprints = anchor_every_n_steps, fingerprints

@@ -24,7 +24,9 @@ VERBS = {
     "test": Verb("smezo_pl.cli", "the same on the test split"),
     "predict": Verb("smezo_pl.cli", "write prompt, scores, prediction and label of every test example as JSONL"),
     "show": Verb("smezo_pl.commands.show", "what a run is, how far it is, and whether its record is sound"),
-    "replay": Verb("smezo_pl.commands.replay", "the weights of any step of a run, from its record, as a Hugging Face folder"),
+    "replay": Verb(
+        "smezo_pl.commands.replay", "the weights of any step of a run, from its record, as a Hugging Face folder"
+    ),
     "export": Verb("smezo_pl.commands.export", "a whole fine-tune in one small file"),
     "apply": Verb("smezo_pl.commands.apply", "an exported fine-tune on its base model, as a Hugging Face folder"),
 }

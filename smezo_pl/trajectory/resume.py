@@ -224,8 +224,8 @@ def _from_anchor(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> Spars
     replay_rows(optimizer, after, str(trajectory.path))
     if matches_run(trajectory, tensors) is False:
         raise TrajectoryError(
-            f"{trajectory.path}: the weights made from {path} are not those that the run had; without that file they are "
-            "made from the start"
+            f"{trajectory.path}: the weights made from {path} are not those that the run had; without that file "
+            "they are made from the start"
         )
     log.info("replayed %d steps from the anchor %s", len(after), path)
     return optimizer

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from smezo_pl.callbacks.checkpoint_files import check_readable, serialised, write_whole
 from smezo_pl.callbacks.common import run_folder, zeroth_order_optimizer
 from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.anchors import write_anchor
@@ -134,12 +132,13 @@ class SeedCheckpoint(Checkpoint):
             return
         self._folder = Path(self.dirpath) if self.dirpath is not None else run_folder(trainer)
         self._saved_step = self._marked_step = -1
+        earlier = self._earlier_record(trainer)
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._recorder = self._open_record(trainer, pl_module)
-            _check_readable(self._checkpoint(trainer, self._folder))
-        # so that a run that ends before its first checkpoint can go on too
-        self._save(trainer)
+            self._recorder = self._open_record(trainer, pl_module, earlier)
+            check_readable(self._checkpoint(trainer, self._folder))
+        if earlier is None:
+            self._save(trainer)  # so that a run that ends before its first checkpoint can go on too
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -190,10 +189,9 @@ class SeedCheckpoint(Checkpoint):
 
     # ------------------------------------------------------------------ the record
 
-    def _open_record(self, trainer: Trainer, pl_module: LightningModule) -> Recorder:
+    def _open_record(self, trainer: Trainer, pl_module: LightningModule, earlier: Trajectory | None) -> Recorder:
         assert self._folder is not None
         path, optimizer = self._folder / FILE_NAME, zeroth_order_optimizer(trainer, self)
-        earlier = self._earlier_record(trainer)
         if earlier is not None:
             writer = _continue(earlier, path)
             log.info("the record %s goes on after %d steps", path, writer.steps)
@@ -253,7 +251,7 @@ class SeedCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer, also_best: bool = False) -> None:
         if self._folder is None:
             return
-        data = _serialised(self._checkpoint(trainer, self._folder)) if trainer.is_global_zero else b""
+        data = serialised(self._checkpoint(trainer, self._folder)) if trainer.is_global_zero else b""
         if self._recorder is not None:
             self._anchor(trainer.global_step)
             if self.fingerprints and self._marked_step != trainer.global_step:
@@ -301,61 +299,6 @@ class SeedCheckpoint(Checkpoint):
     def _existing(self, name: str) -> str:
         path = self._folder / "checkpoints" / f"{name}.ckpt" if self._folder is not None else None
         return str(path) if path is not None and path.is_file() else ""
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that at every moment its name holds all of the old bytes or all of the new ones.
-
-    Raises:
-        TrajectoryError: If it cannot be written; what was there before is intact.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise TrajectoryError(
-            f"{path}: the checkpoint could not be written ({error.strerror}); the one before is intact. Resume from it "
-            "when there is space"
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows has no handle for a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _serialised(checkpoint: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    return buffer.getvalue()
-
-
-def _check_readable(checkpoint: dict[str, Any]) -> None:
-    """Find out before training what could not be read back after it.
-
-    Raises:
-        TrajectoryError: If something in the checkpoint is of a type that a safe load refuses.
-    """
-    try:
-        torch.load(io.BytesIO(_serialised(checkpoint)), weights_only=True)
-    except Exception as error:
-        raise TrajectoryError(
-            "a checkpoint of this run could not be read back: a hyperparameter, or the state of a callback, scheduler "
-            f"or data loader is of no plain type; in the module, self.save_hyperparameters(ignore=[...]) ({error})"
-        ) from error
 
 
 def _continue(earlier: Trajectory, path: Path) -> TrajectoryWriter:

@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint
-from smezo_pl.callbacks import seed_checkpoint as module
+from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint, checkpoint_files, seed_checkpoint
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.reader import Trajectory
@@ -132,6 +131,59 @@ def test_so_it_is_in_every_configuration(tmp_path: Path, name: str) -> None:
     assert same(again, trained.model)
 
 
+def anchored(**settings: Any) -> SeedCheckpoint:
+    return SeedCheckpoint(every_n_steps=3, anchor_every_n_steps=6, **settings)
+
+
+class TestAnchors:
+    """Whole weights now and then."""
+
+    @pytest.mark.parametrize("name", ["bfloat16", "constant masks, refreshed", "random constant masks, refreshed"])
+    def test_a_resume_begins_at_the_last_one(
+        self, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        build, callbacks = CONFIGURATIONS[name]
+        trained, resumed = build(), build()
+        seen = fit(tmp_path / "straight", trained, *callbacks())
+        interrupted(tmp_path / "killed", build(), 16, *callbacks(), anchored())
+        assert [p.name for p in (tmp_path / "killed" / "anchors").iterdir()] == ["step-12.safetensors"]
+        with torch.no_grad():
+            resumed.model[3].bias.add_(1.0)  # whatever takes part may be anything
+        with caplog.at_level(logging.INFO):
+            watch = fit(tmp_path / "killed", resumed, *callbacks(), anchored(), ckpt_path=tmp_path / "killed" / LAST)
+        assert "replayed 4 steps from the anchor" in caplog.text
+        assert equal_after(watch, seen)
+        assert same(resumed.model, trained.model)
+        again = network(dtype=next(trained.model.parameters()).dtype)
+        replay(tmp_path / "killed", again)
+        assert same(again, trained.model)
+
+    @pytest.mark.parametrize("harm", ["damaged", "gone"])
+    def test_without_it_the_weights_come_from_the_start(
+        self, straight: tuple[Path, Classifier, Watch], tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        interrupted(tmp_path, Classifier(), 16, anchored())
+        [anchor] = (tmp_path / "anchors").iterdir()
+        if harm == "gone":
+            anchor.unlink()
+        else:
+            data = bytearray(anchor.read_bytes())
+            data[-5] ^= 1
+            anchor.write_bytes(data)
+        resumed = Classifier()
+        fit(tmp_path, resumed, anchored(), ckpt_path=tmp_path / LAST)
+        assert same(resumed.model, straight[1].model)
+        assert ("is damaged; the weights are made without it" in caplog.text) == (harm == "damaged")
+
+    def test_weights_that_are_left_alone_must_still_be_the_runs(self, tmp_path: Path) -> None:
+        interrupted(tmp_path, Classifier(exclude="2"), 16, anchored())
+        resumed = Classifier(exclude="2")
+        with torch.no_grad():
+            resumed.model[2].bias.add_(1.0)
+        with pytest.raises(TrajectoryError, match="are not those that the run had"):
+            fit(tmp_path, resumed, anchored(), ckpt_path=tmp_path / LAST)
+
+
 @pytest.mark.slow
 def test_so_it_is_with_workers(tmp_path: Path) -> None:
     trained, resumed = Classifier(), Classifier()
@@ -153,7 +205,7 @@ def test_a_run_that_ended_goes_on(straight: tuple[Path, Classifier, Watch], tmp_
 
 def test_it_may_be_killed_more_than_once(straight: tuple[Path, Classifier, Watch], tmp_path: Path) -> None:
     interrupted(tmp_path, Classifier(), 5)
-    for step in (9, 14):
+    for step in (4, 9, 9, 14):
         interrupted(tmp_path, Classifier(), step, ckpt_path=tmp_path / LAST)
     resumed = Classifier()
     fit(tmp_path, resumed, ckpt_path=tmp_path / LAST)
@@ -433,17 +485,17 @@ class TestWriting:
 
     def test_the_one_before_stays_when_the_disk_is_full(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "last.ckpt"
-        module.write_whole(path, b"before")
+        checkpoint_files.write_whole(path, b"before")
         monkeypatch.setattr(os, "fsync", no_space)
         with pytest.raises(TrajectoryError, match=r"No space left on device.; the one before is intact. Resume"):
-            module.write_whole(path, b"after")
+            checkpoint_files.write_whole(path, b"after")
         assert path.read_bytes() == b"before"
         assert list(tmp_path.iterdir()) == [path]
 
     def test_a_run_on_a_full_disk_resumes_when_there_is_space(
         self, straight: tuple[Path, Classifier, Watch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        write, written = module.write_whole, []
+        write, written = checkpoint_files.write_whole, []
 
         def full(path: Path, data: bytes) -> None:
             written.append(path)
@@ -455,10 +507,10 @@ class TestWriting:
                     write(path, data)
             write(path, data)
 
-        monkeypatch.setattr(module, "write_whole", full)
+        monkeypatch.setattr(seed_checkpoint, "write_whole", full)
         with pytest.raises(TrajectoryError, match="No space left"):
             fit(tmp_path, Classifier())
-        monkeypatch.setattr(module, "write_whole", write)
+        monkeypatch.setattr(seed_checkpoint, "write_whole", write)
         resumed = Classifier()
         fit(tmp_path, resumed, ckpt_path=tmp_path / LAST)
         assert same(resumed.model, straight[1].model)
@@ -466,7 +518,7 @@ class TestWriting:
     def test_a_folder_that_cannot_be_made_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(TrajectoryError, match="could not be written"):
-            module.write_whole(tmp_path / "file" / "last.ckpt", b"")
+            checkpoint_files.write_whole(tmp_path / "file" / "last.ckpt", b"")
 
     def test_what_could_not_be_read_back_is_found_before_training(self, tmp_path: Path) -> None:
         module = Classifier()

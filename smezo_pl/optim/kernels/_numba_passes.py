@@ -361,6 +361,6 @@ def _cached(decorate, decorate_uncached, function):
     """Keep compiled code beside this file or in the user's cache folder; do without where neither can be written."""
     try:
         return decorate(function)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         log.info("compiled kernels cannot be kept on disk, every run compiles anew: %s", error)
         return decorate_uncached(function)

@@ -14,14 +14,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from smezo_pl.callbacks.checkpoint_files import check_readable, serialised, write_whole
 from smezo_pl.callbacks.common import run_folder, zeroth_order_optimizer
+from smezo_pl.callbacks.run_record import earlier_record, open_record
 from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.anchors import write_anchor
-from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.reader import FILE_NAME, Trajectory
-from smezo_pl.trajectory.recorder import Recorder, describe, named_tensors
+from smezo_pl.trajectory.reader import FILE_NAME
+from smezo_pl.trajectory.recorder import Recorder, named_tensors
 from smezo_pl.trajectory.replaying import tensors_of
-from smezo_pl.trajectory.store import snapshot
-from smezo_pl.trajectory.writer import TrajectoryWriter
 
 log = logging.getLogger(__name__)
 
@@ -132,10 +130,11 @@ class SeedCheckpoint(Checkpoint):
             return
         self._folder = Path(self.dirpath) if self.dirpath is not None else run_folder(trainer)
         self._saved_step = self._marked_step = -1
-        earlier = self._earlier_record(trainer)
+        earlier = earlier_record(trainer, self._loaded)
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._recorder = self._open_record(trainer, pl_module, earlier)
+            optimizer = zeroth_order_optimizer(trainer, self)
+            self._recorder = open_record(optimizer, pl_module, self._folder / FILE_NAME, earlier)
             check_readable(self._checkpoint(trainer, self._folder))
         if earlier is None:
             self._save(trainer)  # so that a run that ends before its first checkpoint can go on too
@@ -186,47 +185,6 @@ class SeedCheckpoint(Checkpoint):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the record if it is still open."""
         self._close()
-
-    # ------------------------------------------------------------------ the record
-
-    def _open_record(self, trainer: Trainer, pl_module: LightningModule, earlier: Trajectory | None) -> Recorder:
-        assert self._folder is not None
-        path, optimizer = self._folder / FILE_NAME, zeroth_order_optimizer(trainer, self)
-        if earlier is not None:
-            writer = _continue(earlier, path)
-            log.info("the record %s goes on after %d steps", path, writer.steps)
-            return Recorder(optimizer, writer, resume.network_of(pl_module, writer.header))
-        header = describe(
-            optimizer,
-            resume.network_of(pl_module),
-            pretrained=getattr(pl_module, "pretrained", None),
-            revision=getattr(pl_module, "revision", None),
-            adapter=getattr(pl_module, "adapter", None),
-        )
-        return Recorder(optimizer, TrajectoryWriter.create(path, header), resume.network_of(pl_module, header))
-
-    def _earlier_record(self, trainer: Trainer) -> Trajectory | None:
-        """The record of the run that this one goes on with, up to where it does."""
-        checkpoints = resume.install(trainer)
-        if checkpoints.restored is not None:
-            return checkpoints.restored.trajectory
-        if not self._loaded:
-            return None
-        # a checkpoint of ModelCheckpoint: the weights were in it, the record is where it was
-        path, steps = Path(self._loaded["record"]), self._loaded["steps"]
-        if path.is_file():
-            trajectory = Trajectory.read(path, damaged=True)
-            if trajectory.header.run == self._loaded["run"] and trajectory.next_step >= steps:
-                trajectory = trajectory.upto(steps)
-                if trajectory.check.hex() == self._loaded["check"]:
-                    return trajectory
-        log.warning(
-            "the record of the run's first %d steps is not in %s: a new one begins with the weights of the checkpoint, "
-            "and can be replayed on those alone",
-            steps,
-            path,
-        )
-        return None
 
     def _close(self) -> None:
         recorder, self._recorder = self._recorder, None
@@ -299,29 +257,6 @@ class SeedCheckpoint(Checkpoint):
     def _existing(self, name: str) -> str:
         path = self._folder / "checkpoints" / f"{name}.ckpt" if self._folder is not None else None
         return str(path) if path is not None and path.is_file() else ""
-
-
-def _continue(earlier: Trajectory, path: Path) -> TrajectoryWriter:
-    """Open the record to go on with, in this run's folder."""
-    steps = earlier.next_step
-    if path.exists() and os.path.samefile(earlier.path, path):
-        _keep_what_goes(path, steps)
-    elif path.exists():
-        raise TrajectoryError(f"{path} is the record of another run: give SeedCheckpoint another dirpath")
-    else:
-        snapshot(earlier.path, path)
-    return TrajectoryWriter.resume(path, steps)
-
-
-def _keep_what_goes(path: Path, steps: int) -> None:
-    """Copy the record before steps are removed that a checkpoint was made at."""
-    trajectory = Trajectory.read(path, damaged=True)
-    later = [mark.steps for mark in trajectory.marked("checkpoint") if mark.steps > steps]
-    if later:
-        copy = path.with_name(f"{path.stem}-until-{max(later)}{path.suffix}")
-        if not copy.exists():
-            snapshot(path, copy)
-            log.info("the run goes on from step %d of %d; the record until now is kept as %s", steps, max(later), copy)
 
 
 def _validates_now(trainer: Trainer) -> bool:

@@ -84,7 +84,7 @@ class TrajectoryWriter:
         path = Path(path)
         lock = WriterLock(path)
         try:
-            trajectory = Trajectory.read(path).upto(steps)
+            trajectory = Trajectory.read(path, damaged=steps is not None).upto(steps)
             connection = store.open_to_append(path)
             writer = cls(path, trajectory.header, connection, lock, trajectory)
             with store.explained(path, "write"), connection:
@@ -163,3 +163,25 @@ class TrajectoryWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def rewrite(trajectory: Trajectory, path: Path) -> None:
+    """Write what was read of a record to a new file, for instance the sound part of a damaged one.
+
+    Raises:
+        TrajectoryError: If there is a file already, or it cannot be written.
+    """
+    check, rates = header_digest(trajectory.header.to_bytes()), None
+    checks = {trajectory.header.first_step: check}
+    with TrajectoryWriter.create(path, trajectory.header) as writer, store.explained(path, "write"), writer._connection:
+        writer._connection.execute("BEGIN")
+        for row in trajectory.rows:
+            data = pack_row(row, rates, check)
+            check, rates = check_of(data), row.rates
+            checks[row.step + 1] = check
+            writer._connection.execute("INSERT INTO steps VALUES (?, ?)", (row.step, data))
+            if row.refresh is not None:
+                writer._connection.execute("INSERT INTO refreshes VALUES (?, ?)", (row.step, row.refresh))
+        for mark in trajectory.marks:
+            packed = pack_mark(mark, checks[mark.steps])
+            writer._connection.execute("INSERT INTO marks (steps, data) VALUES (?, ?)", (mark.steps, packed))

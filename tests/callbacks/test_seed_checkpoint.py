@@ -1,6 +1,7 @@
 import logging
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,33 @@ def test_a_run_that_ended_before_its_first_step_is_replaced(tmp_path: Path) -> N
     interrupted(tmp_path, Classifier(), 0)
     fit(tmp_path, Classifier(seed=1), max_steps=3)
     assert Trajectory.read(tmp_path).next_step == 3
+
+
+@pytest.mark.parametrize("pages", [False, True])
+def test_damage_after_a_checkpoint_does_not_keep_the_run_from_going_on(
+    straight: tuple[Path, Classifier, Watch], tmp_path: Path, pages: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupted(tmp_path, Classifier(), 14)
+    early = tmp_path / "checkpoints" / "early.ckpt"
+    shutil.copy(tmp_path / LAST, early)
+    resumed = Classifier()
+    fit(tmp_path, resumed, ckpt_path=tmp_path / LAST)
+    if pages:
+        data = bytearray((tmp_path / RECORD).read_bytes())
+        data[-1024:] = bytes(1024)
+        (tmp_path / RECORD).write_bytes(data)
+    else:
+        connection = sqlite3.connect(tmp_path / RECORD)
+        connection.execute("UPDATE steps SET data = zeroblob(9) WHERE step = 17")
+        connection.commit()
+        connection.close()
+    assert Trajectory.read(tmp_path, damaged=True).damage
+    again = Classifier()
+    fit(tmp_path, again, ckpt_path=early)
+    assert "its sound part is written anew" in caplog.text
+    assert same(again.model, straight[1].model)
+    assert Trajectory.read(tmp_path).next_step == 20
+    assert (tmp_path / "trajectory-damaged.smezo").is_file()
 
 
 def test_a_second_run_in_one_folder_is_refused(straight: tuple[Path, Classifier, Watch]) -> None:

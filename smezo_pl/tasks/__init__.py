@@ -8,20 +8,23 @@ from smezo_pl.tasks.example import ExampleError as ExampleError
 from smezo_pl.tasks.example import make_example as make_example
 from smezo_pl.tasks.glue import GLUE
 from smezo_pl.tasks.qa import QA
+from smezo_pl.tasks.reading import READING
 from smezo_pl.tasks.superglue import SUPERGLUE
+from smezo_pl.tasks.task import FreeText as FreeText
 from smezo_pl.tasks.task import ListCandidates as ListCandidates
 from smezo_pl.tasks.task import Objective as Objective
 from smezo_pl.tasks.task import Source as Source
 from smezo_pl.tasks.task import Task as Task
 from smezo_pl.tasks.topics import TOPICS
 
-TASKS: dict[str, Task] = {task.name: task for task in (*DEMO, *GLUE, *SUPERGLUE, *TOPICS, *QA)}
+TASKS: dict[str, Task] = {task.name: task for task in (*DEMO, *GLUE, *SUPERGLUE, *TOPICS, *QA, *READING)}
 """The built-in tasks by name."""
 
 __all__ = [
     "TASKS",
     "Example",
     "ExampleError",
+    "FreeText",
     "ListCandidates",
     "Objective",
     "Source",

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from smezo_pl.tasks.task import ListCandidates, Task
-from smezo_pl.tasks.template import FILTERS
+from smezo_pl.tasks.task import FreeText, ListCandidates, Task
+from smezo_pl.tasks.template import FILTERS, Template
 
 UNKNOWN = -1
 """A label that is not known: hidden test sets carry it."""
@@ -26,6 +26,8 @@ class Example:
         label: Place of the right candidate, -1 if it is not known.
         correct: Places of all candidates that count as right (ReCoRD: an entity may go by several names).
         index: Row of the data set that it was made from.
+        answers: What each candidate is called for metrics on texts: the element that it was made from, or its text.
+        references: The right answers as text, each of which counts; empty if unknown.
     """
 
     prompt: str
@@ -33,6 +35,8 @@ class Example:
     label: int
     correct: tuple[int, ...]
     index: int
+    answers: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The prompt with every candidate in brackets, the right one with a star."""
@@ -66,6 +70,8 @@ def make_example(
     values = {column: _text(task, column, row[column], where) for column in task.text_columns}
     # MeZO strips the same: a prompt neither starts with white space nor ends in a space.
     prompt = task.prompt_template.render(values).lstrip().rstrip(" ")
+    if isinstance(task.candidates, FreeText):
+        return _free(task.candidates, prompt, row, index, where)
     if isinstance(task.candidates, ListCandidates):
         items = _items(task.candidates, row[task.candidates.column], where)
         pattern = task.candidate_templates[0].render(values)
@@ -79,7 +85,30 @@ def make_example(
         if texts.count(text) > 1:
             raise ExampleError(f"{where}: two candidates have the same text {text!r}, so no label can tell them apart")
     correct = _correct(task, row.get(task.label), items, len(texts), label_names, where)
-    return Example(prompt, texts, correct[0] if correct else UNKNOWN, tuple(sorted(correct)), index)
+    answers = items or tuple(text.strip() for text in texts)
+    label = correct[0] if correct else UNKNOWN
+    right = tuple(sorted(correct))
+    return Example(prompt, texts, label, right, index, answers, tuple(answers[place] for place in right))
+
+
+def _free(free: FreeText, prompt: str, row: Mapping[str, Any], index: int, where: str) -> Example:
+    """An example whose one candidate is the text that is trained on."""
+    value = row.get(free.root)
+    for part in free.column.split(".")[1:]:
+        if value is not None and (not isinstance(value, Mapping) or part not in value):
+            raise ExampleError(f"{where}: column {free.root!r} has no part {part!r} (of {free.column!r}): {value!r}")
+        value = None if value is None else value[part]
+    if isinstance(value, (list, tuple)):
+        found = [str(text).strip() for text in value if not _missing(text)]
+    else:
+        found = [] if _missing(value) else [str(value).strip()]
+    references = tuple(dict.fromkeys(text for text in found if text))
+    if not references:
+        if found:
+            raise ExampleError(f"{where}: the answer in column {free.column!r} is empty")
+        return Example(prompt, (), UNKNOWN, (), index)
+    text = Template(free.text).render({"answer": references[0]})
+    return Example(prompt, (text,), 0, (0,), index, (references[0],), references)
 
 
 def _missing(value: Any) -> bool:

@@ -59,6 +59,37 @@ class ListCandidates:
 
 
 @dataclass(frozen=True)
+class FreeText:
+    r"""An answer that the model writes itself, token by token; it is compared with the right ones as text.
+
+    Args:
+        column: The column with the right answer, or with a list of answers of which each is right; ``answers.text`` is
+            the part ``text`` of a structured column ``answers``.
+        text: Template of what is trained on; ``{answer}`` is the first right answer. It ends in what ends an answer.
+        max_new_tokens: Most tokens of a generated answer, at least 1.
+        stop: Texts that end a generated answer, as does the tokenizer's end-of-sequence token.
+    """
+
+    column: str
+    text: str = " {answer}\n"
+    max_new_tokens: int = 50
+    stop: tuple[str, ...] = ("\n",)
+
+    def __post_init__(self) -> None:
+        if not self.max_new_tokens >= 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if Template(self.text).columns != ("answer",):
+            raise ValueError(f"text of a free answer must hold {{answer}} and no other column, got {self.text!r}")
+        if not self.stop or not all(self.stop):
+            raise ValueError(f"stop must name at least one text, none of them empty, got {self.stop!r}")
+
+    @property
+    def root(self) -> str:
+        """The column's own name, without the part of it."""
+        return self.column.partition(".")[0]
+
+
+@dataclass(frozen=True)
 class Task:
     """A task as data: what the model is shown, what it may answer, which answer is right.
 
@@ -69,7 +100,7 @@ class Task:
         name: Name in the registry and of the local folder.
         prompt: Template of the prompt. Spaces at its end and white space at its start are dropped once it is filled in.
         candidates: For each label value, in the data set's own order, the template of its text; or a
-            :class:`ListCandidates`.
+            :class:`ListCandidates`; or a :class:`FreeText`, which the model writes itself.
         label: Column of the label: the name of a label, its place as an integer, or a boolean.
         objective: ``"classification"``: cross-entropy over the candidates' mean log-probabilities. ``"lm"``: token
             cross-entropy on the right candidate alone.
@@ -86,7 +117,7 @@ class Task:
 
     name: str
     prompt: str
-    candidates: Mapping[str, str] | ListCandidates
+    candidates: Mapping[str, str] | ListCandidates | FreeText
     label: str = "label"
     objective: Objective = "classification"
     metrics: tuple[str, ...] = ("accuracy",)
@@ -107,7 +138,9 @@ class Task:
             )
         # Parsed now, so that a misspelt template is refused where it is written.
         _ = self.prompt_template, self.candidate_templates
-        if isinstance(self.candidates, ListCandidates):
+        if isinstance(self.candidates, FreeText) and self.objective == "classification":
+            raise ValueError(f"task {self.name!r} has no candidates to classify: objective must be 'lm'")
+        if not isinstance(self.candidates, Mapping):
             return
         texts = list(self.candidates.values())
         if len(texts) < 2:
@@ -128,6 +161,8 @@ class Task:
         """The candidates' texts, parsed: one for each label, or the one of a :class:`ListCandidates`."""
         if isinstance(self.candidates, ListCandidates):
             return (Template(self.candidates.text),)
+        if isinstance(self.candidates, FreeText):
+            return ()
         return tuple(Template(text) for text in self.candidates.values())
 
     @cached_property
@@ -135,6 +170,8 @@ class Task:
         """The names of the labels, in the data set's order; empty when a label is the text of a candidate."""
         if isinstance(self.candidates, ListCandidates):
             return self.candidates.names
+        if isinstance(self.candidates, FreeText):
+            return ()
         return tuple(str(name) for name in self.candidates)
 
     @cached_property
@@ -145,6 +182,8 @@ class Task:
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """Every column that an example is made of, the label's last."""
+        """Every column that an example is made of, the label's or the answer's last."""
+        if isinstance(self.candidates, FreeText):
+            return (*self.text_columns, self.candidates.root)
         lists = (self.candidates.column,) if isinstance(self.candidates, ListCandidates) else ()
         return (*self.text_columns, *lists, self.label)

@@ -189,6 +189,29 @@ CASES = [
         (" 21", " 21.5", " 22", " 22.5", " 23"),
         2,
     ),
+    Case(
+        "squad",
+        {
+            "title": "1973_oil_crisis",
+            "context": "It began in October 1973.",
+            "question": " When did it begin? ",
+            "answers": {"text": ["October 1973", "in October 1973", "October 1973"], "answer_start": [12, 9, 12]},
+        },
+        "Title: 1973_oil_crisis\nContext: It began in October 1973.\nQuestion: When did it begin?\nAnswer:",
+        (" October 1973\n",),
+        0,
+    ),
+    Case(
+        "drop",
+        {
+            "passage": "They won 3 games.",
+            "question": "How many?",
+            "answers_spans": {"spans": ["3", "three games"], "types": ["number", "span"]},
+        },
+        "Passage: They won 3 games.\nQuestion: How many?\nAnswer:",
+        (" 3\n",),
+        0,
+    ),
 ]
 
 
@@ -215,6 +238,8 @@ def test_every_task_is_written_out() -> None:
         ("record", ("aps/super_glue", "record", None, "validation")),
         ("trec", ("CogComp/trec", None, "refs/convert/parquet", "test")),
         ("aqua", ("deepmind/aqua_rat", "raw", None, "validation")),
+        ("squad", ("rajpurkar/squad", None, None, "validation")),
+        ("drop", ("ucinlp/drop", None, None, "validation")),
     ],
 )
 def test_sources(task: str, source: tuple[str | None, ...]) -> None:
@@ -230,6 +255,8 @@ def test_objectives_and_sizes_follow_mezo() -> None:
         "piqa",
         "siqa",
         "aqua",
+        "squad",
+        "drop",
     }
     sizes = {name: (task.num_train, task.num_dev, task.num_test) for name, task in TASKS.items()}
     assert sizes.pop("cb") == (150, 100, 1000)

@@ -43,7 +43,7 @@ def test_columns() -> None:
 def test_the_registry_holds_every_task_under_its_name() -> None:
     assert set(TASKS) == {
         *("demo", "sst2", "mnli", "qnli", "mrpc", "qqp", "cola", "rte", "cb", "boolq", "wsc", "wic", "multirc"),
-        *("copa", "record", "trec", "piqa", "siqa", "aqua"),
+        *("copa", "record", "trec", "piqa", "siqa", "aqua", "squad", "drop"),
     }
     assert all(task.name == name for name, task in TASKS.items())
 

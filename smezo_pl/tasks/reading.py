@@ -1,0 +1,23 @@
+"""Questions on a passage whose answer the model writes itself, with MeZO's prompts."""
+
+from smezo_pl.tasks.task import FreeText, Source, Task
+
+READING = (
+    Task(
+        name="squad",
+        prompt="Title: {title}\nContext: {context}\nQuestion: {question|strip}\nAnswer:",
+        candidates=FreeText("answers.text"),
+        objective="lm",
+        metrics=("f1", "em"),
+        source=Source("rajpurkar/squad"),
+        may_be_empty=("title",),
+    ),
+    Task(
+        name="drop",
+        prompt="Passage: {passage}\nQuestion: {question|strip}\nAnswer:",
+        candidates=FreeText("answers_spans.spans"),
+        objective="lm",
+        metrics=("f1", "em"),
+        source=Source("ucinlp/drop"),
+    ),
+)

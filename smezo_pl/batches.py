@@ -24,7 +24,7 @@ def batch_size(batch: Any) -> int:
 
 def batch_weight(batch: Any) -> int:
     """What a batch's mean loss is a mean over: answer tokens for prompts with the ``lm`` objective, else examples."""
-    if isinstance(batch, PromptBatch) and batch.objective == "lm":
+    if isinstance(batch, PromptBatch) and batch.objective == "lm" and batch.reward is None:
         return batch.answer_tokens
     return batch_size(batch)
 

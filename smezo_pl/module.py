@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from smezo_pl.batches import batch_size, batch_weight, split_batch
 from smezo_pl.data import PromptBatch, PromptDataModule
-from smezo_pl.metrics import WeightedMeans
+from smezo_pl.evaluation import answers_of, batch_sums, generated
+from smezo_pl.metrics import Sums, WeightedMeans
 from smezo_pl.models import add_adapter, load_network, load_tokenizer
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.predictions import prediction_rows
-from smezo_pl.tasks.scoring import candidate_scores, correct_predictions, loss_of, model_logits, predictions
+from smezo_pl.predictions import prediction_rows, written_rows
+from smezo_pl.tasks.objectives import reward_of
+from smezo_pl.tasks.scoring import calibrated, candidate_scores, loss_of, model_logits
 from smezo_pl.trainer_checks import check_trainer, silence_expected_warnings
 from smezo_pl.trajectory import resume
 
@@ -109,6 +111,18 @@ class SparseMeZOModule(LightningModule):
     @tokenizer.setter
     def tokenizer(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
         self._tokenizer = tokenizer
+
+    def text_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer that answers are read with: the data module's, else the module's.
+
+        Raises:
+            RuntimeError: If there is neither.
+        """
+        data = getattr(self._trainer, "datamodule", None)
+        tokenizer = getattr(data, "tokenizer", None) or self.tokenizer
+        if tokenizer is None:
+            raise RuntimeError("generated answers need a tokenizer to be read: set module.tokenizer")
+        return tokenizer
 
     def configure_callbacks(self) -> list[Callback]:
         """No callbacks; the Trainer's settings are checked here, before anything is loaded."""
@@ -208,8 +222,15 @@ class SparseMeZOModule(LightningModule):
             A float32 scalar, the same bits on every process.
         """
         weights = [batch_weight(part) for part in parts]
-        losses = [self.loss(part).float().reshape(()) * weight for part, weight in zip(parts, weights, strict=True)]
-        total, weight = torch.stack(losses).sum(), float(sum(weights))
+        weight = float(sum(weights))
+        if isinstance(parts[0], PromptBatch) and parts[0].reward is not None:
+            # Of all parts together, as an F1 of the whole is no mean of the parts' F1.
+            answers = [answer for part in parts for answer in answers_of(self.model, part, self.text_tokenizer)]
+            reward = reward_of(parts[0].reward, parts[0].num_labels)
+            total = torch.tensor(reward.loss(answers), dtype=torch.float32, device=self.device) * weight
+        else:
+            losses = [self.loss(part).float().reshape(()) * w for part, w in zip(parts, weights, strict=True)]
+            total = torch.stack(losses).sum()
         if self.trainer.world_size == 1:
             return total / weight
         # Gathered and added in the order of ranks, where a reduction might add in another order on each process.
@@ -219,14 +240,15 @@ class SparseMeZOModule(LightningModule):
 
     # ------------------------------------------------------------------ evaluation
 
-    def evaluate_batch(self, batch: Any) -> dict[str, tuple[Tensor | float, float]]:
-        """Sums and weights of a batch's metrics by name; ``val/<name>`` is the sum of sums over the sum of weights."""
+    def evaluate_batch(self, batch: Any) -> Sums:
+        """Sums and weights of a batch's metrics by name; ``val/<name>`` is the sum of sums over the sum of weights.
+
+        For metrics that are no means, the batch's answers (`smezo_pl.metrics.Collected`).
+        """
         if not isinstance(batch, PromptBatch):
             weight = batch_weight(batch)
             return {"loss": (self.loss(batch).float() * weight, weight)}
-        scores = candidate_scores(model_logits(self.model, batch), batch)
-        right = correct_predictions(predictions(scores, batch), batch)
-        return {"loss": loss_of(scores, batch), "accuracy": (right.sum(), len(batch))}
+        return batch_sums(self.model, batch, self.text_tokenizer)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to ``val/...``."""
@@ -255,8 +277,11 @@ class SparseMeZOModule(LightningModule):
         self._log_means("test")
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """What the model makes of each example: index in its data set, scores of the candidates, prediction, label."""
-        return prediction_rows(batch, candidate_scores(model_logits(self.model, batch), batch))
+        """What the model makes of each example: index in its data set, and its answer beside the right one."""
+        if batch.prompts is not None:
+            return written_rows(batch, generated(self.model, batch, self.text_tokenizer))
+        scores = candidate_scores(model_logits(self.model, batch), batch)
+        return prediction_rows(batch, calibrated(self.model, scores, batch))
 
     def on_validation_start(self) -> None:
         """Bring back the weights of a checkpoint that holds none."""

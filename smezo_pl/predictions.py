@@ -8,6 +8,12 @@ from smezo_pl.data import PromptBatch
 from smezo_pl.tasks.scoring import predictions, score_table
 
 
+def written_rows(batch: PromptBatch, texts: list[str]) -> list[dict[str, Any]]:
+    """One dict an example: ``index``, ``prediction``, the text that was written, and ``references``, the right ones."""
+    rows = zip(batch.index.tolist(), texts, batch.references, strict=True)
+    return [{"index": index, "prediction": text, "references": list(right)} for index, text, right in rows]
+
+
 def prediction_rows(batch: PromptBatch, scores: Tensor) -> list[dict[str, Any]]:
     """One dict an example: ``index`` in its data set, ``scores`` of its candidates, ``prediction`` and ``label``.
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smezo_pl.tasks.task import Objective
+from smezo_pl.data.extras import Calibration, GenerationPrompts
+from smezo_pl.tasks.task import Loss
 
 
 @dataclass
@@ -35,7 +36,15 @@ class PromptBatch:
         logits_to_keep: Number of positions at the end of the rows that logits are needed for.
         num_candidates: The most candidates that an example has.
         answer_tokens: Tokens of the right candidates, all together; 0 if a label is unknown.
-        objective: ``"classification"`` or ``"lm"``.
+        objective: What the loss is: ``"classification"`` or ``"lm"``.
+        group: int64 ``[N]``, a number that all answers to one question share; None for no groups.
+        answers: What each candidate of each example is called in metrics on texts.
+        references: The right answers of each example as texts.
+        metrics: Names of what is measured.
+        num_labels: Number of labels of the task, 0 where they are not shared by all examples.
+        reward: A metric's name or a function's import path that training maximises in the place of the loss.
+        prompts: What answers are generated after; None where nothing is generated.
+        calibration: The candidates after prompts without content; None for scores that are not calibrated.
     """
 
     input_ids: Tensor
@@ -55,7 +64,15 @@ class PromptBatch:
     logits_to_keep: int
     num_candidates: int
     answer_tokens: int
-    objective: Objective
+    objective: Loss
+    group: Tensor | None = None
+    answers: tuple[tuple[str, ...], ...] = ()
+    references: tuple[tuple[str, ...], ...] = ()
+    metrics: tuple[str, ...] = ()
+    num_labels: int = 0
+    reward: str | None = None
+    prompts: GenerationPrompts | None = None
+    calibration: Calibration | None = None
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -66,18 +83,24 @@ class PromptBatch:
         """The number of rows that a forward reads."""
         return self.input_ids.shape[0]
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "PromptBatch":
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, Tensor)}
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PromptBatch":
+        """The same batch with every tensor changed."""
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = change(value)
+            elif isinstance(value, (GenerationPrompts, Calibration)):
+                changed[field.name] = value.map(change)
         return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptBatch":
         """The batch on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PromptBatch":
         """The batch in page-locked memory, from which copies to a GPU need not wait."""
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
     def split(self, micro_batch_size: int) -> "list[PromptBatch]":
         """Parts of at most ``micro_batch_size`` examples each, of similar length, without needless padding.
@@ -138,7 +161,16 @@ class PromptBatch:
             logits_to_keep=self.logits_to_keep - unused,
             num_candidates=int(candidate_index.max()) + 1,
             answer_tokens=int(candidate_tokens[right].sum()) if known else 0,
+            group=None if self.group is None else self.group[examples],
+            answers=_picked(self.answers, examples),
+            references=_picked(self.references, examples),
+            prompts=None if self.prompts is None else self.prompts.take(examples),
+            calibration=None if self.calibration is None else self.calibration.take(candidates),
         )
+
+
+def _picked(texts: tuple[tuple[str, ...], ...], examples: Tensor) -> tuple[tuple[str, ...], ...]:
+    return tuple(texts[number] for number in examples.tolist()) if texts else ()
 
 
 def _sorted_members(rank: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The data side of a run: a task's examples, sampled as MeZO does, tokenised and batched."""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from smezo_pl.data.batch import PromptBatch
 from smezo_pl.data.collate import Collate
 from smezo_pl.data.encoding import Encoded, Encoder, padding_id
+from smezo_pl.data.free_text import stop_tokens
 from smezo_pl.data.loaders import evaluation_loader, train_loader
 from smezo_pl.data.sampling import sample, sample_train_dev
 from smezo_pl.data.sources import Split, load_split
 from smezo_pl.models import load_tokenizer
-from smezo_pl.tasks import Example, Task, get_task, make_example
+from smezo_pl.tasks import Example, FreeText, Task, get_task, make_example
+from smezo_pl.tasks.metrics import get_metric
+from smezo_pl.tasks.objectives import check_objective
+from smezo_pl.tasks.task import LOSSES
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +53,14 @@ class PromptDataModule(pl.LightningDataModule):
         data_seed: Decides which examples are drawn and in which order they come, in [0, 2^32).
         max_length: Most tokens of a prompt and a candidate together, at least 2. What is longer loses the beginning of
             its prompt; a beginning-of-sequence token stays.
+        objective: What a step makes smaller, instead of the task's own loss: ``classification`` (cross-entropy over the
+            candidates), ``lm`` (of the right answer's tokens), or one minus a metric of the batch's answers, such as
+            ``accuracy``, ``f1`` or ``em``. Nothing needs to be differentiable. The dev loss stays a loss.
+        reward: Import path of a function that a step makes larger instead: ``mymodule.score`` is called as
+            ``score(predictions, references)`` with a list of answers as texts and, for each, the list of right ones,
+            and gives a number or one an answer, whose mean counts. If it raises or gives NaN, the step is skipped.
+        calibration: How candidates are chosen in evaluation: ``none``, by mean log-probability; ``sfc``, by the
+            log-probability gained over a prompt without content (surface form competition, as in MeZO).
         num_workers: Processes that make batches; 0 makes them in the main process, which is enough for text.
 
     Raises:
@@ -65,10 +79,26 @@ class PromptDataModule(pl.LightningDataModule):
         num_test: int | None = None,
         data_seed: int = 0,
         max_length: int = 2048,
+        objective: str | None = None,
+        reward: str | None = None,
+        calibration: Literal["none", "sfc"] = "none",
         num_workers: int = 0,
     ) -> None:
         super().__init__()
         self.task = get_task(task) if isinstance(task, str) else task
+        for name in self.task.metrics:
+            get_metric(name, self.task)
+        if objective is not None and reward is not None:
+            raise ValueError(f"objective {objective!r} and reward {reward!r}: give one of them")
+        if reward is not None and "." not in reward:
+            raise ValueError(f"reward must be the import path of a function, module.function, got {reward!r}")
+        self.objective = objective or reward or self.task.objective
+        check_objective(self.objective, self.task)
+        if calibration not in ("none", "sfc"):
+            raise ValueError(f"calibration must be 'none' or 'sfc', got {calibration!r}")
+        if calibration == "sfc" and self.task.calibration is None:
+            raise ValueError(f"task {self.task.name!r} has no prompt without content, so it cannot be calibrated")
+        self.calibration = calibration
         self.data_dir = data_dir
         self.batch_size = _at_least("batch_size", batch_size, 1)
         self.eval_batch_size = _at_least("eval_batch_size", eval_batch_size, 1)
@@ -85,6 +115,7 @@ class PromptDataModule(pl.LightningDataModule):
         self._examples: dict[SplitName, list[Example]] = {}
         self._origin: dict[SplitName, str] = {}
         self._encoded: dict[SplitName, list[Encoded]] = {}
+        self._stops: tuple[int, ...] | None = None
 
     # Tokenizer
 
@@ -93,6 +124,7 @@ class PromptDataModule(pl.LightningDataModule):
         if tokenizer is not self._tokenizer:
             self._tokenizer = tokenizer
             self._encoded.clear()
+            self._stops = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -188,15 +220,21 @@ class PromptDataModule(pl.LightningDataModule):
         """The examples of a split as tokens, in the order of :meth:`examples`."""
         if split not in self._encoded:
             examples = self.examples(split)
-            self._encoded[split] = Encoder(self.tokenizer, self.max_length).encode(examples, self._origin[split])
+            free = self.task.candidates if isinstance(self.task.candidates, FreeText) else None
+            encoder = Encoder(
+                self.tokenizer,
+                self.max_length,
+                free.max_new_tokens if free else 0,
+                calibrated=self.calibration != "none" and split != "train",
+            )
+            self._encoded[split] = encoder.encode(examples, self._origin[split])
         return self._encoded[split]
 
     # Loaders
 
     def train_dataloader(self) -> "DataLoader[PromptBatch]":
         """Shuffled batches of training examples, this process's share of them."""
-        # A step of the lm objective reads no candidate but the right one.
-        collate = Collate(padding_id(self.tokenizer), self.task.objective, right_only=self.task.objective == "lm")
+        collate = self._collate(training=True)
         loader: DataLoader[PromptBatch] = train_loader(
             self.encoded("train"), collate, self.batch_size, self.data_seed, self.num_workers, *self._place()
         )
@@ -221,8 +259,27 @@ class PromptDataModule(pl.LightningDataModule):
         encoded = self.encoded(split)
         if not encoded:
             return []
-        collate = Collate(padding_id(self.tokenizer), self.task.objective)
-        return evaluation_loader(encoded, collate, self.eval_batch_size, self.num_workers, *self._place())
+        return evaluation_loader(encoded, self._collate(), self.eval_batch_size, self.num_workers, *self._place())
+
+    def _collate(self, training: bool = False) -> Collate:
+        loss = next((name for name in LOSSES if name == self.objective), self.task.objective)
+        reward = self.objective if training and self.objective not in LOSSES else None
+        labels = len(self.task.labels) if isinstance(self.task.candidates, Mapping) else 0
+        collate = Collate(
+            padding_id(self.tokenizer),
+            loss,
+            # A step of the lm objective reads no candidate but the right one.
+            right_only=training and loss == "lm" and (reward is None or self.task.is_free),
+            metrics=self.task.metrics,
+            num_labels=labels,
+            reward=reward,
+        )
+        free = self.task.candidates
+        if not isinstance(free, FreeText) or (training and reward is None):
+            return collate
+        if self._stops is None:
+            self._stops = stop_tokens(self.tokenizer, free.stop)
+        return replace(collate, max_new_tokens=free.max_new_tokens, stop_ids=self._stops, stop=free.stop)
 
     # Resume
 
@@ -233,6 +290,7 @@ class PromptDataModule(pl.LightningDataModule):
             "num_train": len(self.examples("train")),
             "batch_size": self.batch_size,
             "max_length": self.max_length,
+            "objective": self.objective,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +25,9 @@ class Encoded:
         correct: Places of all candidates that count as right.
         index: Row of the data set.
         cut: Number of prompt tokens left out because the example was too long.
+        example: The example as text.
+        generated_after: Tokens of the prompt with room left for ``max_new_tokens``; empty where nothing is generated.
+        calibration: Tokens of the prompt without content, and of each candidate after it; None where there is none.
     """
 
     prompt: tuple[int, ...]
@@ -34,16 +36,19 @@ class Encoded:
     correct: tuple[int, ...]
     index: int
     cut: int = 0
+    example: Example | None = field(default=None, compare=False)
+    generated_after: tuple[int, ...] = ()
+    calibration: "tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None" = None
 
     @property
     def length(self) -> int:
         """Tokens of the longest row that is fed."""
-        return len(self.prompt) + max(map(len, self.candidates)) - 1
+        return max(len(self.prompt) + max(map(len, self.candidates), default=1) - 1, len(self.generated_after))
 
     @property
     def rows(self) -> int:
         """Rows that the model reads for it: candidates whose fed tokens begin another's share its row."""
-        return len(fed_rows(self.candidates))
+        return max(1, len(fed_rows(self.candidates)))
 
 
 def fed_rows(candidates: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -53,6 +58,10 @@ def fed_rows(candidates: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         if not any(row[: len(fed)] == fed for row in rows):
             rows.append(fed)
     return rows
+
+
+def _last(tokens: list[int], count: int) -> list[int]:
+    return tokens[max(0, len(tokens) - count) :]
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -77,12 +86,20 @@ class Encoder:
     Args:
         tokenizer: Any tokenizer of transformers. It is not changed, and needs no padding token.
         max_length: Most tokens of a prompt and a candidate together, at least 2.
+        max_new_tokens: Tokens that are generated after a prompt, which is cut to leave room for them; 0: none are.
+        calibrated: Whether prompts without content are encoded too, for the examples that have one.
 
     Raises:
         ValueError: If ``max_length`` is too small.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 2048,
+        max_new_tokens: int = 0,
+        calibrated: bool = False,
+    ) -> None:
         if not max_length >= 2:
             raise ValueError(f"max_length must be at least 2, got {max_length}")
         self.tokenizer = tokenizer
@@ -91,6 +108,12 @@ class Encoder:
             self.max_length = tokenizer.model_max_length
             logger.info("max_length %d lowered to %d, the tokenizer's longest text", max_length, self.max_length)
         self.start = self._special_start()
+        if max_new_tokens and not self.max_length - max_new_tokens - len(self.start) >= 1:
+            raise ValueError(
+                f"max_length {self.max_length} leaves no room for a prompt before max_new_tokens {max_new_tokens}"
+            )
+        self.max_new_tokens = max_new_tokens
+        self.calibrated = calibrated
 
     def encode(self, examples: Sequence[Example], origin: str = "example") -> list[Encoded]:
         """Tokens of the examples, in their order; what had to be cut is counted and said in the log.
@@ -120,33 +143,66 @@ class Encoder:
 
     def _encode(self, examples: Sequence[Example], origin: str) -> Iterator[Encoded]:
         prompts = self._ids([example.prompt for example in examples])
-        joint = iter(self._ids(list(chain(*([e.prompt + c for c in e.candidates] for e in examples)))))
+        joint = iter(self._ids([example.prompt + text for example in examples for text in example.candidates]))
         for example, prompt in zip(examples, prompts, strict=True):
-            where = f"{origin}, row {example.index}"
-            candidates = []
-            for text in example.candidates:
-                tokens = next(joint)
-                own = tokens[len(prompt) :] if tokens[: len(prompt)] == prompt else self._alone(text)
-                if not own:
-                    raise ValueError(f"{where}: candidate {text!r} has no tokens of its own with this tokenizer")
-                candidates.append(tuple(own))
+            where = f"{origin}, {example.where}"
             if not self.start and not prompt:
                 raise ValueError(f"{where}: prompt {example.prompt!r} has no tokens with this tokenizer")
-            room = self.max_length - len(self.start) - max(map(len, candidates))
+            candidates = self._candidates(example.candidates, prompt, joint, where)
+            longest = max(map(len, candidates), default=1)
+            room = self.max_length - len(self.start) - longest
             if room < min(1, len(prompt)):
                 raise ValueError(
                     f"{where}: max_length {self.max_length} leaves no room for a prompt before a candidate of"
-                    f" {max(map(len, candidates))} tokens"
+                    f" {longest} tokens"
                 )
-            kept = prompt[max(0, len(prompt) - room) :]
+            kept = _last(prompt, room)
+            before = _last(prompt, self.max_length - len(self.start) - self.max_new_tokens)
             yield Encoded(
                 (*self.start, *kept),
-                tuple(candidates),
+                candidates,
                 example.label,
                 example.correct,
                 example.index,
                 len(prompt) - len(kept),
+                example,
+                (*self.start, *before) if self.max_new_tokens else (),
+                self._calibration(example, where) if self.calibrated else None,
             )
+
+    def _candidates(
+        self, texts: Sequence[str], prompt: list[int], joint: Iterator[list[int]], where: str
+    ) -> tuple[tuple[int, ...], ...]:
+        """Each candidate's own tokens, from the tokens of the prompt and of prompt and candidate together."""
+        candidates = []
+        for text in texts:
+            tokens = next(joint)
+            own = tokens[len(prompt) :] if tokens[: len(prompt)] == prompt else self._alone(text)
+            if not own:
+                raise ValueError(f"{where}: candidate {text!r} has no tokens of its own with this tokenizer")
+            candidates.append(tuple(own))
+        return tuple(candidates)
+
+    def _calibration(
+        self, example: Example, where: str
+    ) -> "tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None":
+        if example.calibration is None:
+            return None
+        prompt = self._ids([example.calibration])[0]
+        joint = iter(self._ids([example.calibration + text for text in example.candidates]))
+        candidates = self._candidates(example.candidates, prompt, joint, where)
+        # Something must stand before the first token that is predicted.
+        start = self.start or (() if prompt else self._any_start())
+        room = self.max_length - len(start) - max(map(len, candidates))
+        return (*start, *_last(prompt, max(room, 0))), candidates
+
+    def _any_start(self) -> tuple[int, ...]:
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id):
+            if isinstance(token, int):
+                return (token,)
+        raise ValueError(
+            f"calibration after an empty prompt needs a special token, and {type(self.tokenizer).__name__} has none"
+        )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # verbose=False: the warning about texts longer than the model takes; they are cut here.

@@ -12,7 +12,7 @@ from smezo_pl.tasks.reading import READING
 from smezo_pl.tasks.superglue import SUPERGLUE
 from smezo_pl.tasks.task import FreeText as FreeText
 from smezo_pl.tasks.task import ListCandidates as ListCandidates
-from smezo_pl.tasks.task import Objective as Objective
+from smezo_pl.tasks.task import Loss as Loss
 from smezo_pl.tasks.task import Source as Source
 from smezo_pl.tasks.task import Task as Task
 from smezo_pl.tasks.topics import TOPICS
@@ -26,7 +26,7 @@ __all__ = [
     "ExampleError",
     "FreeText",
     "ListCandidates",
-    "Objective",
+    "Loss",
     "Source",
     "Task",
     "get_task",

@@ -7,6 +7,7 @@ DEMO = (
         name="demo",
         prompt="{sentence|strip} It was",
         candidates={"negative": " terrible", "positive": " great"},
+        calibration="It was",
         # Dev and test speak of other things in other words than the training sentences.
         source=Source(dev="validation", test="test"),
     ),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 from smezo_pl.tasks.task import FreeText, ListCandidates, Task
@@ -28,6 +29,9 @@ class Example:
         index: Row of the data set that it was made from.
         answers: What each candidate is called for metrics on texts: the element that it was made from, or its text.
         references: The right answers as text, each of which counts; empty if unknown.
+        group: A number that all answers to one question share; 0 where the task has no such groups.
+        calibration: The prompt without content, None where the task has none.
+        line: Where it stands in its file, for errors: ``line 7``; empty for ``row <index>``.
     """
 
     prompt: str
@@ -37,6 +41,14 @@ class Example:
     index: int
     answers: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    group: int = 0
+    calibration: str | None = None
+    line: str = ""
+
+    @property
+    def where(self) -> str:
+        """Its place in its file."""
+        return self.line or f"row {self.index}"
 
     def __str__(self) -> str:
         """The prompt with every candidate in brackets, the right one with a star."""
@@ -88,7 +100,18 @@ def make_example(
     answers = items or tuple(text.strip() for text in texts)
     label = correct[0] if correct else UNKNOWN
     right = tuple(sorted(correct))
-    return Example(prompt, texts, label, right, index, answers, tuple(answers[place] for place in right))
+    references = tuple(answers[place] for place in right)
+    content_free = task.calibration_template
+    calibration = None if content_free is None else content_free.render(values).strip(" ")
+    return Example(prompt, texts, label, right, index, answers, references, _group(task, values, row), calibration)
+
+
+def _group(task: Task, values: Mapping[str, str], row: Mapping[str, Any]) -> int:
+    """A hash of the group's columns: the same in every process, and of equal texts wherever they stand."""
+    if not task.group:
+        return 0
+    text = "\0".join(str(values.get(column, row.get(column))) for column in task.group)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _free(free: FreeText, prompt: str, row: Mapping[str, Any], index: int, where: str) -> Example:

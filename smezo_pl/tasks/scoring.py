@@ -68,6 +68,25 @@ def candidate_scores(logits: Tensor, batch: "PromptBatch") -> Tensor:
     return table.sum(1) / batch.candidate_tokens
 
 
+def calibrated(model: nn.Module, scores: Tensor, batch: "PromptBatch") -> Tensor:
+    """The scores that candidates are chosen by: with calibration, log-probability gained over a prompt without content.
+
+    Args:
+        model: The network.
+        scores: float32 ``[K]``, mean log-probabilities of the candidates.
+        batch: The batch.
+
+    Returns:
+        float32 ``[K]``: ``scores`` themselves where the batch holds no calibration; otherwise the sum of each
+        candidate's log-probabilities minus that after the prompt without content (surface form competition, as MeZO).
+    """
+    if batch.calibration is None:
+        return scores
+    inner = batch.calibration.batch
+    without = candidate_scores(model_logits(model, inner), inner) * inner.candidate_tokens
+    return scores * batch.candidate_tokens - without[batch.calibration.candidate]
+
+
 def score_table(scores: Tensor, batch: "PromptBatch") -> Tensor:
     """The scores by example and candidate, float32 ``[N, num_candidates]``, minus infinity where there is none."""
     table = scores.new_full((len(batch), batch.num_candidates), -torch.inf)

@@ -7,7 +7,8 @@ from typing import Literal, get_args
 
 from smezo_pl.tasks.template import FILTERS, Template
 
-Objective = Literal["classification", "lm"]
+Loss = Literal["classification", "lm"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,15 @@ class Task:
         label: Column of the label: the name of a label, its place as an integer, or a boolean.
         objective: ``"classification"``: cross-entropy over the candidates' mean log-probabilities. ``"lm"``: token
             cross-entropy on the right candidate alone.
-        metrics: Names of what is measured, the first one first.
+        metrics: Names of what is measured beside the loss (and the accuracy, where there are candidates), the first
+            one first; see ``smezo_pl.tasks.metrics``.
         source: Where the data set lies; ``None`` for one that comes from elsewhere.
         words: For a column, its values in the data set and what stands for them in the prompt.
         named_labels: Integers in the label column mean something only together with the data set's own label names
             (numberings differ between copies).
         may_be_empty: Columns of the prompt that may be blank.
+        group: Columns that the answers to one question share (MultiRC), for metrics over whole questions.
+        calibration: Template of a prompt without content, for calibrated scores; ``None`` where there is none.
         num_train: Training examples by default.
         num_dev: Dev examples by default.
         num_test: Test examples by default, at most.
@@ -119,25 +123,27 @@ class Task:
     prompt: str
     candidates: Mapping[str, str] | ListCandidates | FreeText
     label: str = "label"
-    objective: Objective = "classification"
+    objective: Loss = "classification"
     metrics: tuple[str, ...] = ("accuracy",)
     source: Source | None = None
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     named_labels: bool = False
     may_be_empty: tuple[str, ...] = ()
+    group: tuple[str, ...] = ()
+    calibration: str | None = None
     num_train: int = 1000
     num_dev: int = 500
     num_test: int = 1000
 
     def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {self.objective!r}")
+        if self.objective not in LOSSES:
+            raise ValueError(f"objective must be one of {', '.join(LOSSES)}, got {self.objective!r}")
         if self.prompt.endswith(" "):
             raise ValueError(
                 f"prompt must not end in a space, got {self.prompt!r}: the space belongs to the candidate (' great')"
             )
         # Parsed now, so that a misspelt template is refused where it is written.
-        _ = self.prompt_template, self.candidate_templates
+        _ = self.prompt_template, self.candidate_templates, self.calibration_template
         if isinstance(self.candidates, FreeText) and self.objective == "classification":
             raise ValueError(f"task {self.name!r} has no candidates to classify: objective must be 'lm'")
         if not isinstance(self.candidates, Mapping):
@@ -166,6 +172,16 @@ class Task:
         return tuple(Template(text) for text in self.candidates.values())
 
     @cached_property
+    def calibration_template(self) -> Template | None:
+        """The prompt without content, parsed; None where there is none."""
+        return None if self.calibration is None else Template(self.calibration)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the model writes the answer itself."""
+        return isinstance(self.candidates, FreeText)
+
+    @cached_property
     def labels(self) -> tuple[str, ...]:
         """The names of the labels, in the data set's order; empty when a label is the text of a candidate."""
         if isinstance(self.candidates, ListCandidates):
@@ -177,13 +193,15 @@ class Task:
     @cached_property
     def text_columns(self) -> tuple[str, ...]:
         """The columns whose text the prompt and the candidates show."""
-        templates = (self.prompt_template, *self.candidate_templates)
+        optional = () if self.calibration_template is None else (self.calibration_template,)
+        templates = (self.prompt_template, *self.candidate_templates, *optional)
         return tuple(dict.fromkeys(column for template in templates for column in template.columns))
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """Every column that an example is made of, the label's or the answer's last."""
+        shown = dict.fromkeys((*self.text_columns, *self.group))
         if isinstance(self.candidates, FreeText):
-            return (*self.text_columns, self.candidates.root)
+            return (*shown, self.candidates.root)
         lists = (self.candidates.column,) if isinstance(self.candidates, ListCandidates) else ()
-        return (*self.text_columns, *lists, self.label)
+        return (*shown, *lists, self.label)

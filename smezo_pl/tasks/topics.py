@@ -16,6 +16,8 @@ TOPICS = (
         },
         label="coarse_label",
         named_labels=True,
+        metrics=("accuracy", "f1_macro"),
+        calibration="Type:",
         # It has no validation split; the hub keeps a loading script beside its own conversion.
         source=Source("CogComp/trec", revision="refs/convert/parquet", test="test"),
     ),

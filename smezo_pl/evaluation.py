@@ -1,0 +1,80 @@
+"""What the module makes of a batch of prompts beside the loss: answers, and the metrics they add to."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from smezo_pl.data import PromptBatch
+from smezo_pl.data.free_text import answer_texts
+from smezo_pl.metrics import Collected, Sums
+from smezo_pl.tasks.answers import Answered, choices
+from smezo_pl.tasks.generation import generate
+from smezo_pl.tasks.scoring import (
+    calibrated,
+    candidate_scores,
+    correct_predictions,
+    loss_of,
+    model_logits,
+    predictions,
+)
+
+Tokenizer = Callable[[], PreTrainedTokenizerBase]
+"""Gives the tokenizer, which only free answers need."""
+
+
+def generated(model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer) -> list[str]:
+    """The answers that the model writes after each prompt of the batch.
+
+    Raises:
+        ValueError: If the batch holds no prompts to generate after.
+    """
+    prompts = batch.prompts
+    if prompts is None:
+        raise ValueError("the batch holds no prompts to generate after")
+    tokens = generate(
+        model,
+        prompts.input_ids,
+        prompts.attention_mask,
+        max_new_tokens=prompts.max_new_tokens,
+        stop_ids=prompts.stop_ids,
+        pad_id=prompts.pad_id,
+    )
+    return answer_texts(tokenizer(), tokens, prompts.stop_ids, prompts.stop)
+
+
+def answers_of(
+    model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer, scores: Tensor | None = None
+) -> list[Answered]:
+    """What the model answers to each example: the best candidate, or what it writes.
+
+    Args:
+        model: The network.
+        batch: The batch.
+        tokenizer: Gives the tokenizer.
+        scores: float32 ``[K]``, the candidates' scores, where they are there already.
+    """
+    index = batch.index.tolist()
+    if batch.prompts is not None:
+        texts = generated(model, batch, tokenizer)
+        return [Answered(row, text, right) for row, text, right in zip(index, texts, batch.references, strict=True)]
+    if scores is None:
+        scores = candidate_scores(model_logits(model, batch), batch)
+    predicted = predictions(calibrated(model, scores, batch), batch)
+    right = correct_predictions(predicted, batch)
+    group = batch.labels if batch.group is None else batch.group
+    return choices(predicted, right, batch.labels, batch.index, group, batch.answers, batch.references)
+
+
+def batch_sums(model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer) -> Sums:
+    """Loss, accuracy where there are candidates, and what the task's metrics are made of."""
+    scores = candidate_scores(model_logits(model, batch), batch)
+    sums: Sums = {"loss": loss_of(scores, batch)}
+    if batch.prompts is None:
+        ranked = calibrated(model, scores, batch)
+        sums["accuracy"] = (correct_predictions(predictions(ranked, batch), batch).sum(), len(batch))
+    names = [name for name in batch.metrics if name not in sums]
+    if names:
+        answers = answers_of(model, batch, tokenizer, scores)
+        sums |= {name: Collected(name, answers, batch.num_labels) for name in names}
+    return sums

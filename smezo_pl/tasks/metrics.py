@@ -1,0 +1,180 @@
+"""What is measured of a set of answers, by name."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics.functional import mean_absolute_error, pearson_corrcoef, spearman_corrcoef
+from torchmetrics.functional.classification import (
+    binary_f1_score,
+    multiclass_f1_score,
+    multiclass_matthews_corrcoef,
+)
+
+from smezo_pl.tasks.answers import Answered
+from smezo_pl.tasks.task import FreeText, ListCandidates, Task
+from smezo_pl.tasks.text_metrics import drop_em, drop_f1, number_in, rouge, squad_em, squad_f1
+
+Kind = Literal["labels", "listed", "text"]
+"""Whose answers are labels that all examples share, candidates of an example's own list, or free text."""
+
+KINDS: dict[Kind, str] = {
+    "labels": "whose candidates are its labels",
+    "listed": "whose candidates come from a list in each row",
+    "text": "whose answer is free text",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a set of answers gets.
+
+    Attributes:
+        name: Its name; ``val/<name>`` and ``test/<name>`` in the log.
+        measure: From answers, at least one, and the number of labels (0 where they are not shared) to the number.
+        kinds: The kinds of tasks that it fits.
+        two_labels: Whether it needs a task of exactly two labels; the last one is the positive.
+        grouped: Whether it needs a task that names what its answers are grouped by.
+        lower_is_better: Whether it measures an error.
+    """
+
+    name: str
+    measure: Callable[[Sequence[Answered], int], float]
+    kinds: tuple[Kind, ...]
+    two_labels: bool = False
+    grouped: bool = False
+    lower_is_better: bool = False
+
+    def misfit(self, task: Task) -> str | None:
+        """Why it cannot be measured on that task, None if it can."""
+        kind = kind_of(task)
+        if kind not in self.kinds:
+            fits = " or ".join(KINDS[kind] for kind in self.kinds)
+            return f"it is for tasks {fits}, and {task.name!r} is one {KINDS[kind]}"
+        if self.two_labels and kind == "labels" and len(task.labels) != 2:
+            return f"it is for tasks of two labels, and {task.name!r} has {len(task.labels)}"
+        if self.grouped and kind == "labels" and not task.group:
+            return f"it is over whole questions, and {task.name!r} names no columns in `group`"
+        return None
+
+
+def kind_of(task: Task) -> Kind:
+    """What kind of answers a task has."""
+    if isinstance(task.candidates, FreeText):
+        return "text"
+    return "listed" if isinstance(task.candidates, ListCandidates) else "labels"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _text_mean(score: Callable[[str, Sequence[str]], float], answers: Sequence[Answered], labels: int) -> float:
+    return _mean([score(answer.text, answer.references) for answer in answers])
+
+
+def _accuracy(answers: Sequence[Answered], labels: int) -> float:
+    return _mean([float(answer.correct) for answer in answers])
+
+
+def _places(answers: Sequence[Answered]) -> tuple[Tensor, Tensor]:
+    return torch.tensor([answer.place for answer in answers]), torch.tensor([answer.label for answer in answers])
+
+
+def _f1(answers: Sequence[Answered], labels: int) -> float:
+    """F1 of the last of two labels; of the answers as texts where labels are not shared."""
+    if labels:
+        return float(binary_f1_score(*_places(answers)))
+    return _text_mean(squad_f1, answers, labels)
+
+
+def _f1_macro(answers: Sequence[Answered], labels: int) -> float:
+    return float(multiclass_f1_score(*_places(answers), num_classes=labels, average="macro"))
+
+
+def _matthews(answers: Sequence[Answered], labels: int) -> float:
+    return float(multiclass_matthews_corrcoef(*_places(answers), num_classes=labels))
+
+
+def _em(answers: Sequence[Answered], labels: int) -> float:
+    """Share of questions with every answer right; of answers equal to a reference where labels are not shared."""
+    if not labels:
+        return _text_mean(squad_em, answers, labels)
+    questions: dict[int, list[bool]] = defaultdict(list)
+    for answer in answers:
+        questions[answer.group].append(answer.correct)
+    return _mean([float(all(right)) for right in questions.values()])
+
+
+def _numbers(compare: Callable[[Tensor, Tensor], Tensor], answers: Sequence[Answered], labels: int) -> float:
+    """A comparison of verbalised numbers; an answer without one counts as 0."""
+    said = torch.tensor([number_in(answer.text) or 0.0 for answer in answers], dtype=torch.float64)
+    right = torch.tensor([number_in(answer.references[0]) or 0.0 for answer in answers], dtype=torch.float64)
+    return float(compare(said, right))
+
+
+def _correlation(compare: Callable[[Tensor, Tensor], Tensor], said: Tensor, right: Tensor) -> Tensor:
+    # Undefined where one side does not vary; a model that always says the same number has learnt no order.
+    if len(said) < 2 or said.eq(said[0]).all() or right.eq(right[0]).all():
+        return torch.zeros(())
+    return compare(said, right)
+
+
+def _readable(answers: Sequence[Answered], labels: int) -> float:
+    return _mean([float(number_in(answer.text) is not None) for answer in answers])
+
+
+_EVERY: tuple[Kind, ...] = ("labels", "listed", "text")
+_CHOICE: tuple[Kind, ...] = ("labels", "listed")
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", _accuracy, _CHOICE),
+        Metric("f1", _f1, _EVERY, two_labels=True),
+        Metric("f1_macro", _f1_macro, ("labels",)),
+        Metric("matthews", _matthews, ("labels",)),
+        Metric("f1a", _f1, ("labels",), two_labels=True),
+        Metric("em", _em, _EVERY, grouped=True),
+        Metric("drop_f1", partial(_text_mean, drop_f1), ("text",)),
+        Metric("drop_em", partial(_text_mean, drop_em), ("text",)),
+        Metric("rouge1", partial(_text_mean, rouge("rouge1")), ("text",)),
+        Metric("rouge2", partial(_text_mean, rouge("rouge2")), ("text",)),
+        Metric("rougeL", partial(_text_mean, rouge("rougeL")), ("text",)),
+        Metric("mae", partial(_numbers, mean_absolute_error), ("text",), lower_is_better=True),
+        Metric("pearson", partial(_numbers, partial(_correlation, pearson_corrcoef)), ("text",)),
+        Metric("spearman", partial(_numbers, partial(_correlation, spearman_corrcoef)), ("text",)),
+        Metric("readable", _readable, ("text",)),
+    )
+}
+"""The metrics by name.
+
+``accuracy``: share of examples whose chosen candidate counts as right. ``f1``: of the last of two labels; for free text
+and listed candidates SQuAD's F1 in words with the best of the right answers, a mean over examples. ``f1_macro``: mean
+of the labels' F1. ``matthews``: Matthews' correlation. ``f1a``: MultiRC's F1 over all answers. ``em``: share of answers
+that are equal to a right one after SQuAD's normalisation; for tasks with `group` the share of questions with every
+answer right. ``drop_f1``, ``drop_em``: DROP's own, where several spans together are one answer. ``rouge1``, ``rouge2``,
+``rougeL``: F-measures. ``mae``, ``pearson``, ``spearman``: of the first number in the answer (0 if there is none), and
+``readable``, the share of answers that have one.
+"""
+
+
+def get_metric(name: str, task: Task, what: str = "metric") -> Metric:
+    """The metric of that name.
+
+    Raises:
+        ValueError: If there is none, or it does not fit the task.
+    """
+    if name not in METRICS:
+        near = get_close_matches(name, METRICS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown {what} {name!r}{hint} There are {', '.join(METRICS)}")
+    if (reason := METRICS[name].misfit(task)) is not None:
+        fit = ", ".join(other for other, metric in METRICS.items() if metric.misfit(task) is None)
+        raise ValueError(f"{what} {name!r} does not fit: {reason}. Those that fit are {fit}")
+    return METRICS[name]

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smezo_pl.data import PromptBatch
 from smezo_pl.data.free_text import answer_texts
+from smezo_pl.linear_probe import LinearProbe
 from smezo_pl.metrics import Collected, Sums
 from smezo_pl.tasks.answers import Answered, choices
 from smezo_pl.tasks.generation import generate
@@ -21,6 +22,13 @@ from smezo_pl.tasks.scoring import (
 
 Tokenizer = Callable[[], PreTrainedTokenizerBase]
 """Gives the tokenizer, which only free answers need."""
+
+
+def scores_of(model: nn.Module, batch: PromptBatch) -> Tensor:
+    """The score of each candidate, float32 ``[K]``: its mean log-probability, or what a linear probe makes of it."""
+    if isinstance(model, LinearProbe):
+        return model.scores(batch)
+    return candidate_scores(model_logits(model, batch), batch)
 
 
 def generated(model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer) -> list[str]:
@@ -59,7 +67,7 @@ def answers_of(
         texts = generated(model, batch, tokenizer)
         return [Answered(row, text, right) for row, text, right in zip(index, texts, batch.references, strict=True)]
     if scores is None:
-        scores = candidate_scores(model_logits(model, batch), batch)
+        scores = scores_of(model, batch)
     predicted = predictions(calibrated(model, scores, batch), batch)
     right = correct_predictions(predicted, batch)
     group = batch.labels if batch.group is None else batch.group
@@ -68,7 +76,7 @@ def answers_of(
 
 def batch_sums(model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer) -> Sums:
     """Loss, accuracy where there are candidates, and what the task's metrics are made of."""
-    scores = candidate_scores(model_logits(model, batch), batch)
+    scores = scores_of(model, batch)
     sums: Sums = {"loss": loss_of(scores, batch)}
     if batch.prompts is None:
         ranked = calibrated(model, scores, batch)

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from smezo_pl.batches import batch_size, batch_weight, split_batch
 from smezo_pl.data import PromptBatch, PromptDataModule
-from smezo_pl.evaluation import answers_of, batch_sums, generated
+from smezo_pl.evaluation import answers_of, batch_sums, generated, scores_of
+from smezo_pl.first_order import Backpropagation, FirstOrder, check_learned, learned_only
+from smezo_pl.linear_probe import LinearProbe
+from smezo_pl.methods import MethodName, adapter_of, method_of, say, use_mask
 from smezo_pl.metrics import Sums, WeightedMeans
 from smezo_pl.models import add_adapter, load_network, load_tokenizer
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.predictions import prediction_rows, written_rows
 from smezo_pl.tasks.objectives import reward_of
-from smezo_pl.tasks.scoring import calibrated, candidate_scores, loss_of, model_logits
+from smezo_pl.tasks.scoring import calibrated, loss_of
 from smezo_pl.trainer_checks import check_trainer, silence_expected_warnings
 from smezo_pl.trajectory import resume
 
@@ -37,7 +40,7 @@ logger = logging.getLogger(__name__)
 class SparseMeZOModule(LightningModule):
     """Fine-tunes a causal language model with Sparse MeZO: two forwards a step, no backward.
 
-    The network is in ``eval()`` mode throughout. Logged: ``train/loss`` at every step (the mean of both sides),
+    ``method`` puts another method in its place, for comparisons on the same data with the same scoring. The network is in ``eval()`` mode throughout. Logged: ``train/loss`` at every step (the mean of both sides),
     ``val/loss``, ``val/accuracy``, ``test/loss`` and ``test/accuracy`` over the whole split; ``ModelCheckpoint`` and
     ``EarlyStopping`` can watch these. For another kind of model subclass and override `loss`; for other metrics
     override `evaluate_batch`.
@@ -54,6 +57,10 @@ class SparseMeZOModule(LightningModule):
         adapter: PEFT adapter, which alone is trained, for instance
             ``{peft_type: LORA, r: 8, lora_alpha: 16, target_modules: [q_proj, v_proj]}``.
         revision: Branch, tag or commit of ``pretrained`` on the hub.
+        method: ``s-mezo``, ``mezo`` and ``r-mezo`` give ``optimizer`` their mask; ``full``, ``lora``, ``prefix`` and
+            ``linear-probe`` train by backpropagation with AdamW instead; ``zero-shot`` trains nothing. None: what
+            ``optimizer`` says.
+        first_order: AdamW's settings, for the methods by backpropagation.
         save_pretrained: Folder that the trained model and its tokenizer are written to, in Hugging Face's format, when
             ``fit`` ends.
 
@@ -74,6 +81,8 @@ class SparseMeZOModule(LightningModule):
         adapter: dict[str, Any] | None = None,
         revision: str | None = None,
         save_pretrained: str | None = None,
+        method: MethodName | None = None,
+        first_order: FirstOrder = FirstOrder(),  # noqa: B008 (it is frozen)
     ) -> None:
         super().__init__()
         if perturbation not in ("layerwise", "in_place"):
@@ -84,14 +93,19 @@ class SparseMeZOModule(LightningModule):
         if save_pretrained is not None and ready and not hasattr(pretrained, "save_pretrained"):
             raise ValueError(f"save_pretrained needs a transformers model, got {type(pretrained).__name__}")
         # Callables and networks in a checkpoint's hyperparameters could not be read back with weights_only=True.
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *(["pretrained"] if ready else [])])
+        self.save_hyperparameters(
+            ignore=["optimizer", "lr_scheduler", "first_order", *(["pretrained"] if ready else [])]
+        )
         self.automatic_optimization = False
         self.pretrained: str | None = None if ready else str(pretrained)
         self.build_optimizer = optimizer
         self.build_scheduler = lr_scheduler
         self.perturbation = perturbation
         self.micro_batch_size = micro_batch_size
-        self.adapter = adapter
+        self.method, self.adapter, self.adapter_seed = method, adapter_of(method, adapter), first_order.seed
+        chosen = method_of(method)
+        self.zeroth_order = chosen is None or chosen.order == 0
+        self.backpropagation = Backpropagation(str(method), first_order) if chosen and chosen.order == 1 else None
         self.revision = revision
         self.save_folder = save_pretrained
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -144,12 +158,22 @@ class SparseMeZOModule(LightningModule):
         return None if self.pretrained is None else self._adapted(load_network(self.pretrained, revision=self.revision))
 
     def _adapted(self, network: nn.Module) -> nn.Module:
-        return (network if self.adapter is None else add_adapter(network, self.adapter)).eval()
+        if self.adapter is not None:
+            network = add_adapter(network, self.adapter, seed=self.adapter_seed)
+        return (LinearProbe(network) if self.method == "linear-probe" else network).eval()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights into the network, which is made first where it is not there (as after a run in subprocesses)."""
         self.configure_model()
+        if self.backpropagation is not None:
+            check_learned(self, args[0])
+            kwargs["strict"] = False  # frozen weights are not in it
         return super().load_state_dict(*args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep frozen weights, which ``pretrained`` holds, out of the checkpoints of a run by backpropagation."""
+        if self.backpropagation is not None and "state_dict" in checkpoint:
+            checkpoint["state_dict"] = learned_only(self, checkpoint["state_dict"])
 
     def to(self, *args: Any, **kwargs: Any) -> "SparseMeZOModule":
         """Move to a device; a loaded network keeps the dtypes it was loaded with.
@@ -170,9 +194,17 @@ class SparseMeZOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer on the network's named parameters, attach it, and build the scheduler."""
+        optimizer: torch.optim.Optimizer
+        if self.backpropagation is not None:
+            self.save_hyperparameters({"adamw": self.backpropagation.hyperparameters()})
+            optimizer = self.backpropagation.optimizer(self.model)
+            return optimizer if self.build_scheduler is None else ([optimizer], [self.build_scheduler(optimizer)])
+        if not self.zeroth_order:
+            return None
         optimizer = self.build_optimizer(self.model.named_parameters())
         if not isinstance(optimizer, SparseMeZO):
             raise TypeError(f"optimizer must build a SparseMeZO, got {type(optimizer).__name__}, which needs gradients")
+        use_mask(optimizer, self.method)
         if self.perturbation == "layerwise":
             optimizer.attach(self.model)
         self.save_hyperparameters({"sparse_mezo": optimizer.settings()})
@@ -183,7 +215,10 @@ class SparseMeZOModule(LightningModule):
     def on_fit_start(self) -> None:
         """Say what is trained, in what, and whether it can be replayed."""
         logger.info("precision %s, perturbation %s, device %s", self.trainer.precision, self.perturbation, self.device)
-        if self.pretrained is None:
+        if self.method is not None:
+            details = "" if self.backpropagation is None else f", {self.backpropagation.hyperparameters()}"
+            say(self.method, self.model.named_parameters(), details)
+        if self.pretrained is None and self.zeroth_order:
             logger.warning(
                 "no file holds the starting weights of this network: the record of the run can be replayed only if "
                 "they are saved, for instance by torch.save(module.model.state_dict(), 'start.pt') before fit"
@@ -193,11 +228,15 @@ class SparseMeZOModule(LightningModule):
         """Bring back the weights of a checkpoint that holds none, and turn dropout off."""
         resume.restore(self.trainer)
         self.model.eval()
+        self.trainer.should_stop |= self.method == "zero-shot"
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One step of the optimizer on one batch."""
         parts = split_batch(batch, self.micro_batch_size)  # here, as it waits for a GPU, and the closure runs twice
-        loss = self.optimizers().step(closure=lambda: self.batch_loss(parts))  # type: ignore[union-attr]
+        if self.backpropagation is not None:
+            loss = self.backpropagation.step(self, parts)
+        else:
+            loss = self.optimizers().step(closure=lambda: self.batch_loss(parts))  # type: ignore[union-attr]
         self.log("train/loss", loss, prog_bar=True, batch_size=batch_size(batch))
         scheduler = self.lr_schedulers()
         if scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -212,7 +251,7 @@ class SparseMeZOModule(LightningModule):
         Returns:
             A tensor of one element. It need not be differentiable.
         """
-        total, weight = loss_of(candidate_scores(model_logits(self.model, batch), batch), batch)
+        total, weight = loss_of(scores_of(self.model, batch), batch)
         return total / weight
 
     def batch_loss(self, parts: list[Any]) -> Tensor:
@@ -280,7 +319,7 @@ class SparseMeZOModule(LightningModule):
         """What the model makes of each example: index in its data set, and its answer beside the right one."""
         if batch.prompts is not None:
             return written_rows(batch, generated(self.model, batch, self.text_tokenizer))
-        scores = candidate_scores(model_logits(self.model, batch), batch)
+        scores = scores_of(self.model, batch)
         return prediction_rows(batch, calibrated(self.model, scores, batch))
 
     def on_validation_start(self) -> None:

@@ -12,18 +12,33 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from smezo_pl.callbacks import PredictionWriter, RunMetrics, SeedCheckpoint, ZerothOrderMonitor
+from smezo_pl.callbacks import (
+    MaskRefresh,
+    PredictionWriter,
+    RunMetrics,
+    ScoreWriter,
+    SeedCheckpoint,
+    WeightCheckpoint,
+    ZerothOrderMonitor,
+)
 from smezo_pl.data import PromptDataModule
 from smezo_pl.module import SparseMeZOModule
 from smezo_pl.parsing import SuggestingParser
 from smezo_pl.progress import RunProgressBar
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_CALLBACKS: dict[str | None, tuple[type[Callback], ...]] = {
     "fit": (ZerothOrderMonitor, RunMetrics, SeedCheckpoint),
+    "validate": (ScoreWriter,),
+    "test": (ScoreWriter,),
     "predict": (PredictionWriter,),
     None: (ZerothOrderMonitor, RunMetrics, SeedCheckpoint),
 }
 """Callbacks that a verb adds where the configuration names none of that class; None is `build`."""
+
+ZEROTH_ORDER_CALLBACKS = (MaskRefresh, SeedCheckpoint, ZerothOrderMonitor)
+"""Callbacks that a run by backpropagation has no use for, and does without."""
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -76,8 +91,17 @@ class SmezoCLI(LightningCLI):
             kwargs.setdefault("logger", TensorBoardLogger("runs", name=name, default_hp_metric=False))
         callbacks = given["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        for kind in DEFAULT_CALLBACKS.get(self.subcommand, ()):
-            wanted = given["enable_checkpointing"] is not False or kind is not SeedCheckpoint
+        default = DEFAULT_CALLBACKS.get(self.subcommand, ())
+        if not getattr(self.model, "zeroth_order", True):
+            left_out = [callback for callback in callbacks if isinstance(callback, ZEROTH_ORDER_CALLBACKS)]
+            callbacks = [callback for callback in callbacks if callback not in left_out]
+            if left_out:
+                names = ", ".join(type(callback).__name__ for callback in left_out)
+                logger.info("left out, as method %s is not zeroth-order: %s", self.model.method, names)
+            default = tuple(WeightCheckpoint if kind is SeedCheckpoint else kind for kind in default)
+            default = tuple(kind for kind in default if kind not in ZEROTH_ORDER_CALLBACKS)
+        for kind in default:
+            wanted = given["enable_checkpointing"] is not False or kind not in (SeedCheckpoint, WeightCheckpoint)
             if wanted and not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.append(kind())
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):

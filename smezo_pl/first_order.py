@@ -100,9 +100,7 @@ class Backpropagation:
                 " and ".join(coarse),
             )
         s = self.settings
-        return torch.optim.AdamW(
-            learned, lr=self.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay
-        )
+        return torch.optim.AdamW(learned, lr=self.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay)
 
     def hyperparameters(self) -> dict[str, Any]:
         """The settings as plain values."""

@@ -35,7 +35,7 @@ class LinearProbe(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        output = getattr(network, "get_output_embeddings", lambda: None)()
+        output: Any = getattr(network, "get_output_embeddings", lambda: None)()
         width = getattr(output, "in_features", None)
         if width is None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The methods that one key of the configuration chooses between, so that they share data, scoring and ``metrics.json``."""
+"""The methods that one key chooses between, so that they share data, scoring and ``metrics.json``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Method:
 
     Attributes:
         summary: What it does, in a few words.
-        order: 0 for forwards alone (`SparseMeZO`), 1 for backpropagation (`smezo_pl.first_order`), None for no training.
+        order: 0 for forwards alone (`SparseMeZO`), 1 for backpropagation (`smezo_pl.first_order`), None for no
+            training.
         mask: The optimizer's mask, for order 0.
         adapter: The adapter where the configuration names none; ``peft_type`` is also what a given one must have.
         lr: AdamW's learning rate where the configuration names none, for order 1.

@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 class SparseMeZOModule(LightningModule):
     """Fine-tunes a causal language model with Sparse MeZO: two forwards a step, no backward.
 
-    ``method`` puts another method in its place, for comparisons on the same data with the same scoring. The network is in ``eval()`` mode throughout. Logged: ``train/loss`` at every step (the mean of both sides),
+    ``method`` puts another method in its place, for comparisons on the same data with the same scoring. The network is
+    in ``eval()`` mode throughout. Logged: ``train/loss`` at every step (zeroth-order: the mean of both sides),
     ``val/loss``, ``val/accuracy``, ``test/loss`` and ``test/accuracy`` over the whole split; ``ModelCheckpoint`` and
     ``EarlyStopping`` can watch these. For another kind of model subclass and override `loss`; for other metrics
     override `evaluate_batch`.

@@ -66,6 +66,8 @@ def silence_expected_warnings(data_in_memory: bool) -> None:
         r"Found \d+ module\(s\) in eval mode at the start of training",
         # The module can validate; whether there is something to validate on is the caller's choice.
         "You defined a `validation_step` but have no `val_dataloader`",
+        # Method zero-shot trains nothing.
+        "`LightningModule.configure_optimizers` returned `None`",
         # Lightning 2.6 asks torch's pytree by a name that torch 2.13 deprecates.
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
         # The weights after the step are the ones to keep: there is no other state to save in the middle of a step.

@@ -24,6 +24,20 @@ def zeroth_order_optimizer(trainer: Trainer, callback: Callback) -> SparseMeZO:
     raise TypeError(f"{type(callback).__name__} needs a SparseMeZO optimizer, the run has {found}")
 
 
+def step_loss(trainer: Trainer, module: Any) -> float:
+    """The training loss of the last step: the optimizer's, or by backpropagation the module's."""
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, SparseMeZO):
+            return optimizer.last_step.loss
+    return float(module.backpropagation.last_loss)
+
+
+def validates_now(trainer: Trainer) -> bool:
+    """Whether Lightning validates after this batch."""
+    loop = trainer.fit_loop
+    return loop._data_fetcher is not None and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
 def run_folder(trainer: Trainer) -> Path:
     """The folder that a run writes to, the same on every process: the logger's, else ``default_root_dir``."""
     return Path(trainer.log_dir or trainer.default_root_dir)

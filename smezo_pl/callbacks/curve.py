@@ -49,6 +49,13 @@ class Curve:
             [(step, values["accuracy"]) for step, values in held_out if "accuracy" in values],
         )
 
+    def points(self) -> dict[str, Any]:
+        """Step and training loss (means over equally many steps), and step and metrics on the held-out examples."""
+        return {
+            "train_loss": [(self._span * (index + 0.5) + 0.5, mean) for index, mean in enumerate(self._means)],
+            "held_out": [{"step": step, **values} for step, values in sorted(self._held_out.items())],
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """The points, in plain types."""
         return {

@@ -16,9 +16,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
-from smezo_pl.callbacks.common import run_folder, zeroth_order_optimizer
+from smezo_pl.callbacks.common import log_scalars, run_folder, step_loss
 from smezo_pl.callbacks.curve import Curve
+from smezo_pl.callbacks.step_clock import StepClock
 from smezo_pl.metrics import WeightedMeans
+from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory.machine import machine, versions
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ class RunMetrics(Callback):
     In the run's folder (the logger's, else ``default_root_dir``) it leaves
 
     - ``metrics.json``: ``task``, ``model``, ``steps``, ``seconds`` (of training with its validations and resumes),
+      ``step_seconds`` (median of the last 256 steps), ``peak_memory_bytes`` (in training: of the process, on CUDA of
+      the allocator), ``method``, ``curve`` (points of ``curve.png``),
       ``before`` and ``after`` (each ``{"accuracy": ..., "loss": ...}``, or what the module's ``evaluate_batch`` gives;
       null without validation data), ``seed``, ``data_seed``, ``hyperparameters``, ``precision``, ``versions``,
       ``machine``;
@@ -50,7 +54,8 @@ class RunMetrics(Callback):
         self.before, self.table = before, table
         self.result: dict[str, Any] | None = None
         self._started: dict[str, float] | None = None
-        self._curve = Curve()
+        self._curve, self._step_clock = Curve(), StepClock()
+        self._device = torch.device("cpu")
         self._earlier_seconds, self._clock = 0.0, perf_counter()
         self._folder: Path | None = None
 
@@ -61,12 +66,19 @@ class RunMetrics(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
-        return {"before": self._started, "seconds": self._seconds(), "curve": self._curve.state_dict()}
+        return {
+            "before": self._started,
+            "seconds": self._seconds(),
+            "curve": self._curve.state_dict(),
+            "clock": self._step_clock.state(self._device),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._started, self._earlier_seconds = state_dict["before"], state_dict["seconds"]
         self._curve.load_state_dict(state_dict["curve"])
+        if "clock" in state_dict:
+            self._step_clock.load(state_dict["clock"])
 
     def _seconds(self) -> float:
         return self._earlier_seconds + perf_counter() - self._clock
@@ -80,13 +92,28 @@ class RunMetrics(Callback):
             self._started = evaluate(trainer, pl_module)
             if self._started is not None:
                 self._curve.add_held_out(0, self._started)
+                # where validation logs its own: whoever reads the logs while the run goes on sees where it began
+                log_scalars(trainer, {f"val/{name}": value for name, value in self._started.items()}, 0)
+        self._device = pl_module.device
+        self._step_clock.start_training(self._device)
         self._clock = perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Time the step."""
+        self._step_clock.begin()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the step's loss to the curve."""
-        self._curve.add_train(trainer.global_step, zeroth_order_optimizer(trainer, self).last_step.loss)
+        """Add the step's loss to the curve, and log how long a step takes."""
+        self._step_clock.end()
+        self._curve.add_train(trainer.global_step, step_loss(trainer, pl_module))
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            scalars = {
+                "run/step_seconds": self._step_clock.median,
+                "run/peak_memory": self._step_clock.peak(self._device),
+            }
+            log_scalars(trainer, {n: float(v) for n, v in scalars.items() if v is not None}, trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the validation to the curve."""
@@ -98,10 +125,10 @@ class RunMetrics(Callback):
         if self._folder is None:
             return
         seconds = self._seconds()
-        after = evaluate(trainer, pl_module)
+        # of a run without steps both are the same
+        after = evaluate(trainer, pl_module) if trainer.global_step or self._started is None else self._started
         if after is not None:
             self._curve.add_held_out(trainer.global_step, after)
-        optimizer = zeroth_order_optimizer(trainer, self)
         data = getattr(trainer, "datamodule", None)
         task = getattr(data, "task", None)
         self.result = {
@@ -111,13 +138,15 @@ class RunMetrics(Callback):
             "seconds": round(seconds, 2),
             "before": self._started,
             "after": after,
-            "seed": optimizer.seed,
+            "step_seconds": self._step_clock.median,
+            "peak_memory_bytes": self._step_clock.peak(self._device),
+            "method": getattr(pl_module, "method", None),
             "data_seed": getattr(data, "data_seed", None),
             "batch_size": getattr(data, "batch_size", None),
-            "hyperparameters": optimizer.settings(),
+            **_settings(trainer, pl_module),
             "precision": str(trainer.precision),
             "perturbation": getattr(pl_module, "perturbation", None),
-            "skipped_steps": optimizer.skipped_steps,
+            "curve": self._curve.points(),
             "versions": versions(),
             "machine": machine(pl_module.device),
         }
@@ -168,6 +197,19 @@ class RunMetrics(Callback):
             lines.append(f"tensorboard --logdir {self._folder.parent}")
         # soft_wrap: a path that is broken over two lines cannot be copied
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _settings(trainer: Trainer, module: Any) -> dict[str, Any]:
+    """Seed, hyperparameters and skipped steps of whatever trains."""
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, SparseMeZO):
+            settings, skipped = optimizer.settings(), optimizer.skipped_steps
+            return {"seed": optimizer.seed, "hyperparameters": settings, "skipped_steps": skipped}
+    training = getattr(module, "backpropagation", None)
+    if training is None:
+        return {"seed": None, "hyperparameters": {}, "skipped_steps": 0}
+    settings, skipped = training.hyperparameters(), training.skipped_steps
+    return {"seed": training.settings.seed, "hyperparameters": settings, "skipped_steps": skipped}
 
 
 @torch.no_grad()

@@ -85,6 +85,9 @@ class SeedCheckpointIO(CheckpointIO):
             raise TrajectoryError(
                 f"{path}: the checkpoint cannot be read, it is damaged or cut short ({reason})"
             ) from error
+        if isinstance(checkpoint, dict) and self.trainer.state.fn != TrainerFn.FITTING:
+            # their states are of no use here, and Lightning would warn of each callback that is not there
+            checkpoint.pop("callbacks", None)
         if isinstance(checkpoint, dict) and "state_dict" in checkpoint:
             return checkpoint
         if not isinstance(checkpoint, dict) or SEED_KEY not in checkpoint:
@@ -95,9 +98,6 @@ class SeedCheckpointIO(CheckpointIO):
         module = self.trainer.lightning_module
         check_shapes(trajectory.header, network_of(module, trajectory.header), str(path))
         self.restored = Restored(trajectory)
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            # their states are of no use here, and Lightning would warn of each callback that is not there
-            checkpoint.pop("callbacks", None)
         # Lightning loads this onto itself; the weights of the checkpoint come in restore()
         return {**checkpoint, "state_dict": module.state_dict()}
 

@@ -120,6 +120,12 @@ class Backpropagation:
             ValueError: If the loss has no gradient.
             NonFiniteLossError: After `MAX_SKIPPED` steps in a row whose loss or gradient was not finite.
         """
+        without = (
+            f"method {self.method!r} needs a loss with a gradient, and this objective has none: take a zeroth-order "
+            "method (s-mezo, mezo, r-mezo) or another objective"
+        )
+        if getattr(parts[0], "reward", None) is not None:
+            raise ValueError(without)
         optimizer: Any = module.optimizers()
         optimizer.zero_grad(set_to_none=True)
         weights = [batch_weight(part) for part in parts]
@@ -127,10 +133,7 @@ class Backpropagation:
         for part, weight in zip(parts, weights, strict=True):
             loss = module.loss(part).float().reshape(()) * (weight / sum(weights))  # type: ignore[operator]
             if not loss.requires_grad:
-                raise ValueError(
-                    f"method {self.method!r} needs a loss with a gradient, and this objective has none: take a "
-                    "zeroth-order method (s-mezo, mezo, r-mezo) or another objective"
-                )
+                raise ValueError(without)
             module.manual_backward(loss)
             losses.append(loss.detach())
         total = torch.stack(losses).sum()

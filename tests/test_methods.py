@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.callbacks import RunMetrics, SeedCheckpoint, WeightCheckpoint
 from smezo_pl.cli import main
+from smezo_pl.evaluation import scores_of
 from smezo_pl.first_order import FirstOrder
 from smezo_pl.linear_probe import LinearProbe
 from smezo_pl.methods import METHODS
@@ -138,7 +139,7 @@ def test_probe_scores_are_the_head_on_the_last_prompt_position(tiny_folder: Path
     data.set_tokenizer(module.tokenizer)  # type: ignore[arg-type]
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
-    scores = module.scores(batch)
+    scores = scores_of(module.model, batch)
     encoded = {example.index: example for example in data.encoded("train")}
     for place, index in enumerate(batch.index.tolist()):
         prompt = torch.tensor([encoded[index].prompt])

@@ -13,17 +13,21 @@ from smezo_pl.tasks.task import Loss
 
 @dataclass
 class PromptBatch:
-    """N examples with K candidates in R rows of T tokens, scored at S places.
+    """N examples with K candidates in R rows of T tokens; S tokens are scored, predicted at P places.
 
-    A row holds a prompt and the tokens of a candidate but its last one, which is never needed as input. Candidates of
-    one example share a row where one's tokens begin the other's, so one-token candidates take one row an example.
+    A row holds a tree of tokens in depth-first order (`smezo_pl.data.forest`): a passage, the prompts that begin with
+    it, and after each prompt its candidates but their last tokens, which are never needed as input. What texts begin
+    with alike stands there once. A row of a single text is the text. Rows are filled up on the right, where a causal
+    model never looks.
 
     Attributes:
-        input_ids: int64 ``[R, T]``, padded on the left.
+        input_ids: int64 ``[R, T]``.
         attention_mask: int64 ``[R, T]``, 0 on padding.
-        position_ids: int64 ``[R, T]``, 0 at a row's first token.
-        token_row: int64 ``[S]``, the row of each scored token.
-        token_pos: int64 ``[S]``, where it is predicted, among the last ``logits_to_keep`` positions of its row.
+        position_ids: int64 ``[R, T]``, the place of each token in its text, 0 at the first one.
+        subtree_end: int64 ``[R, T]``. Token i follows from token j, or is it, exactly if ``j <= i < subtree_end[j]``.
+        place_row: int64 ``[P]``, the row of each place that something is predicted at.
+        place_pos: int64 ``[P]``, its position in the row.
+        token_place: int64 ``[S]``, the place, 0 to P - 1, that each scored token is predicted at.
         token_id: int64 ``[S]``, the token.
         token_candidate: int64 ``[S]``, its candidate, 0 to K - 1.
         token_order: int64 ``[S]``, its place in its candidate.
@@ -31,9 +35,13 @@ class PromptBatch:
         candidate_index: int64 ``[K]``, its place among its example's candidates.
         candidate_tokens: int64 ``[K]``, the number of its tokens.
         candidate_correct: bool ``[K]``, whether it counts as right (several may).
+        example_row: int64 ``[N]``, the row that holds each example's prompt.
+        example_pos: int64 ``[N]``, the position of the prompt's last token.
         labels: int64 ``[N]``, place of the right candidate, the one that is trained on; -1 if unknown.
         index: int64 ``[N]``, the example's row in its data set.
-        logits_to_keep: Number of positions at the end of the rows that logits are needed for.
+        branching: Whether a row holds more than one text, so that its tokens must not all look at those before them.
+        bidirectional: Whether every token of a row looks at every other (a model that fills in masks).
+        longest_candidate: The most tokens that a candidate has.
         num_candidates: The most candidates that an example has.
         answer_tokens: Tokens of the right candidates, all together; 0 if a label is unknown.
         objective: What the loss is: ``"classification"`` or ``"lm"``.
@@ -50,8 +58,10 @@ class PromptBatch:
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
-    token_row: Tensor
-    token_pos: Tensor
+    subtree_end: Tensor
+    place_row: Tensor
+    place_pos: Tensor
+    token_place: Tensor
     token_id: Tensor
     token_candidate: Tensor
     token_order: Tensor
@@ -59,9 +69,13 @@ class PromptBatch:
     candidate_index: Tensor
     candidate_tokens: Tensor
     candidate_correct: Tensor
+    example_row: Tensor
+    example_pos: Tensor
     labels: Tensor
     index: Tensor
-    logits_to_keep: int
+    branching: bool
+    bidirectional: bool
+    longest_candidate: int
     num_candidates: int
     answer_tokens: int
     objective: Loss
@@ -102,10 +116,40 @@ class PromptBatch:
         """The batch in page-locked memory, from which copies to a GPU need not wait."""
         return self.map(Tensor.pin_memory)
 
+    def visible(self) -> Tensor:
+        """Which tokens each token follows from, itself among them: bool ``[R, T, T]``, by row, token and earlier token.
+
+        A token of padding sees itself, and no other sees it.
+        """
+        place = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        here, there = place.unsqueeze(1), place.unsqueeze(0)
+        return (there <= here) & (here < self.subtree_end.unsqueeze(1))
+
+    def texts(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The text that ends at each of some tokens, in a row of its own.
+
+        Args:
+            rows: int64 ``[M]``, the tokens' rows.
+            positions: int64 ``[M]``, their positions in these.
+
+        Returns:
+            Tokens, int64 ``[M, L]``, 0 after each text's end, and the texts' lengths, int64 ``[M]``.
+        """
+        place = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        last = positions.unsqueeze(1)
+        seen = (place <= last) & (last < self.subtree_end[rows])  # [M, T]
+        lengths = seen.sum(1)
+        width = int(lengths.max()) if len(lengths) else 0
+        # Stable: the places that are seen come first, in their order.
+        order = (~seen).byte().argsort(stable=True, dim=1)[:, :width]
+        tokens = self.input_ids[rows].gather(1, order)
+        return tokens.masked_fill(place[:width] >= lengths.unsqueeze(1), 0), lengths
+
     def split(self, micro_batch_size: int) -> "list[PromptBatch]":
         """Parts of at most ``micro_batch_size`` examples each, of similar length, without needless padding.
 
-        The shortest examples come first. No example is in two parts, so sums over the parts are sums over the batch.
+        The shortest examples come first. No example is in two parts, so sums over the parts are sums over the batch. A
+        row that examples of two parts share is in both.
 
         Raises:
             ValueError: If ``micro_batch_size`` is not at least 1.
@@ -114,10 +158,7 @@ class PromptBatch:
             raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
         if micro_batch_size >= len(self):
             return [self]
-        lengths = self.attention_mask.sum(1)
-        token_example = self.candidate_example[self.token_candidate]
-        longest = lengths.new_zeros(len(self)).scatter_reduce(0, token_example, lengths[self.token_row], "amax")
-        order = longest.argsort(stable=True)
+        order = self.attention_mask.sum(1)[self.example_row].argsort(stable=True)
         return [self._take(part) for part in torch.split(order, micro_batch_size)]
 
     def _take(self, examples: Tensor) -> "PromptBatch":
@@ -128,14 +169,17 @@ class PromptBatch:
         # Candidates and tokens keep their order within an example.
         candidates = _sorted_members(rank[self.candidate_example])
         tokens = _sorted_members(rank[token_example])
-        rows, token_row = torch.unique(self.token_row[tokens], return_inverse=True)
+        places, token_place = torch.unique(self.token_place[tokens], return_inverse=True)
+        rows, example_row = torch.unique(self.example_row[examples], return_inverse=True)
+        new_row = torch.full_like(self.input_ids[:, 0], -1)
+        new_row[rows] = torch.arange(len(rows), device=rank.device)
         new_candidate = torch.full_like(self.candidate_example, -1)
         new_candidate[candidates] = torch.arange(len(candidates), device=rank.device)
 
-        width = self.input_ids.shape[1]
-        cut = width - int(self.attention_mask[rows].sum(1).max())
-        pos = self.token_pos[tokens]
-        unused = int(pos.min())
+        lengths = self.attention_mask[rows].sum(1)
+        width = int(lengths.max())
+        kept = slice(0, width)
+        chains = self.subtree_end[rows, kept] == lengths.unsqueeze(1)
         labels = self.labels[examples]
         candidate_example = rank[self.candidate_example[candidates]]
         candidate_index = self.candidate_index[candidates]
@@ -144,11 +188,13 @@ class PromptBatch:
         known = bool((labels >= 0).all())
         return replace(
             self,
-            input_ids=self.input_ids[rows, cut:],
-            attention_mask=self.attention_mask[rows, cut:],
-            position_ids=self.position_ids[rows, cut:],
-            token_row=token_row,
-            token_pos=pos - unused,
+            input_ids=self.input_ids[rows, kept],
+            attention_mask=self.attention_mask[rows, kept],
+            position_ids=self.position_ids[rows, kept],
+            subtree_end=self.subtree_end[rows, kept],
+            place_row=new_row[self.place_row[places]],
+            place_pos=self.place_pos[places],
+            token_place=token_place,
             token_id=self.token_id[tokens],
             token_candidate=new_candidate[self.token_candidate[tokens]],
             token_order=self.token_order[tokens],
@@ -156,10 +202,13 @@ class PromptBatch:
             candidate_index=candidate_index,
             candidate_tokens=candidate_tokens,
             candidate_correct=self.candidate_correct[candidates],
+            example_row=example_row,
+            example_pos=self.example_pos[examples],
             labels=labels,
             index=self.index[examples],
-            logits_to_keep=self.logits_to_keep - unused,
-            num_candidates=int(candidate_index.max()) + 1,
+            branching=not bool((chains | (self.attention_mask[rows, kept] == 0)).all()),
+            longest_candidate=int(candidate_tokens.max()) if len(candidates) else 0,
+            num_candidates=int(candidate_index.max()) + 1 if len(candidates) else 0,
             answer_tokens=int(candidate_tokens[right].sum()) if known else 0,
             group=None if self.group is None else self.group[examples],
             answers=_picked(self.answers, examples),

@@ -1,13 +1,16 @@
 """From tokens to a batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from smezo_pl.data.batch import PromptBatch
-from smezo_pl.data.encoding import Encoded, fed_rows
+from smezo_pl.data.encoding import Encoded
 from smezo_pl.data.extras import Calibration, GenerationPrompts, left_padded
+from smezo_pl.data.forest import PackedRow, pack
+from smezo_pl.data.grouping import group
 from smezo_pl.tasks.task import Loss
 
 
@@ -16,7 +19,7 @@ class Collate:
     """Makes a :class:`PromptBatch` of encoded examples.
 
     Args:
-        pad_id: The token that fills rows up on the left.
+        pad_id: The token that fills rows up on the right.
         objective: What the loss is.
         right_only: Leave out all candidates but the right one: a step of the ``lm`` objective reads no other.
         metrics: Names of what is measured.
@@ -38,48 +41,39 @@ class Collate:
     stop: tuple[str, ...] = ()
 
     def __call__(self, examples: Sequence[Encoded]) -> PromptBatch:
-        """The batch.
+        """The batch; its examples are in the order given, its rows in that of their first examples.
 
         Raises:
-            ValueError: For no examples, or an unknown label with ``right_only``.
+            ValueError: For no examples, an unknown label with ``right_only``, or masked and other examples together.
         """
         if not examples:
             raise ValueError("a batch needs at least one example, got none")
-        rows: list[tuple[int, ...]] = []
-        tokens: list[tuple[int, int, int, int, int]] = []  # row, position from the row's end, id, candidate, order
-        candidates: list[tuple[int, int, int, bool]] = []  # example, index, number of tokens, correct
-        answer_tokens = 0
-        for number, example in enumerate(examples):
-            chosen = self._chosen(example)
-            fed = fed_rows([example.candidates[place] for place in chosen])
-            for place in chosen:
-                candidate = example.candidates[place]
-                row = next(i for i, tail in enumerate(fed) if tail[: len(candidate) - 1] == candidate[:-1])
-                # The first token is predicted at the prompt's last one, `len(fed[row])` before the row's end.
-                tokens += (
-                    (len(rows) + row, len(fed[row]) - order, token, len(candidates), order)
-                    for order, token in enumerate(candidate)
-                )
-                candidates.append((number, place, len(candidate), place in example.correct))
-            # A free answer that is not known has no candidate to score, and its prompt is a row all the same.
-            rows += (example.prompt + tail for tail in fed or [()])
-            answer_tokens += len(example.candidates[example.label]) if example.label >= 0 else 0
+        bidirectional = examples[0].bidirectional
+        if any(example.bidirectional != bidirectional for example in examples):
+            raise ValueError("a batch holds examples with a mask and examples without one")
+        content = _Content(len(examples))
+        chosen = [self._chosen(example) for example in examples]
+        for members in group(examples):
+            content.add_row(members, [examples[number] for number in members], [chosen[n] for n in members])
+        tokens, candidates = content.in_order()
 
-        keep = 1 + max((from_end for _, from_end, *_ in tokens), default=0)
-        input_ids, attention_mask = left_padded(rows, self.pad_id)
-        token_row, from_end, token_id, token_candidate, token_order = (
-            torch.tensor(tokens, dtype=torch.long).reshape(-1, 5).unbind(1)
-        )
-        example_of, place_of, length_of, correct_of = (
-            torch.tensor(candidates, dtype=torch.long).reshape(-1, 4).unbind(1)
-        )
+        width = max(len(row.tokens) for row in content.rows)
+        answer_tokens = sum(len(e.candidates[e.label]) for e in examples if e.label >= 0)
         labels = torch.tensor([example.label for example in examples])
+        place_row, place_pos = _columns(list(content.places), 2)
+        token_place, token_id, token_candidate, token_order = _columns(tokens, 4)
+        example_of, place_of, length_of, correct_of = _columns(candidates, 4)
+        example_row, example_pos = _columns(content.prompt_ends, 2)
         return PromptBatch(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
-            token_row=token_row,
-            token_pos=keep - 1 - from_end,
+            input_ids=torch.tensor([row.tokens + [self.pad_id] * (width - len(row.tokens)) for row in content.rows]),
+            attention_mask=torch.tensor(
+                [[1] * len(row.tokens) + [0] * (width - len(row.tokens)) for row in content.rows]
+            ),
+            position_ids=torch.tensor([row.depth + [0] * (width - len(row.depth)) for row in content.rows]),
+            subtree_end=torch.tensor([row.end + list(range(len(row.end) + 1, width + 1)) for row in content.rows]),
+            place_row=place_row,
+            place_pos=place_pos,
+            token_place=token_place,
             token_id=token_id,
             token_candidate=token_candidate,
             token_order=token_order,
@@ -87,10 +81,14 @@ class Collate:
             candidate_index=place_of,
             candidate_tokens=length_of,
             candidate_correct=correct_of.bool(),
+            example_row=example_row,
+            example_pos=example_pos,
             labels=labels,
             index=torch.tensor([example.index for example in examples]),
-            logits_to_keep=keep,
-            num_candidates=int(place_of.max()) + 1 if len(place_of) else 0,
+            branching=any(row.depth[-1] + 1 < len(row.tokens) for row in content.rows),
+            bidirectional=bidirectional,
+            longest_candidate=max((length for _, _, length, _ in candidates), default=0),
+            num_candidates=max((place + 1 for _, place, _, _ in candidates), default=0),
             answer_tokens=answer_tokens if bool((labels >= 0).all()) else 0,
             objective=self.objective,
             group=torch.tensor([example.example.group if example.example else 0 for example in examples]),
@@ -135,5 +133,50 @@ class Collate:
         return (example.label,)
 
 
-def _columns(rows: Sequence[tuple[int, ...]], count: int) -> tuple[torch.Tensor, ...]:
-    return torch.tensor(rows, dtype=torch.long).reshape(-1, count).unbind(1)
+@dataclass
+class _Content:
+    """Rows as they are made, and what is scored in them by the number of the example."""
+
+    count: int
+    rows: list[PackedRow] = field(default_factory=list)
+    # (row, position) of each place, and its number.
+    places: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # By example, by candidate: its place among the example's, whether it is right, its tokens and their places.
+        self.scored: list[list[tuple[int, bool, tuple[int, ...], list[int]]]] = [[] for _ in range(self.count)]
+        self.prompt_ends: list[tuple[int, ...]] = [()] * self.count
+
+    def add_row(self, members: list[int], examples: list[Encoded], chosen: list[Sequence[int]]) -> None:
+        number = len(self.rows)
+        texts = [
+            e.prompt + e.candidates[place][:-1] for e, places in zip(examples, chosen, strict=True) for place in places
+        ]
+        row, paths = pack([*(example.prompt for example in examples), *texts])
+        self.rows.append(row)
+        for member, example, places in zip(members, examples, chosen, strict=True):
+            last = len(example.prompt) - 1
+            self.prompt_ends[member] = (number, paths[example.prompt][-1])
+            for place in places:
+                tokens = example.candidates[place]
+                path = paths[example.prompt + tokens[:-1]]
+                # A token is predicted at the one before it, or where the mask stands.
+                where = [path[example.mask]] if example.bidirectional else path[last : last + len(tokens)]
+                numbers = [self.places.setdefault((number, pos), len(self.places)) for pos in where]
+                self.scored[member].append((place, place in example.correct, tokens, numbers))
+
+    def in_order(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """Tokens (place, id, candidate, order) and candidates (example, place, length, right) by example."""
+        tokens: list[tuple[int, ...]] = []
+        candidates: list[tuple[int, ...]] = []
+        for number, scored in enumerate(self.scored):
+            for place, right, ids, where in scored:
+                tokens += (
+                    (at, i, len(candidates), order) for order, (at, i) in enumerate(zip(where, ids, strict=True))
+                )
+                candidates.append((number, place, len(ids), int(right)))
+        return tokens, candidates
+
+
+def _columns(rows: Sequence[tuple[int, ...]], count: int) -> tuple[Tensor, ...]:
+    return torch.tensor(rows, dtype=torch.long).reshape(len(rows), count).unbind(1)

@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from smezo_pl.data.batch import PromptBatch
+from smezo_pl.data.budget import found_budget
 from smezo_pl.data.collate import Collate
 from smezo_pl.data.encoding import Encoded, Encoder, padding_id
+from smezo_pl.data.filling import BatchLimit
 from smezo_pl.data.free_text import stop_tokens
 from smezo_pl.data.loaders import evaluation_loader, train_loader
 from smezo_pl.data.sampling import sample, sample_train_dev
@@ -45,8 +47,9 @@ class PromptDataModule(pl.LightningDataModule):
         tokenizer: Name, folder or GGUF file of the tokenizer, or the tokenizer itself. Without it the module's own
             ``tokenizer`` is taken.
         batch_size: Training examples a step and process, at least 1.
-        eval_batch_size: Most rows of a forward in evaluation, at least 1. Candidates of one token share a row, so for
-            most tasks this is the number of examples.
+        eval_batch_size: How much a forward reads in evaluation. ``auto``: as many tokens as are quick on a CPU; on a
+            GPU as many as fit, found once by trying; the log says how many. A number, at least 1: so many texts (an
+            example is one if its candidates have one token, otherwise about one a candidate).
         num_train: Training examples; the task's own number (1000 for most) if not given.
         num_dev: Dev examples; the task's own number (500 for most) if not given.
         num_test: Test examples at most; the task's own number (1000) if not given.
@@ -73,7 +76,7 @@ class PromptDataModule(pl.LightningDataModule):
         data_dir: str | Path | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         batch_size: int = 16,
-        eval_batch_size: int = 32,
+        eval_batch_size: int | Literal["auto"] = "auto",
         num_train: int | None = None,
         num_dev: int | None = None,
         num_test: int | None = None,
@@ -101,7 +104,12 @@ class PromptDataModule(pl.LightningDataModule):
         self.calibration = calibration
         self.data_dir = data_dir
         self.batch_size = _at_least("batch_size", batch_size, 1)
-        self.eval_batch_size = _at_least("eval_batch_size", eval_batch_size, 1)
+        if isinstance(eval_batch_size, str) and eval_batch_size != "auto":
+            raise ValueError(f"eval_batch_size must be 'auto' or a number of at least 1, got {eval_batch_size!r}")
+        self.eval_batch_size: int | Literal["auto"] = (
+            "auto" if isinstance(eval_batch_size, str) else _at_least("eval_batch_size", eval_batch_size, 1)
+        )
+        self._limit: BatchLimit | None = None
         self.num_train = _at_least("num_train", self.task.num_train if num_train is None else num_train, 1)
         self.num_dev = _at_least("num_dev", self.task.num_dev if num_dev is None else num_dev, 0)
         self.num_test = _at_least("num_test", self.task.num_test if num_test is None else num_test, 0)
@@ -259,7 +267,13 @@ class PromptDataModule(pl.LightningDataModule):
         encoded = self.encoded(split)
         if not encoded:
             return []
-        return evaluation_loader(encoded, self._collate(), self.eval_batch_size, self.num_workers, *self._place())
+        collate = self._collate()
+        if self._limit is None:
+            if self.eval_batch_size == "auto":
+                self._limit = BatchLimit(tokens=found_budget(self.trainer, encoded, collate))
+            else:
+                self._limit = BatchLimit(rows=self.eval_batch_size)
+        return evaluation_loader(encoded, collate, self._limit, self.num_workers, *self._place())
 
     def _collate(self, training: bool = False) -> Collate:
         loss = next((name for name in LOSSES if name == self.objective), self.task.objective)

@@ -3,9 +3,11 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
+from smezo_pl.data.forest import tree_size
 from smezo_pl.tasks import Example
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ class Encoded:
         example: The example as text.
         generated_after: Tokens of the prompt with room left for ``max_new_tokens``; empty where nothing is generated.
         calibration: Tokens of the prompt without content, and of each candidate after it; None where there is none.
+        mask: Place of the mask token in ``prompt``, where every candidate is predicted, if the model fills in masks and
+            reads the text on both sides of it; -1 if candidates follow the prompt.
     """
 
     prompt: tuple[int, ...]
@@ -39,10 +43,21 @@ class Encoded:
     example: Example | None = field(default=None, compare=False)
     generated_after: tuple[int, ...] = ()
     calibration: "tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None" = None
+    mask: int = -1
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether the model reads the text on both sides of where it answers."""
+        return self.mask >= 0
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens that are fed when candidates that begin alike share what they begin with."""
+        return max(len(self.prompt) + tree_size(tokens[:-1] for tokens in self.candidates), len(self.generated_after))
 
     @property
     def length(self) -> int:
-        """Tokens of the longest row that is fed."""
+        """Tokens of the longest text that is fed."""
         return max(len(self.prompt) + max(map(len, self.candidates), default=1) - 1, len(self.generated_after))
 
     @property

@@ -12,6 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from smezo_pl.data.batch import PromptBatch
 from smezo_pl.data.collate import Collate
 from smezo_pl.data.encoding import Encoded
+from smezo_pl.data.filling import BatchLimit, fill
 from smezo_pl.data.sampling import permutation
 
 logger = logging.getLogger(__name__)
@@ -120,13 +121,13 @@ class EpochIterator(Iterator[int]):
 
 
 class LengthSampler(DistributedSampler[Any]):
-    """Batches of example numbers by length, the longest first, filled up to a number of rows.
+    """Batches of example numbers, the longest rows first, filled up to a limit (`smezo_pl.data.filling`).
 
     Each example is in one batch of one process; all processes have equally many batches.
 
     Args:
         examples: The examples.
-        max_rows: Most rows of a batch; an example with more is a batch of its own.
+        limit: How much a batch may hold.
         world_size: Number of processes.
         rank: This process.
 
@@ -134,21 +135,11 @@ class LengthSampler(DistributedSampler[Any]):
         ValueError: If there are fewer examples than processes.
     """
 
-    def __init__(self, examples: Sequence[Encoded], max_rows: int, world_size: int = 1, rank: int = 0) -> None:
+    def __init__(self, examples: Sequence[Encoded], limit: BatchLimit, world_size: int = 1, rank: int = 0) -> None:
         super().__init__(examples, num_replicas=world_size, rank=rank)  # type: ignore[arg-type]
         if len(examples) < world_size:
             raise ValueError(f"{len(examples)} examples cannot be shared out to {world_size} processes")
-        # Longest first: too little memory shows at once, and the progress bar's time left is never too short.
-        order = sorted(range(len(examples)), key=lambda number: -examples[number].length)
-        batches: list[list[int]] = []
-        rows = 0
-        for number in order:
-            need = examples[number].rows
-            if not batches or rows + need > max_rows:
-                batches.append([])
-                rows = 0
-            batches[-1].append(number)
-            rows += need
+        batches = fill(examples, limit)
         self.batches = _even(batches, len(examples), world_size)[rank::world_size]
 
     def __iter__(self) -> Iterator[Any]:
@@ -202,7 +193,7 @@ def train_loader(
 def evaluation_loader(
     examples: Sequence[Encoded],
     collate: Collate,
-    max_rows: int,
+    limit: BatchLimit,
     num_workers: int = 0,
     world_size: int = 1,
     rank: int = 0,
@@ -212,7 +203,7 @@ def evaluation_loader(
         EncodedDataset(examples),
         # The sampler gives whole batches, of different sizes.
         batch_size=None,
-        sampler=LengthSampler(examples, max_rows, world_size, rank),
+        sampler=LengthSampler(examples, limit, world_size, rank),
         collate_fn=_CollateAny(collate),
         num_workers=num_workers,
     )

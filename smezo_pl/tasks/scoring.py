@@ -1,69 +1,31 @@
 """What a model makes of a batch: the candidates' scores, the loss, the predictions."""
 
-import inspect
-from collections.abc import Callable
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from smezo_pl.tasks.logits import model_logits as model_logits
+
 if TYPE_CHECKING:
     from smezo_pl.data.batch import PromptBatch
-
-
-def model_logits(model: nn.Module, batch: "PromptBatch") -> Tensor:
-    """The logits at the last positions of every row, in one forward without a key-value cache.
-
-    The forward is told how many positions to compute and each token's position where it takes that; otherwise the
-    logits are cut afterwards, and the model makes positions from the attention mask.
-
-    Args:
-        model: A causal language model of transformers, or one that is called alike.
-        batch: The batch.
-
-    Returns:
-        ``[R, logits_to_keep, V]`` in the model's dtype.
-    """
-    takes = _parameters(_innermost_forward(model))
-    optional: dict[str, Any] = {
-        "position_ids": batch.position_ids,
-        "logits_to_keep": batch.logits_to_keep,
-        "use_cache": False,
-    }
-    given = {name: value for name, value in optional.items() if name in takes}
-    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **given).logits
-    return logits[:, -batch.logits_to_keep :]
-
-
-def _innermost_forward(model: nn.Module) -> Callable[..., Any]:
-    """The forward whose signature counts: PEFT's wrappers hand on arguments that they do not name."""
-    base = getattr(model, "get_base_model", None)
-    inner = base() if callable(base) else model
-    function: Callable[..., Any] = getattr(type(inner), "forward", inner.forward)
-    return function
-
-
-@lru_cache(maxsize=64)
-def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
 
 
 def candidate_scores(logits: Tensor, batch: "PromptBatch") -> Tensor:
     """Mean log-probability of each candidate's tokens given the prompt.
 
     Args:
-        logits: ``[R, logits_to_keep, V]``, any floating dtype.
+        logits: ``[P, V]``, any floating dtype, from `smezo_pl.tasks.logits.model_logits`.
         batch: The batch.
 
     Returns:
         float32 ``[K]``.
     """
-    at_tokens = logits[batch.token_row, batch.token_pos, batch.token_id].float()
-    normaliser = logits.float().logsumexp(-1)  # [R, keep]
-    log_probs = at_tokens - normaliser[batch.token_row, batch.token_pos]
+    at_tokens = logits[batch.token_place, batch.token_id].float()
+    normaliser = logits.float().logsumexp(-1)  # [P]
+    log_probs = at_tokens - normaliser[batch.token_place]
     # A table and a sum over its rows, as index_add adds in a different order every time on a GPU.
-    table = log_probs.new_zeros(batch.candidate_tokens.shape[0], batch.logits_to_keep)
+    table = log_probs.new_zeros(batch.candidate_tokens.shape[0], batch.longest_candidate)
     table[batch.token_candidate, batch.token_order] = log_probs
     return table.sum(1) / batch.candidate_tokens
 

@@ -27,12 +27,12 @@ def written_out(batch: PromptBatch) -> list[dict[str, object]]:
                 and len(places) == batch.candidate_tokens[k]
             )
             for s in places:
-                row = int(batch.token_row[s])
-                end = batch.input_ids.shape[1] - batch.logits_to_keep + int(batch.token_pos[s])
-                real = batch.attention_mask[row, : end + 1].bool()
-                context = batch.input_ids[row, : end + 1][real].tolist()
-                assert batch.position_ids[row, end] == len(context) - 1
-                tokens.append((tuple(context), int(batch.token_id[s])))
+                at = int(batch.token_place[s])
+                row, pos = int(batch.place_row[at]), int(batch.place_pos[at])
+                seen = batch.visible()[row, pos]
+                assert batch.attention_mask[row][seen].all()
+                assert batch.position_ids[row][seen].tolist() == list(range(int(seen.sum())))
+                tokens.append((tuple(batch.input_ids[row][seen].tolist()), int(batch.token_id[s])))
             candidates[int(batch.candidate_index[k])] = (tokens, bool(batch.candidate_correct[k]))
         examples.append(
             {"candidates": candidates, "label": int(batch.labels[number]), "index": int(batch.index[number])}
@@ -51,35 +51,75 @@ def expected(example: Encoded) -> dict[str, object]:
 def test_every_token_is_scored_after_exactly_what_goes_before_it() -> None:
     batch = Collate(pad_id=99)(EXAMPLES)
     assert written_out(batch) == [expected(example) for example in EXAMPLES]
-    assert (len(batch), batch.num_rows, batch.num_candidates) == (3, 4, 3)
-    assert batch.logits_to_keep == 3
+    assert (len(batch), batch.num_rows, batch.num_candidates, batch.longest_candidate) == (3, 3, 3, 3)
     assert batch.answer_tokens == 1 + 3 + 2
+    assert batch.branching and not batch.bidirectional
 
 
-def test_rows_are_padded_on_the_left_and_end_before_the_last_token() -> None:
+def test_candidates_share_a_row_padded_on_the_right_without_their_last_tokens() -> None:
     batch = Collate(pad_id=99)(EXAMPLES)
     assert batch.input_ids.tolist() == [
-        [99, 99, 99, 11, 12, 13],
-        [99, 99, 21, 22, 1, 2],
-        [99, 99, 99, 21, 22, 4],
+        [11, 12, 13, 99, 99, 99],
+        [21, 22, 1, 2, 4, 99],
         [31, 32, 33, 34, 35, 1],
     ]
-    assert batch.attention_mask.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], [1] * 6]
-    assert batch.position_ids.tolist() == [
-        [0, 0, 0, 0, 1, 2],
-        [0, 0, 0, 1, 2, 3],
-        [0, 0, 0, 0, 1, 2],
-        [0, 1, 2, 3, 4, 5],
-    ]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0], [1] * 6]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 2, 0], [0, 1, 2, 3, 4, 5]]
+    # Padding sees itself, and is seen by nothing else.
+    assert batch.visible()[1, 5].tolist() == [False] * 5 + [True]
+    assert not batch.visible()[:, :5, 5].any()
 
 
 def test_one_token_candidates_read_one_row_and_one_position() -> None:
     batch = Collate(0)([EXAMPLES[0]] * 5)
-    assert (batch.num_rows, batch.logits_to_keep) == (5, 1)
+    assert (batch.num_rows, len(batch.place_row), batch.branching) == (5, 5, False)
+
+
+def test_neighbours_share_a_passage() -> None:
+    passage = tuple(range(100, 140))
+    examples = [
+        Encoded((*passage, 1, 2), ((7,), (8,)), 0, (0,), index=0),
+        Encoded((9, 9, 9), ((7,), (8,)), 1, (1,), index=1),
+        Encoded((*passage, 1, 3), ((7, 5), (8,)), 1, (1,), index=2),
+        Encoded((*passage[:31], 4), ((7,), (8,)), 0, (0,), index=3),
+        Encoded((*passage, 1), ((7,), (8,)), 0, (0,), index=4),
+    ]
+    batch = Collate(0)(examples)
+    assert written_out(batch) == [expected(example) for example in examples]
+    # Passage, the token 1, 2, 3 and one of a candidate; the text that shares less than 32 tokens has its own row.
+    assert batch.attention_mask.sum(1).tolist() == [44, 3, 32]
+    for part, numbers in zip(batch.split(2), ([1, 3], [0, 2], [4]), strict=True):
+        assert written_out(part) == [expected(examples[number]) for number in numbers]
+    texts, lengths = batch.texts(batch.example_row, batch.example_pos)
+    for example, text, length in zip(examples, texts, lengths, strict=True):
+        assert text.tolist() == [*example.prompt, *[0] * (42 - len(example.prompt))] and length == len(example.prompt)
+
+
+def test_a_masked_text_is_scored_where_its_mask_stands() -> None:
+    shared = tuple(range(100, 140))
+    examples = [
+        Encoded((1, *shared, 4, 2), ((7,), (8,)), 1, (1,), index=0, mask=41),
+        Encoded((1, *shared, 4, 5, 2), ((7,), (8,), (9,)), 0, (0,), index=1, mask=41),
+    ]
+    batch = Collate(0)(examples)
+    assert batch.bidirectional and not batch.branching
+    assert batch.input_ids.tolist() == [[*examples[0].prompt, 0], list(examples[1].prompt)]
+    assert (batch.place_row.tolist(), batch.place_pos.tolist()) == ([0, 1], [41, 41])
+    assert batch.token_id.tolist() == [7, 8, 7, 8, 9]
+    assert batch.token_place.tolist() == [0, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match="examples with a mask and examples without"):
+        Collate(0)([*examples, EXAMPLES[0]])
+
+
+def test_examples_without_candidates_have_prompts() -> None:
+    batch = Collate(0, "lm")([Encoded((5, 6), (), -1, (), index=3), Encoded((5,), (), -1, (), index=4)])
+    assert (len(batch), batch.num_candidates, batch.answer_tokens, len(batch.place_row)) == (2, 0, 0, 0)
+    assert batch.input_ids.tolist() == [[5, 6], [5, 0]]
 
 
 def test_right_only() -> None:
     batch = Collate(99, "lm", right_only=True)(EXAMPLES)
+    assert not batch.branching
     for found, example in zip(written_out(batch), EXAMPLES, strict=True):
         whole = expected(example)
         assert found == {**whole, "candidates": {example.label: whole["candidates"][example.label]}}  # type: ignore[index]
@@ -110,7 +150,7 @@ def test_split_is_the_batches_of_the_parts(micro: int, right_only: bool) -> None
     for part, whole in zip(parts, fresh, strict=True):
         assert written_out(part) == written_out(whole)
         assert part.input_ids.shape == whole.input_ids.shape
-        for name in ("logits_to_keep", "num_candidates", "answer_tokens", "objective"):
+        for name in ("branching", "longest_candidate", "num_candidates", "answer_tokens", "objective"):
             assert getattr(part, name) == getattr(whole, name), name
     assert sum(part.answer_tokens for part in parts) == collate(examples).answer_tokens
 
@@ -130,4 +170,4 @@ def test_to_moves_every_tensor() -> None:
     moved = Collate(0)(EXAMPLES).to("meta")
     values = [getattr(moved, name) for name in moved.__dataclass_fields__]
     assert {value.device.type for value in values if isinstance(value, Tensor)} == {"meta"}
-    assert moved.logits_to_keep == 3
+    assert moved.longest_candidate == 3

@@ -5,6 +5,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from smezo_pl.data import Collate, Encoded
+from smezo_pl.data.filling import BatchLimit
 from smezo_pl.data.loaders import EpochSampler, LengthSampler, evaluation_loader, train_loader
 from smezo_pl.data.sampling import permutation
 
@@ -91,7 +92,7 @@ def test_the_end_of_an_epoch_is_the_start_of_the_next(num_workers: int) -> None:
 
 def test_evaluation_runs_by_length_the_longest_first() -> None:
     examples = make(50)
-    loader = evaluation_loader(examples, Collate(0), max_rows=8)
+    loader = evaluation_loader(examples, Collate(0), BatchLimit(rows=8))
     widths = [batch.input_ids.shape[1] for batch in loader]
     assert widths == sorted(widths, reverse=True)
     batches = read(loader)
@@ -100,10 +101,37 @@ def test_evaluation_runs_by_length_the_longest_first() -> None:
     assert len(loader) == 7
 
 
-def test_evaluation_batches_are_filled_by_rows() -> None:
-    assert [batch.num_rows for batch in evaluation_loader(make(7, rows=3), Collate(0), max_rows=7)] == [6, 6, 6, 3]
-    # An example with more rows than that is a batch of its own.
-    assert [batch.num_rows for batch in evaluation_loader(make(2, rows=3), Collate(0), max_rows=1)] == [3, 3]
+def test_evaluation_batches_are_filled_by_texts() -> None:
+    batches = evaluation_loader(make(7, rows=3), Collate(0), BatchLimit(rows=7))
+    assert [len(batch) for batch in batches] == [2, 2, 2, 1]
+    # An example with more texts than that is a batch of its own.
+    assert [len(batch) for batch in evaluation_loader(make(2, rows=3), Collate(0), BatchLimit(rows=1))] == [1, 1]
+
+
+def test_evaluation_batches_are_filled_by_tokens() -> None:
+    examples = make(50)
+    shapes = [batch.input_ids.shape for batch in evaluation_loader(examples, Collate(0), BatchLimit(tokens=26))]
+    assert all(rows * width <= 26 for rows, width in shapes)
+    # No batch could take the longest of the next one as well.
+    assert all((rows + 1) * width > 26 for rows, width in shapes[:-1])
+    assert sum(rows for rows, _ in shapes) == 50
+    assert [len(batch) for batch in evaluation_loader(make(3), Collate(0), BatchLimit(tokens=1))] == [1, 1, 1]
+
+
+def test_neighbours_are_in_one_batch_and_one_row() -> None:
+    passages = [tuple(range(start, start + 40)) for start in (100, 200, 300)]
+    examples = [Encoded((*passages[i % 3], 3 + i), ((1,), (2,)), 0, (0,), index=i) for i in range(12)]
+    batches = list(evaluation_loader(examples, Collate(0), BatchLimit(tokens=100)))
+    assert [tuple(batch.input_ids.shape) for batch in batches] == [(2, 44), (1, 44)]
+    rows = [
+        sorted(batch.index[batch.example_row == row].tolist()) for batch in batches for row in range(len(batch) // 4)
+    ]
+    assert sorted(rows) == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    # A passage is read again where the limit asks for it.
+    apart = list(evaluation_loader(examples, Collate(0), BatchLimit(rows=3)))
+    assert [(len(batch), batch.num_rows) for batch in apart] == [(3, 1), (3, 1), (3, 1), (3, 3)]
+    cut = list(evaluation_loader(examples, Collate(0), BatchLimit(tokens=42)))
+    assert [tuple(batch.input_ids.shape) for batch in cut] == [(1, 42)] * 6
 
 
 @pytest.mark.parametrize(
@@ -112,7 +140,7 @@ def test_evaluation_batches_are_filled_by_rows() -> None:
 )
 def test_every_example_is_scored_once_by_one_process(count: int, world_size: int, max_rows: int) -> None:
     examples = make(count)
-    samplers = [LengthSampler(examples, max_rows, world_size, rank) for rank in range(world_size)]
+    samplers = [LengthSampler(examples, BatchLimit(rows=max_rows), world_size, rank) for rank in range(world_size)]
     assert len({len(sampler) for sampler in samplers}) == 1
     batches = [batch for sampler in samplers for batch in sampler]
     assert all(batches)
@@ -121,11 +149,11 @@ def test_every_example_is_scored_once_by_one_process(count: int, world_size: int
 
 def test_fewer_examples_than_processes() -> None:
     with pytest.raises(ValueError, match="2 examples cannot be shared out to 3 processes"):
-        LengthSampler(make(2), 8, world_size=3)
+        LengthSampler(make(2), BatchLimit(rows=8), world_size=3)
 
 
 def test_an_example_alone_is_a_batch() -> None:
     """Lightning's `overfit_batches` puts in a sampler of its own, which hands out single numbers."""
-    loader = evaluation_loader(make(3), Collate(0), 8)
+    loader = evaluation_loader(make(3), Collate(0), BatchLimit(rows=8))
     assert loader.collate_fn is not None
     assert len(loader.collate_fn(loader.dataset[1])) == 1

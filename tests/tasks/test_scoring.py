@@ -1,11 +1,9 @@
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl.data import Collate, Encoded, Encoder, PromptBatch
@@ -111,55 +109,6 @@ def test_adapters_of_peft(
     assert max(abs(a - b) for a, b in zip(flat(plain), flat(together), strict=True)) > 1e-3
 
 
-class Recorder(nn.Module):
-    """Takes down what it is called with; its logits are its input, one position after the other."""
-
-    def __init__(self, *names: str) -> None:
-        super().__init__()
-        self.seen: dict[str, Any] = {}
-
-    def _answer(self, **seen: Any) -> SimpleNamespace:
-        self.seen = seen
-        logits = torch.nn.functional.one_hot(seen["input_ids"], 64).float()
-        return SimpleNamespace(logits=logits[:, -seen.get("logits_to_keep", 0) :])
-
-
-class Plain(Recorder):
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        return self._answer(input_ids=input_ids, attention_mask=attention_mask)
-
-
-class Full(Recorder):
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        use_cache: bool = True,
-        logits_to_keep: int = 0,
-        **others: Any,
-    ) -> SimpleNamespace:
-        assert not others
-        return self._answer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-        )
-
-
-def test_a_model_is_given_what_it_takes(encoded: list[Encoded]) -> None:
-    batch = Collate(1)([Encoded((5, 6, 7, 8), ((1, 2), (3, 4)), 0, (0,), 0)])
-    plain, full = Plain(), Full()
-    assert torch.equal(model_logits(plain, batch), model_logits(full, batch))
-    assert set(plain.seen) == {"input_ids", "attention_mask"}
-    assert full.seen["use_cache"] is False
-    assert full.seen["logits_to_keep"] == batch.logits_to_keep == 2
-    assert full.seen["position_ids"] is batch.position_ids
-    assert model_logits(plain, batch).shape == (2, 2, 64)
-
-
 def two_examples(objective: str) -> PromptBatch:
     """Example 0: candidates of 1 and 2 tokens, the second right. Example 1: three of one token, the first right."""
     examples = [
@@ -203,7 +152,7 @@ def test_no_loss_without_labels() -> None:
 
 def test_scores_of_half_precision_logits_are_float32() -> None:
     batch = two_examples("classification")
-    logits = torch.randn(batch.num_rows, batch.logits_to_keep, 16, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(len(batch.place_row), 16, generator=torch.Generator().manual_seed(0))
     half = logits.bfloat16()
     assert candidate_scores(half, batch).dtype == torch.float32
     assert torch.equal(candidate_scores(half, batch), candidate_scores(half.float(), batch))

@@ -70,9 +70,9 @@ class LinearProbe(nn.Module):
             raise ValueError(f"method 'linear-probe' takes up to {MOST_LABELS} labels, got {batch.num_candidates}")
         with torch.no_grad(), self._captured() as captured:
             model_logits(self.network, batch)
-        features = captured[-1][:, -batch.logits_to_keep :]  # [R, keep, H]
+        features = captured[-1][0]  # [P, H]
         first = batch.token_order == 0  # one token a candidate, in the order of candidates below
-        at_prompt = features[batch.token_row[first], batch.token_pos[first]].float()  # [K, H]
+        at_prompt = features[batch.token_place[first]].float()  # [K, H]
         with torch.autocast(at_prompt.device.type, enabled=False):
             outputs: Tensor = self.head(at_prompt)  # [K, MOST_LABELS]
         candidate = batch.token_candidate[first]
@@ -83,7 +83,8 @@ class LinearProbe(nn.Module):
     def _captured(self) -> Iterator[list[Tensor]]:
         captured: list[Tensor] = []
         output: nn.Module = self.network.get_output_embeddings()  # type: ignore[operator]
-        hook = output.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+        # after the forward, since `model_logits` picks the places that are read before it
+        hook = output.register_forward_hook(lambda _, inputs, __: captured.append(inputs[0]))
         try:
             yield captured
         finally:

@@ -87,7 +87,7 @@ class SmezoCLI(LightningCLI):
         """Build the Trainer with a logger in ``runs/`` and the default callbacks that are not configured."""
         given = self._get(self.config_init, "trainer")
         if given["logger"] in (None, True):
-            name = self._get(self.config_init, "name") or str(self._get(self.config, "data")["task"])
+            name = self._get(self.config_init, "name") or self._get(self.config_init, "data").task.name
             kwargs.setdefault("logger", TensorBoardLogger("runs", name=name, default_hp_metric=False))
         callbacks = given["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]

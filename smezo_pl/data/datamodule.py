@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from smezo_pl.data.batch import PromptBatch
 from smezo_pl.data.budget import found_budget
 from smezo_pl.data.collate import Collate
+from smezo_pl.data.drawing import examples_of, k_of_each_class, usable, with_demonstrations
 from smezo_pl.data.encoding import Encoded, Encoder, padding_id
 from smezo_pl.data.filling import BatchLimit
 from smezo_pl.data.free_text import stop_tokens
 from smezo_pl.data.loaders import evaluation_loader, train_loader
 from smezo_pl.data.sampling import sample, sample_train_dev
-from smezo_pl.data.sources import Split, load_split
+from smezo_pl.data.sources import Split, load_file, load_split
 from smezo_pl.models import load_tokenizer
-from smezo_pl.tasks import Example, FreeText, Task, get_task, make_example
+from smezo_pl.tasks import Example, FreeText, Task, get_task, make_task
 from smezo_pl.tasks.metrics import get_metric
 from smezo_pl.tasks.objectives import check_objective
 from smezo_pl.tasks.task import LOSSES
@@ -41,9 +42,17 @@ class PromptDataModule(pl.LightningDataModule):
 
     Args:
         task: Name of a built-in task: demo (synthetic, needs no download), sst2, rte, boolq, cb, wsc, wic, multirc,
-            copa, record, mnli, qnli, mrpc, qqp, cola, trec, piqa, siqa, aqua.
+            copa, record, squad, drop, mnli, qnli, mrpc, qqp, cola, trec, piqa, siqa, aqua. Or a task of your own as a
+            mapping: ``prompt`` (text with columns in braces), ``candidates`` (``{label: text}``, a list of texts,
+            texts with columns in braces, or ``{column: c}`` for a column that holds a list) or ``target`` (column of
+            an answer that the model writes), and optionally ``label`` (its column), ``metric``, ``objective``,
+            ``name``, ``words``, ``may_be_empty``, ``group``, ``calibration``, ``max_new_tokens``, ``stop``.
         data_dir: Local folder with ``{task}/{split}*.parquet`` in the hub's columns. Without it the data set is loaded
             from the Hugging Face hub.
+        train_file: Your own training examples: a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file in UTF-8 (a TSV's
+            quotes are text), or a data set on the hub, ``owner/name`` or ``owner/name@config:split``.
+        dev_file: Your own dev examples; drawn from ``train_file`` if not given.
+        test_file: Your own test examples, for ``test`` and ``predict``; the latter needs no labels.
         tokenizer: Name, folder or GGUF file of the tokenizer, or the tokenizer itself. Without it the module's own
             ``tokenizer`` is taken.
         batch_size: Training examples a step and process, at least 1.
@@ -53,6 +62,11 @@ class PromptDataModule(pl.LightningDataModule):
         num_train: Training examples; the task's own number (1000 for most) if not given.
         num_dev: Dev examples; the task's own number (500 for most) if not given.
         num_test: Test examples at most; the task's own number (1000) if not given.
+        k_shot: Training examples of each class, instead of ``num_train``, and as many for dev.
+        num_demonstrations: Solved training examples before each dev and test example: in-context learning, for
+            ``validate`` and ``test`` (MeZO: 32). They are cut on the left where they do not fit in ``max_length``.
+        demonstration_seed: Decides the one set of demonstrations for all examples, in [0, 2^32); without it each
+            example gets a set of its own.
         data_seed: Decides which examples are drawn and in which order they come, in [0, 2^32).
         max_length: Most tokens of a prompt and a candidate together, at least 2. What is longer loses the beginning of
             its prompt; a beginning-of-sequence token stays.
@@ -62,8 +76,12 @@ class PromptDataModule(pl.LightningDataModule):
         reward: Import path of a function that a step makes larger instead: ``mymodule.score`` is called as
             ``score(predictions, references)`` with a list of answers as texts and, for each, the list of right ones,
             and gives a number or one an answer, whose mean counts. If it raises or gives NaN, the step is skipped.
+        max_new_tokens: Most tokens of a generated answer; the task's own number (50) if not given.
         calibration: How candidates are chosen in evaluation: ``none``, by mean log-probability; ``sfc``, by the
-            log-probability gained over a prompt without content (surface form competition, as in MeZO).
+            log-probability gained over a prompt without content (surface form competition, as in MeZO); ``icl_sfc``:
+            the same with the demonstrations before that prompt too.
+        bad_rows: What happens to a row that lacks a text or has a label outside the task: ``refuse`` ends with an error
+            that names its line; ``skip`` leaves it out, and the log says how many.
         num_workers: Processes that make batches; 0 makes them in the main process, which is enough for text.
 
     Raises:
@@ -72,7 +90,7 @@ class PromptDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        task: str | Task = "demo",
+        task: str | dict[str, Any] | Task = "demo",
         data_dir: str | Path | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         batch_size: int = 16,
@@ -82,13 +100,26 @@ class PromptDataModule(pl.LightningDataModule):
         num_test: int | None = None,
         data_seed: int = 0,
         max_length: int = 2048,
+        num_workers: int = 0,
+        train_file: str | None = None,
+        dev_file: str | None = None,
+        test_file: str | None = None,
+        bad_rows: Literal["refuse", "skip"] = "refuse",
+        k_shot: int | None = None,
         objective: str | None = None,
         reward: str | None = None,
-        calibration: Literal["none", "sfc"] = "none",
-        num_workers: int = 0,
+        max_new_tokens: int | None = None,
+        num_demonstrations: int = 0,
+        demonstration_seed: int | None = None,
+        calibration: Literal["none", "sfc", "icl_sfc"] = "none",
     ) -> None:
         super().__init__()
-        self.task = get_task(task) if isinstance(task, str) else task
+        self.files: dict[SplitName, str | None] = {
+            "train": train_file,
+            "dev": dev_file,
+            "test": test_file,
+        }
+        self.task = _task(task, next(filter(None, self.files.values()), None), max_new_tokens)
         for name in self.task.metrics:
             get_metric(name, self.task)
         if objective is not None and reward is not None:
@@ -97,9 +128,25 @@ class PromptDataModule(pl.LightningDataModule):
             raise ValueError(f"reward must be the import path of a function, module.function, got {reward!r}")
         self.objective = objective or reward or self.task.objective
         check_objective(self.objective, self.task)
-        if calibration not in ("none", "sfc"):
-            raise ValueError(f"calibration must be 'none' or 'sfc', got {calibration!r}")
-        if calibration == "sfc" and self.task.calibration is None:
+        if calibration not in ("none", "sfc", "icl_sfc"):
+            raise ValueError(f"calibration must be 'none', 'sfc' or 'icl_sfc', got {calibration!r}")
+        if calibration == "icl_sfc" and not num_demonstrations:
+            raise ValueError("calibration 'icl_sfc' is for demonstrations: give num_demonstrations, or take 'sfc'")
+        if bad_rows not in ("refuse", "skip"):
+            raise ValueError(f"bad_rows must be 'refuse' or 'skip', got {bad_rows!r}")
+        self.bad_rows = bad_rows
+        if k_shot is not None:
+            _at_least("k_shot", k_shot, 1)
+            if not self.task.labels:
+                raise ValueError(f"k_shot {k_shot} needs classes, and task {self.task.name!r} has none")
+            if num_train is not None or num_dev is not None:
+                raise ValueError("k_shot takes the place of num_train and num_dev: give only one of them")
+        self.k_shot = k_shot
+        self.num_demonstrations = _at_least("num_demonstrations", num_demonstrations, 0)
+        if demonstration_seed is not None and not 0 <= demonstration_seed < 2**32:
+            raise ValueError(f"demonstration_seed must be in [0, 2^32), got {demonstration_seed}")
+        self.demonstration_seed = demonstration_seed
+        if calibration != "none" and self.task.calibration is None:
             raise ValueError(f"task {self.task.name!r} has no prompt without content, so it cannot be calibrated")
         self.calibration = calibration
         self.data_dir = data_dir
@@ -161,7 +208,7 @@ class PromptDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Download what comes from the hub, in one process only."""
         source = self.task.source
-        if self.data_dir is None and source is not None and source.path is not None:
+        if self.data_dir is None and not any(self.files.values()) and source is not None and source.path is not None:
             for split in {source.train, source.dev or source.train, source.test}:
                 load_split(self.task, split)
 
@@ -187,38 +234,91 @@ class PromptDataModule(pl.LightningDataModule):
                 self._draw_train_and_dev()
         return self._examples[split]
 
-    def _draw_train_and_dev(self) -> None:
+    def _load(self, split: SplitName) -> Split:
+        """The rows that a split is drawn from: one's own file, else the task's data set."""
         source = self.task.source
-        name = source.train if source else "train"
-        data = load_split(self.task, name, self.data_dir)
-        if source is not None and source.dev is not None:
-            train = sample(len(data), self.num_train, self.data_seed, "training examples", data.origin)
-            dev_data = load_split(self.task, source.dev, self.data_dir)
-            dev = sample(len(dev_data), self.num_dev, self.data_seed, "dev examples", dev_data.origin)
+        names = {
+            "train": source.train if source else "train",
+            "dev": (source.dev if source else None) or "validation",
+            "test": source.test if source else "test",
+        }
+        labelled = not (split == "test" and self._predicting)
+        if (file := self.files[split]) is not None:
+            return load_file(file, self.task, names[split], labelled)
+        if any(self.files.values()) or source is None:
+            raise ValueError(
+                f"{split} examples of task {self.task.name!r} need {split}_file: give one"
+                + (f" ({', '.join(f'{name}_file' for name, file in self.files.items() if file)} is given)")
+                * any(self.files.values())
+            )
+        return load_split(self.task, names[split], self.data_dir)
+
+    def _rows(self, data: Split, labelled: bool = True) -> list[int]:
+        return usable(self.task, data, labelled) if self.bad_rows == "skip" else list(range(len(data)))
+
+    def _draw_train_and_dev(self) -> None:
+        data = self._load("train")
+        rows = self._rows(data)
+        source = self.task.source
+        apart = self.files["dev"] is not None or (source is not None and source.dev is not None)
+        dev_data = self._load("dev") if apart else data
+        dev_rows = self._rows(dev_data) if apart else rows
+        if self.k_shot is not None:
+            labels = [example.label for example in examples_of(self.task, data, rows)]
+            train, dev = k_of_each_class(
+                labels, self.k_shot, self.task.labels, self.data_seed, data.origin, dev=not apart
+            )
+            if apart:
+                labels = [example.label for example in examples_of(self.task, dev_data, dev_rows)]
+                dev, _ = k_of_each_class(
+                    labels, self.k_shot, self.task.labels, self.data_seed, dev_data.origin, dev=False
+                )
+        elif apart:
+            train = sample(len(rows), self.num_train, self.data_seed, "training examples", data.origin)
+            dev = sample(len(dev_rows), self.num_dev, self.data_seed, "dev examples", dev_data.origin)
         else:
-            dev_data = data
-            train, dev = sample_train_dev(len(data), self.num_train, self.num_dev, self.data_seed, data.origin)
-        self._make("train", data, train)
-        self._make("dev", dev_data, dev)
+            train, dev = sample_train_dev(len(rows), self.num_train, self.num_dev, self.data_seed, data.origin)
+        self._make("train", data, [rows[place] for place in train])
+        self._make("dev", dev_data, [dev_rows[place] for place in dev])
+        if self.num_demonstrations:
+            self._demonstrate("dev", data)
 
     def _draw_test(self) -> None:
-        data = load_split(self.task, self.task.source.test if self.task.source else "validation", self.data_dir)
-        self._make("test", data, sample(len(data), self.num_test, self.data_seed, "test examples", data.origin))
+        data = self._load("test")
+        rows = self._rows(data, labelled=not self._predicting)
+        drawn = sample(len(rows), self.num_test, self.data_seed, "test examples", data.origin)
+        self._make("test", data, [rows[place] for place in drawn])
+        if self.num_demonstrations:
+            self._demonstrate("test", self._load("train"))
+
+    def _demonstrate(self, split: SplitName, data: Split) -> None:
+        self._examples[split] = with_demonstrations(
+            self._examples[split],
+            self.task,
+            data,
+            self.num_demonstrations,
+            self.demonstration_seed,
+            self._origin[split],
+            after=self.calibration == "icl_sfc",
+        )
+        logger.info("%s: %d demonstrations of %s before each", split, self.num_demonstrations, data.origin)
 
     def _make(self, split: SplitName, data: Split, numbers: list[int]) -> None:
-        names = data.names.get(self.task.label)
-        rows = zip(numbers, data.rows(numbers), strict=True)
-        self._examples[split] = [make_example(self.task, row, i, data.origin, names) for i, row in rows]
+        self._examples[split] = examples_of(self.task, data, numbers)
         self._origin[split] = data.origin
-        unknown = [example.index for example in self._examples[split] if example.label < 0]
+        unknown = [example for example in self._examples[split] if example.label < 0]
         if unknown and (split != "test" or not self._predicting):
+            free = self.task.candidates
+            column = free.column if isinstance(free, FreeText) else self.task.label
             raise ValueError(
-                f"{data.origin}, row {unknown[0]}: column {self.task.label!r} holds no label ({len(unknown)} such"
-                f" rows of {len(numbers)}), but {split} examples need one"
+                f"{data.origin}, {unknown[0].where}: column {column!r} holds no"
+                f" {'answer' if self.task.is_free else 'label'} ({len(unknown)} such rows of {len(numbers)}),"
+                f" but {split} examples need one; bad_rows: skip leaves such rows out"
             )
         logger.info(
-            "%s: %d %s examples of %s (data_seed %d)", self.task.name, len(numbers), split, data.origin, self.data_seed
-        )
+            "%s: %d of %d rows of %s are %s examples (data_seed %d)",
+            self.task.name, len(numbers), len(data), data.origin, split, self.data_seed,
+        )  # fmt: skip
 
     @property
     def _predicting(self) -> bool:
@@ -241,7 +341,13 @@ class PromptDataModule(pl.LightningDataModule):
     # Loaders
 
     def train_dataloader(self) -> "DataLoader[PromptBatch]":
-        """Shuffled batches of training examples, this process's share of them."""
+        """Shuffled batches of training examples, this process's share of them.
+
+        Raises:
+            ValueError: If there are demonstrations, which are for `validate` and `test`.
+        """
+        if self.num_demonstrations:
+            raise ValueError("num_demonstrations is for validate and test: in-context learning goes without training")
         collate = self._collate(training=True)
         loader: DataLoader[PromptBatch] = train_loader(
             self.encoded("train"), collate, self.batch_size, self.data_seed, self.num_workers, *self._place()
@@ -327,6 +433,19 @@ class PromptDataModule(pl.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         """The number of processes and which of them this is."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+
+def _task(task: str | Mapping[str, Any] | Task, file: str | None, max_new_tokens: int | None) -> Task:
+    """The task of that name or of these keys, called after the file where it has no name."""
+    if isinstance(task, str):
+        task = get_task(task)
+    elif not isinstance(task, Task):
+        task = make_task(task, name=Path(file).stem if file else "own")
+    if max_new_tokens is None:
+        return task
+    if not isinstance(task.candidates, FreeText):
+        raise ValueError(f"max_new_tokens is for answers that the model writes, and task {task.name!r} has candidates")
+    return replace(task, candidates=replace(task.candidates, max_new_tokens=max_new_tokens))
 
 
 def _at_least(name: str, value: int, least: int) -> int:

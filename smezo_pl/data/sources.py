@@ -1,10 +1,11 @@
-"""Where rows come from: the Hugging Face hub, a local folder of Parquet files, or the built-in set."""
+"""Where rows come from: the Hugging Face hub, a local folder of Parquet files, one's own files, or the built-in set."""
 
 import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smezo_pl.data.demo import demo_rows
+from smezo_pl.data.files import READERS
 from smezo_pl.tasks import Source, Task
 
 logger = logging.getLogger(__name__)
@@ -19,35 +21,97 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one split, read when they are asked for.
+    """The rows of one split.
 
     Attributes:
-        table: The rows.
+        table: The rows as an Arrow table, from which they are read when they are asked for; or as dicts.
         origin: The file or data set, for messages.
         names: For a column of integers, what the data set calls them, if it says.
+        lines: The line of the file that each row begins on, where there are lines.
     """
 
-    table: pa.Table
+    table: pa.Table | list[dict[str, Any]]
     origin: str
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    lines: Sequence[int] = ()
 
     def __len__(self) -> int:
         """The number of rows."""
-        return int(self.table.num_rows)
+        return len(self.table) if isinstance(self.table, list) else int(self.table.num_rows)
 
-    def check_columns(self, task: Task) -> None:
+    @property
+    def column_names(self) -> list[str]:
+        """The columns, of all rows together."""
+        if isinstance(self.table, list):
+            return list(dict.fromkeys(name for row in self.table for name in row))
+        return list(self.table.column_names)
+
+    def check_columns(self, task: Task, labelled: bool = True) -> None:
         """Raise a ``ValueError`` that names the file and what it lacks if the task cannot be made of it."""
-        missing = [column for column in task.columns if column not in self.table.column_names]
+        there = self.column_names
+        needed = task.columns if labelled else task.columns[:-1]
+        missing = [column for column in needed if column not in there]
         if missing:
+            near = get_close_matches(missing[0], there, n=1)
             raise ValueError(
                 f"{self.origin} lacks {'column' if len(missing) == 1 else 'columns'} {', '.join(map(repr, missing))} of"
-                f" task {task.name!r}; it has {', '.join(map(repr, self.table.column_names))}"
+                f" task {task.name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; it has"
+                f" {', '.join(map(repr, there))}"
             )
 
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows of these numbers."""
+        if isinstance(self.table, list):
+            return [self.table[index] for index in indices]
         taken: list[dict[str, Any]] = self.table.take(pa.array(indices, pa.int64())).to_pylist()
         return taken
+
+    def line(self, index: int) -> str:
+        """Where a row stands, for messages."""
+        return f"line {self.lines[index]}" if self.lines else f"row {index}"
+
+
+def load_file(name: str | Path, task: Task, split: str, labelled: bool = True) -> Split:
+    """The rows of one's own file.
+
+    Args:
+        name: A ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, in UTF-8; or a data set on the Hugging Face hub,
+            ``owner/name``, ``owner/name@config``, ``owner/name:split`` or ``owner/name@config:split``.
+        task: The task, whose columns it must have.
+        split: The hub's split where the name has none.
+        labelled: Whether the label's column must be there too.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, has no rows, or lacks columns; it names the file and the line.
+        ConnectionError: If the hub does not give the data set.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in READERS:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {str(path)!r}")
+        records = READERS[path.suffix](path)
+        found = Split([row for _, row in records], str(path), lines=[number for number, _ in records])
+    elif path.suffix == ".parquet":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {str(path)!r}")
+        table = _read(path)
+        found = Split(table, str(path), _class_names(table.schema))
+    elif (hub := _HUB_NAME.match(str(name))) and not path.exists():
+        found = _hub(Source(hub["name"], hub["config"]), hub["split"] or split)
+    else:
+        raise ValueError(
+            f"{str(name)!r} is neither a file that ends in {', '.join((*READERS, '.parquet'))} nor a data set on the"
+            " hub (owner/name, owner/name@config:split)"
+        )
+    if not len(found):
+        raise ValueError(f"{found.origin} holds no rows")
+    logger.info("%s: %d rows of %s", task.name, len(found), found.origin)
+    found.check_columns(task, labelled)
+    return found
+
+
+_HUB_NAME = re.compile(r"(?P<name>[\w-]+/[\w.-]+)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?$")
 
 
 def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> Split:

@@ -2,11 +2,12 @@
 
 from difflib import get_close_matches
 
+from smezo_pl.tasks.custom import make_task as make_task
 from smezo_pl.tasks.demo import DEMO
 from smezo_pl.tasks.example import Example as Example
-from smezo_pl.tasks.example import ExampleError as ExampleError
 from smezo_pl.tasks.example import make_example as make_example
 from smezo_pl.tasks.glue import GLUE
+from smezo_pl.tasks.labels import ExampleError as ExampleError
 from smezo_pl.tasks.qa import QA
 from smezo_pl.tasks.reading import READING
 from smezo_pl.tasks.superglue import SUPERGLUE
@@ -31,6 +32,7 @@ __all__ = [
     "Task",
     "get_task",
     "make_example",
+    "make_task",
 ]
 
 

@@ -1,20 +1,13 @@
 """From a row of a data set to an example: the prompt, the candidates and which of them are right."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+from smezo_pl.tasks.labels import UNKNOWN, ExampleError, listed, missing, right_candidates
 from smezo_pl.tasks.task import FreeText, ListCandidates, Task
 from smezo_pl.tasks.template import FILTERS, Template
-
-UNKNOWN = -1
-"""A label that is not known: hidden test sets carry it."""
-
-
-class ExampleError(ValueError):
-    """A row that cannot be made into an example. The message names the file, the row and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +58,7 @@ def make_example(
     index: int = 0,
     origin: str = "row",
     label_names: Sequence[str] | None = None,
+    line: str = "",
 ) -> Example:
     """Fill in the task's prompt and candidates from one row.
 
@@ -73,19 +67,20 @@ def make_example(
         row: Column names and values.
         index: Number of the row, for :attr:`Example.index` and for errors.
         origin: The file that it comes from, for errors.
+        line: Where it stands in that file, for errors; ``row <index>`` if empty.
         label_names: What the data set calls the integers of its label column, if it says.
 
     Raises:
         ExampleError: A blank text, a value that the task does not know, a label outside the task.
     """
-    where = f"{origin}, row {index}"
-    values = {column: _text(task, column, row[column], where) for column in task.text_columns}
+    where = f"{origin}, {line or f'row {index}'}"
+    values = {column: _text(task, column, row.get(column), where) for column in task.text_columns}
     # MeZO strips the same: a prompt neither starts with white space nor ends in a space.
     prompt = task.prompt_template.render(values).lstrip().rstrip(" ")
     if isinstance(task.candidates, FreeText):
-        return _free(task.candidates, prompt, row, index, where)
+        return _free(task.candidates, prompt, row, index, where, line)
     if isinstance(task.candidates, ListCandidates):
-        items = _items(task.candidates, row[task.candidates.column], where)
+        items = _items(task.candidates, row.get(task.candidates.column), where)
         pattern = task.candidate_templates[0].render(values)
         texts = tuple(pattern.replace(task.candidates.slot, item).rstrip(" ") for item in items)
     else:
@@ -96,14 +91,15 @@ def make_example(
             raise ExampleError(f"{where}: a candidate of task {task.name!r} is blank")
         if texts.count(text) > 1:
             raise ExampleError(f"{where}: two candidates have the same text {text!r}, so no label can tell them apart")
-    correct = _correct(task, row.get(task.label), items, len(texts), label_names, where)
     answers = items or tuple(text.strip() for text in texts)
+    correct = right_candidates(task, row.get(task.label), answers, label_names, where)
     label = correct[0] if correct else UNKNOWN
     right = tuple(sorted(correct))
     references = tuple(answers[place] for place in right)
     content_free = task.calibration_template
     calibration = None if content_free is None else content_free.render(values).strip(" ")
-    return Example(prompt, texts, label, right, index, answers, references, _group(task, values, row), calibration)
+    group = _group(task, values, row)
+    return Example(prompt, texts, label, right, index, answers, references, group, calibration, line)
 
 
 def _group(task: Task, values: Mapping[str, str], row: Mapping[str, Any]) -> int:
@@ -114,7 +110,7 @@ def _group(task: Task, values: Mapping[str, str], row: Mapping[str, Any]) -> int
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _free(free: FreeText, prompt: str, row: Mapping[str, Any], index: int, where: str) -> Example:
+def _free(free: FreeText, prompt: str, row: Mapping[str, Any], index: int, where: str, line: str) -> Example:
     """An example whose one candidate is the text that is trained on."""
     value = row.get(free.root)
     for part in free.column.split(".")[1:]:
@@ -122,27 +118,23 @@ def _free(free: FreeText, prompt: str, row: Mapping[str, Any], index: int, where
             raise ExampleError(f"{where}: column {free.root!r} has no part {part!r} (of {free.column!r}): {value!r}")
         value = None if value is None else value[part]
     if isinstance(value, (list, tuple)):
-        found = [str(text).strip() for text in value if not _missing(text)]
+        found = [str(text).strip() for text in value if not missing(text)]
     else:
-        found = [] if _missing(value) else [str(value).strip()]
+        found = [] if missing(value) else [str(value).strip()]
     references = tuple(dict.fromkeys(text for text in found if text))
     if not references:
-        if found:
-            raise ExampleError(f"{where}: the answer in column {free.column!r} is empty")
-        return Example(prompt, (), UNKNOWN, (), index)
+        return Example(prompt, (), UNKNOWN, (), index, line=line)
     text = Template(free.text).render({"answer": references[0]})
-    return Example(prompt, (text,), 0, (0,), index, (references[0],), references)
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return Example(prompt, (text,), 0, (0,), index, (references[0],), references, line=line)
 
 
 def _text(task: Task, column: str, value: Any, where: str) -> str:
-    text = "" if _missing(value) else str(value)
+    if isinstance(value, (list, tuple, Mapping)):
+        raise ExampleError(f"{where}: column {column!r} must hold a text, got {str(value)[:60]}")
+    text = "" if missing(value) else str(value)
     if column in task.words:
         if text not in task.words[column]:
-            raise ExampleError(f"{where}: column {column!r} is {text!r}, must be one of {_names(task.words[column])}")
+            raise ExampleError(f"{where}: column {column!r} is {text!r}, must be one of {listed(task.words[column])}")
         return task.words[column][text]
     if not text.strip() and column not in task.may_be_empty:
         raise ExampleError(f"{where}: empty example, column {column!r} holds no text")
@@ -150,7 +142,7 @@ def _text(task: Task, column: str, value: Any, where: str) -> str:
 
 
 def _items(candidates: ListCandidates, value: Any, where: str) -> tuple[str, ...]:
-    if _missing(value) or isinstance(value, str) or not isinstance(value, Iterable):
+    if missing(value) or isinstance(value, str) or not isinstance(value, Iterable):
         raise ExampleError(f"{where}: column {candidates.column!r} must hold a list of texts, got {value!r}")
     change = FILTERS[candidates.filter or "strip"]
     if candidates.names:
@@ -161,40 +153,3 @@ def _items(candidates: ListCandidates, value: Any, where: str) -> tuple[str, ...
     if len(items) < 2:
         raise ExampleError(f"{where}: column {candidates.column!r} must hold at least two candidates, got {items}")
     return items
-
-
-def _correct(
-    task: Task, value: Any, items: Sequence[str], count: int, label_names: Sequence[str] | None, where: str
-) -> list[int]:
-    """Places of the right candidates, the one that is trained on first; none if the label is unknown."""
-    labels = task.labels[:count]
-    if _missing(value) or (isinstance(value, int) and value == UNKNOWN and not isinstance(value, bool)):
-        return []
-    if isinstance(value, (list, tuple)):
-        places = list(dict.fromkeys(items.index(text) for text in map(str.strip, value) if text in items))
-        if value and not places:
-            raise ExampleError(f"{where}: none of the answers {list(value)} in column {task.label!r} is a candidate")
-        return places
-    name = str(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        if label_names is not None and set(labels) <= set(label_names):
-            name = label_names[value] if 0 <= value < len(label_names) else name
-        elif task.named_labels:
-            raise ExampleError(
-                f"{where}: column {task.label!r} holds the number {value}, but numberings of {task.name!r} differ"
-                f" between copies; it must hold, or be declared with, the names {_names(labels)}"
-            )
-        elif name not in labels and 0 <= value < count:
-            return [value]
-    if name in labels:
-        return [labels.index(name)]
-    if name.strip() in items:
-        return [items.index(name.strip())]
-    raise ExampleError(
-        f"{where}: label {value!r} in column {task.label!r} is outside task {task.name!r},"
-        f" allowed are {_names(labels or items)} or 0 to {count - 1}"
-    )
-
-
-def _names(values: Iterable[str]) -> str:
-    return ", ".join(repr(value) for value in values)

@@ -350,8 +350,8 @@ def test_what_was_taken_is_in_the_log(
     file = task_folder / "sst2" / "train.parquet"
     assert caplog.messages == [
         f"sst2: 48 rows of {file}",
-        f"sst2: 30 train examples of {file} (data_seed 0)",
-        f"sst2: 12 dev examples of {file} (data_seed 0)",
+        f"sst2: 30 of 48 rows of {file} are train examples (data_seed 0)",
+        f"sst2: 12 of 48 rows of {file} are dev examples (data_seed 0)",
     ]
 
 

@@ -1,0 +1,151 @@
+"""A user's own task, from the keys of a YAML file."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from smezo_pl.tasks.task import LOSSES, FreeText, ListCandidates, Task
+from smezo_pl.tasks.template import Template
+
+logger = logging.getLogger(__name__)
+
+KEYS = {
+    "prompt": "text with columns in braces",
+    "candidates": "a mapping from labels to texts, a list of texts, or {column: ...} for a column that holds a list",
+    "target": "column of the right answer, which the model writes itself",
+    "label": "column of the label, 'label' by default",
+    "metric": "a name or a list of names",
+    "objective": "classification or lm",
+    "name": "what the task is called",
+    "words": "for a column, its values and what stands for them in the prompt",
+    "may_be_empty": "columns that may be blank",
+    "group": "columns that the answers to one question share",
+    "calibration": "a prompt without content",
+    "max_new_tokens": "most tokens of a written answer",
+    "stop": "a text, or a list of texts, that ends a written answer",
+}
+"""The keys of a task, and what stands there."""
+
+_FREE = ("max_new_tokens", "stop")
+_LIST = ("column", "text", "filter", "names")
+
+
+def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
+    r"""A task from its keys.
+
+    Either ``candidates`` or ``target`` must be there:
+
+    - ``candidates: {0: " sports", 1: " politics"}``: for each value of the label column, the text of the answer;
+    - ``candidates: [" sports", " politics"]``: the same, the label being a place (0, 1, ...) or the text;
+    - ``candidates: [" {choice1}", " {choice2}"]`` (or a mapping): multiple choice, the texts come from columns;
+    - ``candidates: {column: options}``: multiple choice, a column holds the list of texts;
+    - ``target: summary``: the model writes the answer; ``answers.text`` is a part of a structured column, and a column
+      that holds a list holds several right answers.
+
+    Args:
+        keys: The keys, see `KEYS`.
+        name: What the task is called if there is no ``name``.
+
+    Raises:
+        ValueError: For an unknown or missing key, or a value that does not fit; the message names the key.
+    """
+    for key in keys:
+        if key not in KEYS:
+            near = get_close_matches(str(key), KEYS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"task has no key {key!r}{hint} There are {', '.join(KEYS)}")
+    prompt = _text(keys, "prompt")
+    if ("candidates" in keys) == ("target" in keys):
+        raise ValueError(
+            "task needs either `candidates`, to choose from, or `target`, the column of an answer that the model"
+            f" writes; it has {'both' if 'target' in keys else 'neither'}"
+        )
+    candidates = _target(keys) if "target" in keys else _candidates(keys["candidates"])
+    if not isinstance(candidates, FreeText) and (extra := [key for key in _FREE if key in keys]):
+        raise ValueError(f"task: {extra[0]!r} is for answers that the model writes, and this task has candidates")
+    return Task(
+        name=str(keys.get("name", name)),
+        prompt=prompt,
+        candidates=candidates,
+        label=str(keys.get("label", "label")),
+        objective=keys.get("objective", _usual_loss(candidates)),
+        metrics=_texts(keys, "metric", ("em", "f1") if isinstance(candidates, FreeText) else ("accuracy",)),
+        words=_words(keys.get("words", {})),
+        may_be_empty=_texts(keys, "may_be_empty", ()),
+        group=_texts(keys, "group", ()),
+        calibration=keys.get("calibration"),
+    )
+
+
+def _usual_loss(candidates: Mapping[str, str] | ListCandidates | FreeText) -> str:
+    """As in the papers: labels are classified, multiple choice and free answers are trained on the right text."""
+    if isinstance(candidates, Mapping) and not any(Template(text).columns for text in candidates.values()):
+        return LOSSES[0]
+    return "lm"
+
+
+def _candidates(value: Any) -> Mapping[str, str] | ListCandidates:
+    if isinstance(value, Mapping) and "column" in value:
+        unknown = [key for key in value if key not in _LIST]
+        if unknown:
+            raise ValueError(f"task: candidates from a column have no key {unknown[0]!r}; there are {', '.join(_LIST)}")
+        return ListCandidates(
+            str(value["column"]),
+            text=str(value.get("text", " {option}")).replace("{option}", _SLOT),
+            slot=_SLOT,
+            filter=value.get("filter"),
+            names=tuple(str(name) for name in value.get("names", ())),
+        )
+    if isinstance(value, Mapping):
+        items = [(str(label), text) for label, text in value.items()]
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        items = [(_called(text, place), text) for place, text in enumerate(value)]
+    else:
+        raise ValueError(f"task: candidates must be {KEYS['candidates']}; got {value!r}")
+    wrong = [text for _, text in items if not isinstance(text, str)]
+    if wrong:
+        raise ValueError(
+            f"task: the text of a candidate must be in quotes, got {wrong[0]!r} ({type(wrong[0]).__name__});"
+            " YAML takes a bare Yes, No or number for something else"
+        )
+    if len({label for label, _ in items}) < len(items):
+        raise ValueError(f"task: two candidates have the same label, {[label for label, _ in items]}")
+    return dict(items)
+
+
+_SLOT = "\0"
+
+
+def _called(text: Any, place: int) -> str:
+    """A listed candidate's label: its text, or its place where the text comes from columns."""
+    return str(place) if "{" in str(text) else str(text).strip()
+
+
+def _target(keys: Mapping[str, Any]) -> FreeText:
+    stop = _texts(keys, "stop", ("\n",))
+    # As with candidates, the space before an answer belongs to the answer, and none follows a line break.
+    space = "" if str(keys["prompt"]).endswith("\n") else " "
+    text = f"{space}{{answer}}{stop[0] if stop else ''}"
+    return FreeText(_text(keys, "target"), text, keys.get("max_new_tokens", FreeText.max_new_tokens), stop)
+
+
+def _text(keys: Mapping[str, Any], key: str) -> str:
+    value = keys.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"task needs {key!r}: {KEYS[key]}; got {value!r}")
+    return value
+
+
+def _texts(keys: Mapping[str, Any], key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+    value = keys.get(key, default)
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, Sequence) or not all(isinstance(item, str) for item in values):
+        raise ValueError(f"task: {key!r} must be {KEYS[key]}; got {value!r}")
+    return tuple(values)
+
+
+def _words(value: Any) -> dict[str, dict[str, str]]:
+    if not isinstance(value, Mapping) or not all(isinstance(words, Mapping) for words in value.values()):
+        raise ValueError(f"task: 'words' must be {KEYS['words']}; got {value!r}")
+    return {str(column): {str(key): str(word) for key, word in words.items()} for column, words in value.items()}

@@ -139,6 +139,6 @@ def run_name(point: Point, names: Mapping[str, str]) -> str:
     """The folder of a point: ``method=lora,lr=0.0001``."""
     words = []
     for key, value in point.items():
-        text = re.sub(r"[^\w.+-]+", "-", str(value)).strip("-") or "empty"
+        text = re.sub(r"[^\w.+-]+", "-", str(value)) or "empty"
         words.append(f"{names[key]}={text}")
     return ",".join(words)

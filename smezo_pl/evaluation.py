@@ -20,6 +20,9 @@ from smezo_pl.tasks.scoring import (
     predictions,
 )
 
+LOSS_TOKENS = 1024
+"""Tokens that the loss of answers is read at once of, where these are generated too."""
+
 Tokenizer = Callable[[], PreTrainedTokenizerBase]
 """Gives the tokenizer, which only free answers need."""
 

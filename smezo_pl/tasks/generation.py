@@ -1,12 +1,21 @@
-"""Greedy generation of answers."""
+"""Greedy generation of answers: prompts read in parts, then one more token for all rows at a time."""
 
-import inspect
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from smezo_pl.tasks.cache import ROOM_BYTES, Rows, joined, layers_of
+from smezo_pl.tasks.logits import logits_at, parameters_of
+from smezo_pl.tasks.sharing import has_virtual_tokens
+
+_CPU_PART = 1024
+"""Tokens of prompts that are read at once on a CPU: more do not stay in its caches."""
+
+_LEAVE = 0.75
+"""Rows that have ended leave the others when no more than this part of them still runs: leaving copies the cache."""
 
 
 def generate(
@@ -20,8 +29,10 @@ def generate(
 ) -> Tensor:
     """The most likely next tokens after each prompt, one after the other.
 
-    The prompts are read once; every further token reads the key-value cache. A row ends at its first stop token, the
-    call when all rows have ended.
+    The prompts are read once, the longest first and those of similar length together; every further token reads the
+    key-value cache, of all prompts together. A row ends at its first stop token and then leaves the others, the call
+    when all rows have ended. A model without such a cache, or behind an adapter of virtual tokens, reads the whole text
+    again for every token.
 
     Args:
         model: A causal language model of transformers, or one that is called alike.
@@ -32,49 +43,139 @@ def generate(
         pad_id: What stands after a stop token.
 
     Returns:
-        int64 ``[R, max_new_tokens]``.
+        int64 ``[R, max_new_tokens]``, in the order of the prompts.
 
     Raises:
         ValueError: If ``max_new_tokens`` is below 1.
     """
     if not max_new_tokens >= 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    rows = input_ids.shape[0]
-    answers = input_ids.new_full((rows, max_new_tokens), pad_id)
+    answers = input_ids.new_full((input_ids.shape[0], max_new_tokens), pad_id)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=input_ids.device)
-    running = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
-    takes = _parameters(_forward(model))
-    position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)
-    fed, past = input_ids, None
-    for place in range(max_new_tokens):
-        given: dict[str, Any] = {"position_ids": position_ids, "use_cache": True, "logits_to_keep": 1}
-        given = {name: value for name, value in given.items() if name in takes}
-        if past is not None:
-            given["past_key_values"] = past
-        output = model(input_ids=fed, attention_mask=attention_mask, **given)
-        token = output.logits[:, -1].argmax(-1)
-        answers[:, place] = torch.where(running, token, answers[:, place])
-        running &= ~torch.isin(token, stops)
-        if not running.any():
-            break
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(rows, 1)], 1)
-        past = getattr(output, "past_key_values", None)
-        if past is not None:
-            fed, position_ids = token.unsqueeze(1), position_ids[:, -1:] + 1
+    lengths = attention_mask.sum(1)
+    waiting: list[_Part] = []
+    for rows in _parts(lengths):
+        width = int(lengths[rows].max())
+        ids, mask = input_ids[rows, -width:], attention_mask[rows, -width:]
+        part = None if has_virtual_tokens(model) else _read(model, rows, ids, mask)
+        if part is None:
+            _write_uncached(model, answers, rows, ids, lengths[rows], stops)
+        elif (layers := layers_of(part.past)) is None:
+            _write(model, answers, part.rows, part.token, mask, part.past, stops)
         else:
-            fed = torch.cat([fed, token.unsqueeze(1)], 1)
-            position_ids = torch.cat([position_ids, position_ids[:, -1:] + 1], 1)
+            part.layers = layers
+            # On a CPU so many rows go on together that their caches stay within bounds.
+            if waiting and sum(len(p.rows) for p in (*waiting, part)) * part.bytes_of(max_new_tokens) > ROOM_BYTES:
+                _write_joined(model, answers, waiting, lengths, stops)
+                waiting = []
+            waiting.append(part)
+    if waiting:
+        _write_joined(model, answers, waiting, lengths, stops)
     return answers
 
 
-def _forward(model: nn.Module) -> Callable[..., Any]:
-    """The forward whose signature counts: PEFT's wrappers hand on arguments that they do not name."""
-    base = getattr(model, "get_base_model", None)
-    inner = base() if callable(base) else model
-    function: Callable[..., Any] = getattr(type(inner), "forward", inner.forward)
-    return function
+@dataclass
+class _Part:
+    """Prompts that were read: their numbers, the token after each, what is kept of them."""
+
+    rows: Tensor
+    token: Tensor
+    past: Any
+    width: int
+    layers: list[tuple[Tensor, Tensor]] | None = None
+
+    def bytes_of(self, more: int) -> int:
+        """Bytes of the cache of a row with room for so many more tokens."""
+        assert self.layers is not None
+        each = sum(keys[0, :, 0].nbytes + values[0, :, 0].nbytes for keys, values in self.layers)
+        return each * (self.width + more)
 
 
-@lru_cache(maxsize=64)
-def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
+def _parts(lengths: Tensor) -> Iterator[Tensor]:
+    """Numbers of the rows that are read at once, the longest first."""
+    order = lengths.argsort(descending=True, stable=True)
+    if lengths.device.type != "cpu":
+        yield order
+        return
+    while len(order):
+        count = max(1, _CPU_PART // max(1, int(lengths[order[0]])))
+        yield order[:count]
+        order = order[count:]
+
+
+def _read(model: nn.Module, rows: Tensor, ids: Tensor, mask: Tensor) -> _Part | None:
+    """Read prompts that are padded on the left; None if the model keeps no cache."""
+    inputs: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    output = _call(model, ids, mask, inputs)
+    past = getattr(output, "past_key_values", None)
+    return None if past is None else _Part(rows, output.logits[:, -1].argmax(-1), past, ids.shape[1])
+
+
+def _call(model: nn.Module, ids: Tensor, mask: Tensor, inputs: dict[str, Any]) -> Any:
+    takes = parameters_of(model)
+    given = {name: value for name, value in inputs.items() if name in takes}
+    return model(input_ids=ids, attention_mask=mask, **given)
+
+
+def _write_joined(model: nn.Module, answers: Tensor, parts: list[_Part], lengths: Tensor, stops: Tensor) -> None:
+    rows = torch.cat([part.rows for part in parts])
+    width, more = max(part.width for part in parts), answers.shape[1]
+    past = joined([part.layers or [] for part in parts], width, more)
+    place = torch.arange(width, device=rows.device)
+    mask = (place >= width - lengths[rows].unsqueeze(1)).long()
+    for part in parts:
+        part.past = part.layers = None
+    _write(model, answers, rows, torch.cat([part.token for part in parts]), mask, past, stops)
+
+
+def _write(
+    model: nn.Module, answers: Tensor, rows: Tensor, token: Tensor, mask: Tensor, past: Any, stops: Tensor
+) -> None:
+    """Write answers, of which the first token is known, from a cache of the prompts."""
+    answers[rows, 0] = token
+    going = ~torch.isin(token, stops)
+    for place in range(1, answers.shape[1]):
+        running = int(going.sum())
+        if not running:
+            return
+        if isinstance(past, Rows) and running <= _LEAVE * len(rows):
+            kept = going.nonzero().squeeze(1)
+            rows, token, mask = rows[kept], token[kept], mask[kept]
+            unused = int((mask.cumsum(1) == 0).sum(1).min())
+            mask = mask[:, unused:]
+            past.keep(kept, unused)
+            going = going[kept]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        inputs: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1, "past_key_values": past}
+        inputs["position_ids"] = mask.sum(1, keepdim=True) - 1
+        output = _call(model, token.unsqueeze(1), mask, inputs)
+        past = output.past_key_values
+        token = output.logits[:, -1].argmax(-1)
+        answers[rows[going], place] = token[going]
+        going &= ~torch.isin(token, stops)
+
+
+def _write_uncached(
+    model: nn.Module, answers: Tensor, rows: Tensor, ids: Tensor, lengths: Tensor, stops: Tensor
+) -> None:
+    """Write answers to prompts that are padded on the left, reading the whole text for every token."""
+    width, most = ids.shape[1], answers.shape[1]
+    # Padded on the right: no mask is needed, and every position is that of a text alone.
+    text = ids.new_zeros(len(rows), width + most)
+    for number, (row, length) in enumerate(zip(ids, lengths.tolist(), strict=True)):
+        text[number, :length] = row[width - length :]
+    takes = parameters_of(model)
+    for place in range(most):
+        if not len(rows):
+            return
+        inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+        fed = text[:, : int(lengths.max()) + place]
+        if "attention_mask" in takes:
+            inputs["attention_mask"] = torch.ones_like(fed)
+        at = lengths + place
+        each = torch.arange(len(rows), device=rows.device)
+        token = logits_at(model, fed, each, at - 1, inputs).argmax(-1)
+        answers[rows, place] = token
+        text[each, at] = token
+        going = ~torch.isin(token, stops)
+        rows, text, lengths = rows[going], text[going], lengths[going]

@@ -36,7 +36,7 @@ def why_not_packed(model: nn.Module) -> str | None:
     kind = getattr(config, "model_type", None)
     if kind not in PACKABLE or getattr(config, "alibi", False):
         return f"{kind or type(model).__name__} is not known to take a mask over pairs of tokens"
-    if any(getattr(adapter, "is_prompt_learning", False) for adapter in _adapters(model)):
+    if has_virtual_tokens(model):
         return "virtual tokens stand before the text"
     implementation = getattr(config, "_attn_implementation", None)
     if implementation not in ("sdpa", "eager"):
@@ -85,6 +85,8 @@ def pair_masks(model: nn.Module, batch: "PromptBatch", dtype: torch.dtype) -> Te
     return {"full_attention": additive(full), "sliding_attention": additive(full & near)}
 
 
-def _adapters(model: nn.Module) -> list[Any]:
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """Whether an adapter of PEFT puts tokens of its own before every text (prefix and prompt tuning)."""
     configs = getattr(model, "peft_config", None)
-    return list(configs.values()) if isinstance(configs, dict) else []
+    adapters = list(configs.values()) if isinstance(configs, dict) else []
+    return any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters)

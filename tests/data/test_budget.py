@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl import PromptDataModule, SparseMeZOModule
 from smezo_pl.data import Collate
-from smezo_pl.data.budget import CPU_TOKENS, found_budget, token_budget
+from smezo_pl.data.budget import CPU_GENERATION_TOKENS, CPU_TOKENS, found_budget, token_budget
 from smezo_pl.module import SparseMeZOModule as Module
 
 GPU = torch.device("meta")
@@ -54,6 +54,7 @@ def test_a_cpu_has_a_stated_number(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "smezo_pl"):
         assert token_budget(torch.device("cpu"), forwards(0, 1, [])) == CPU_TOKENS
         assert found_budget(None, [], Collate(0)) == CPU_TOKENS
+        assert found_budget(None, [], Collate(0, "lm", max_new_tokens=5)) == CPU_GENERATION_TOKENS
     assert f"eval_batch_size auto: {CPU_TOKENS} tokens a forward, which suits a CPU's caches" in caplog.text
 
 
@@ -75,7 +76,7 @@ def test_the_modules_own_evaluation_is_what_is_tried(
             raise torch.OutOfMemoryError("too many")
         return real(self, batch)
 
-    def budget(device: torch.device, trial: Callable[[int], int]) -> int:
+    def budget(device: torch.device, trial: Callable[[int], int], on_cpu: int) -> int:
         return token_budget(GPU, trial)
 
     monkeypatch.setattr(Module, "evaluate_batch", evaluate_batch)

@@ -52,8 +52,8 @@ def found_budget(trainer: pl.Trainer | None, examples: Sequence[Encoded], collat
 def token_budget(device: torch.device, trial: Callable[[int], int], on_cpu: int = CPU_TOKENS) -> int:
     """The most tokens of a forward for `device`; the log says how it was chosen.
 
-    On a CPU it is a stated number. Elsewhere forwards of twice as many tokens each are tried until memory runs out or the
-    data does.
+    On a CPU it is a stated number. Elsewhere forwards of twice as many tokens each are tried until memory runs out or
+    the data does.
 
     Args:
         device: Where the model is.

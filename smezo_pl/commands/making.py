@@ -47,8 +47,8 @@ def make_folder(trajectory: Trajectory, given: argparse.Namespace) -> None:
         raise TrajectoryError(f"--out {out} exists and is not empty: give a new folder")
     model, tokenizer = base_model(trajectory.header, given.model)
     began = perf_counter()
-    with _progress(len(trajectory.rows)) as advance:
-        replay(trajectory, model, force=given.force, kernel=given.kernel, progress=advance, verify=False)
+    with progress_of(trajectory.header.first_step, trajectory.next_step) as progress:
+        replay(trajectory, model, force=given.force, kernel=given.kernel, progress=progress, verify=False)
     seconds = perf_counter() - began
     tensors = tensors_of(trajectory.header, model, str(trajectory.path))
     same = matches_run(trajectory, tensors)
@@ -105,14 +105,14 @@ def _difference(trajectory: Trajectory, given: argparse.Namespace, model: nn.Mod
 
 
 @contextmanager
-def _progress(steps: int) -> Iterator[Callable[[int], None] | None]:
-    """Shows how far a replay is, on a terminal."""
-    if not sys.stderr.isatty() or steps < 2:
+def progress_of(first: int, last: int) -> Iterator[Callable[[int], None] | None]:
+    """Shows how far a replay is from one number of steps to another, on a terminal."""
+    if not sys.stderr.isatty() or last - first < 2:
         yield None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("replay", total=steps)
-        yield lambda _: bar.advance(task)
+        task = bar.add_task("replay", total=last - first)
+        yield lambda done: bar.update(task, completed=done - first)

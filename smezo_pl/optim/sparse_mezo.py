@@ -19,6 +19,7 @@ from smezo_pl.optim.kernels import Kernel, KernelName, get_kernel
 from smezo_pl.optim.masks import Mask, MaskRule
 from smezo_pl.optim.noise import NOISE_SCHEME, Law, Stream
 from smezo_pl.optim.perturb import InPlace, Layerwise
+from smezo_pl.optim.replay import RecordedStep, check_recorded, coefficients, update_in_blocks, update_one
 from smezo_pl.optim.report import StepReport
 from smezo_pl.optim.scope import Patterns, as_patterns, check_tensor, matches, named, require_matches
 from smezo_pl.optim.selection import MaskStat, Member, Selection
@@ -437,47 +438,47 @@ class SparseMeZO(Optimizer):
         Raises:
             ValueError: If the step is not the next one, or numbers are missing.
         """
-        if step != self._steps_done:
-            raise ValueError(f"step {step} cannot be made now: the next step is {self._steps_done}")
-        if not len(lr) == len(weight_decay) == len(self.param_groups):
-            raise ValueError(f"lr and weight_decay need one number for each of the {len(self.param_groups)} groups")
-        if not skipped and len(projected_gradients) != self.num_samples:
-            raise ValueError(
-                f"step {step} has {len(projected_gradients)} projected gradients, expected {self.num_samples}"
-            )
+        self.replay_steps([RecordedStep(step, projected_gradients, lr, weight_decay, skipped)])
+
+    def replay_steps(self, steps: Sequence[RecordedStep]) -> None:
+        """Make the updates of several steps again, with the bits of `replay_step` one by one.
+
+        Much faster where numba makes the updates: a block of weights takes many steps while it is in cache.
+
+        Args:
+            steps: The steps, the first with the index `steps_done`. Masks and eps stay as they are between them.
+
+        Raises:
+            ValueError: If a step is not the next one, or numbers are missing.
+        """
+        for index, recorded in enumerate(steps, self._steps_done):
+            check_recorded(recorded, index, len(self.param_groups), self.num_samples)
         self.prepare_masks()
         with deferred_interrupt():
-            if not skipped:
-                self._update(projected_gradients, lr, weight_decay)
-            self._steps_done += 1
-            self._skipped += skipped
-            self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
-            self._refreshed = False
+            made = [recorded for recorded in steps if not recorded.skipped]
+            if made:
+                self._update(made)
+            for recorded in steps:
+                self._steps_done += 1
+                self._skipped += recorded.skipped
+                self._skipped_in_row = self._skipped_in_row + 1 if recorded.skipped else 0
+                self._refreshed = False
 
     @torch.no_grad()
-    def _update(self, gradients: Sequence[float], lr: Sequence[float], weight_decay: Sequence[float]) -> None:
-        first_eps = self.param_groups[0]["eps"]
-        coefficients = {
-            id(group): (
-                [
-                    (-1.0 if group["maximize"] else 1.0) * rate * g / len(gradients) * (first_eps / group["eps"])
-                    for g in gradients
-                ],
-                rate * decay,
-            )
-            for group, rate, decay in zip(self.param_groups, lr, weight_decay, strict=True)
-        }
-        step = self._steps_done
-        for tensor in self._members():
-            scales, decay = coefficients[id(tensor.group)]
-            if tensor.parameter.dtype != torch.float64:
-                scales, decay = [float32(scale) for scale in scales], float32(decay)
-            if not any(scales) and not decay:
-                continue  # nothing to add: adding a zero could still turn the sign of a zero
-            streams = [Stream(self.seed, step, sample, tensor.number) for sample in range(len(gradients))]
-            rounding = Stream(self.seed, step, 0, tensor.number) if tensor.parameter.element_size() == 2 else None
-            mask = self._selection.mask(tensor, self.seed, step)
-            self._kernel(tensor.parameter).update(tensor.flat, mask, self.noise, streams, scales, decay, rounding)
+    def _update(self, steps: Sequence[RecordedStep]) -> None:
+        members = [(member, self._kernel(member.parameter)) for member in self._members()]
+        if len(steps) > 1:
+            update_in_blocks(self, members, steps)
+            return
+        [step] = steps
+        scaled = coefficients(self.param_groups, step.projected_gradients, step.lr, step.weight_decay)
+        by_group = {id(group): each for group, each in zip(self.param_groups, scaled, strict=True)}
+        for member, kernel in members:
+            update_one(self, member, kernel, step.step, *by_group[id(member.group)])
+
+    def mask_at(self, member: Member, step: int) -> Mask:
+        """The mask of a tensor at a step, to be evaluated on its weights before the step."""
+        return self._selection.mask(member, self.seed, step)
 
     def _forwards(self, closure: Closure) -> tuple[tuple[tuple[float, float], ...], float]:
         """Losses of both sides of every sample, and the seconds spent in the closure."""
@@ -541,7 +542,7 @@ class SparseMeZO(Optimizer):
         in_place = InPlace([tensor.parameter for tensor in by_id.values()], self._kernel)
         with in_place.selected(lambda parameter: self._selection.mask(by_id[id(parameter)], self.seed, step)):
             self._copied_bytes = in_place.extra_bytes()
-            self._say_once(
+            self.say_once(
                 f"in place: {self._copied_bytes / 2**20:.1f} MiB of copies of the active weights; attach(module) "
                 "needs only the largest layer"
             )
@@ -561,7 +562,8 @@ class SparseMeZO(Optimizer):
             kernel = self._kernels[name, device] = get_kernel(name, device)
         return kernel
 
-    def _say_once(self, line: str) -> None:
+    def say_once(self, line: str) -> None:
+        """Log a line unless this optimizer did so before."""
         if line not in self._said:
             self._said.add(line)
             logger.info("%s", line)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.kernels import KernelName
+from smezo_pl.optim.replay import RecordedStep
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE, fingerprint, model_tensors, root_digest
 from smezo_pl.trajectory.header import Header
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+# Steps made at a time: few enough that a progress bar moves and Ctrl-C is heard, many enough that gathering the
+# selected weights costs next to nothing.
+_FIRST_BLOCK, _LARGEST_BLOCK, _SECONDS_A_BLOCK = 16, 1024, 2.0
 
 
 def replay(
@@ -45,7 +51,7 @@ def replay(
         steps: How many steps of the optimizer; None for all that are recorded.
         force: Whether to go on when the starting weights are others than the run's (the result is then no run's).
         kernel: What makes the updates; all kernels give the same bits.
-        progress: Called with the number of steps done so far.
+        progress: Called now and then with the number of steps done so far.
         verify: Whether to compare the result with the hash that the run noted at this step, if it did.
 
     Returns:
@@ -199,22 +205,52 @@ def replay_rows(
     check_masks: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Make the updates of some rows, refreshing masks where the run did.
+    """Make the updates of some rows, refreshing masks where the run did, as many steps at a time as the kernel can.
+
+    Args:
+        optimizer: The optimizer, at the first of the rows.
+        rows: The steps.
+        source: The record, for messages.
+        check_masks: Whether to compare refreshed thresholds with the run's.
+        progress: Called now and then with the number of steps done so far.
 
     Raises:
         TrajectoryError: If a refresh gives other thresholds than the run had.
     """
-    for row in rows:
-        set_rates(optimizer, row)
-        if row.refresh is not None:
+    size = _FIRST_BLOCK
+    for block in _between_barriers(rows):
+        set_rates(optimizer, block[0])
+        if block[0].refresh is not None:
             optimizer.refresh_masks()
-            if check_masks and row.refresh:  # an exported run has no thresholds
-                _check_thresholds(optimizer, row, source)
-        optimizer.replay_step(
-            row.step, row.projected_gradients, row.rates.lr, row.rates.weight_decay, skipped=row.skipped
-        )
-        if progress is not None:
-            progress(row.step + 1)
+            if check_masks and block[0].refresh:  # an exported run has no thresholds
+                _check_thresholds(optimizer, block[0], source)
+        begin = 0
+        while begin < len(block):
+            part, began = block[begin : begin + size], perf_counter()
+            optimizer.replay_steps([_recorded(row) for row in part])
+            begin += len(part)
+            if progress is not None:
+                progress(part[-1].step + 1)
+            if len(part) == size:
+                growth = _SECONDS_A_BLOCK / max(perf_counter() - began, 1e-6)
+                size = max(1, min(_LARGEST_BLOCK, round(size * min(growth, 4.0))))
+        set_rates(optimizer, block[-1])
+
+
+def _between_barriers(rows: Iterable[StepRow]) -> Iterator[list[StepRow]]:
+    """Runs of steps that may be made together: masks are refreshed, eps and sparsity change, before the first alone."""
+    block: list[StepRow] = []
+    for row in rows:
+        if block and (row.refresh is not None or row.rates[2:] != block[0].rates[2:]):
+            yield block
+            block = []
+        block.append(row)
+    if block:
+        yield block
+
+
+def _recorded(row: StepRow) -> RecordedStep:
+    return RecordedStep(row.step, row.projected_gradients, row.rates.lr, row.rates.weight_decay, row.skipped)
 
 
 def set_rates(optimizer: SparseMeZO, row: StepRow) -> None:

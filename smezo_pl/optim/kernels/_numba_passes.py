@@ -350,9 +350,9 @@ def compile_parallel() -> Any:
     return _cached(njit(signature, cache=True, **options), njit(signature, **options), parallel)
 
 
-def _source_stamp():
+def _source_stamp(*others):
     digest = hashlib.sha256()
-    for module in (noise, _numba_words, _numba_formats):
+    for module in (noise, _numba_words, _numba_formats, *others):
         digest.update(Path(module.__file__).read_bytes())
     return int.from_bytes(digest.digest()[:4], "big")
 

@@ -1,0 +1,141 @@
+"""Updates from a record: one at a time, or many at once where a kernel can keep weights in cache meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from smezo_pl.optim.arguments import float32
+from smezo_pl.optim.noise import Stream
+
+if TYPE_CHECKING:
+    from smezo_pl.optim.kernels import Kernel
+    from smezo_pl.optim.selection import Member
+    from smezo_pl.optim.sparse_mezo import SparseMeZO
+
+
+class RecordedStep(NamedTuple):
+    """A step as a record has it.
+
+    Attributes:
+        step: Its index.
+        projected_gradients: One float32 number a sample; empty when skipped.
+        lr: Learning rate of each group.
+        weight_decay: Weight decay of each group.
+        skipped: Whether the step changed nothing.
+    """
+
+    step: int
+    projected_gradients: Sequence[float]
+    lr: Sequence[float]
+    weight_decay: Sequence[float]
+    skipped: bool = False
+
+
+def coefficients(
+    groups: Sequence[dict[str, Any]], gradients: Sequence[float], lr: Sequence[float], weight_decay: Sequence[float]
+) -> Iterator[tuple[list[float], float]]:
+    """What an update multiplies with: for each group the factor of each sample's noise, and the decay, in float64."""
+    first_eps = groups[0]["eps"]
+    for group, rate, decay in zip(groups, lr, weight_decay, strict=True):
+        sign = -1.0 if group["maximize"] else 1.0
+        yield [sign * rate * g / len(gradients) * (first_eps / group["eps"]) for g in gradients], rate * decay
+
+
+def check_recorded(recorded: RecordedStep, step: int, groups: int, samples: int) -> None:
+    """Refuse a step that cannot be made now.
+
+    Args:
+        recorded: The step.
+        step: Index of the next one.
+        groups: Number of parameter groups.
+        samples: Samples a step.
+
+    Raises:
+        ValueError: If it is not the next one, or numbers are missing.
+    """
+    if recorded.step != step:
+        raise ValueError(f"step {recorded.step} cannot be made now: the next step is {step}")
+    if not len(recorded.lr) == len(recorded.weight_decay) == groups:
+        raise ValueError(f"lr and weight_decay need one number for each of the {groups} groups")
+    if not recorded.skipped and len(recorded.projected_gradients) != samples:
+        raise ValueError(
+            f"step {recorded.step} has {len(recorded.projected_gradients)} projected gradients, expected {samples}"
+        )
+
+
+def update_in_blocks(
+    optimizer: SparseMeZO, members: Sequence[tuple[Member, Kernel]], steps: Sequence[RecordedStep]
+) -> None:
+    """Make the updates of several steps, tensor by tensor. No mask is refreshed and no eps changed between them.
+
+    The bits are those of the steps one after the other: no tensor's update looks at another tensor.
+
+    Args:
+        optimizer: The optimizer; its counters are left alone.
+        members: Its tensors and the kernel of each.
+        steps: The steps, none of them skipped.
+    """
+    groups = optimizer.param_groups
+    numbers = _numbers(groups, steps)
+    slow = sorted({kernel.name for _, kernel in members if kernel.name != "numba"})
+    if slow:
+        optimizer.say_once(f"replay: step by step (slower): kernel {', '.join(slow)} makes one update at a time")
+    for member, kernel in members:
+        which = next(index for index, group in enumerate(groups) if group is member.group)
+        if kernel.name == "numba":
+            from smezo_pl.optim.kernels.numba_replay import update_many
+
+            at, scales, decays = numbers[which]
+            mask = optimizer.mask_at(member, steps[0].step)
+            redrawn = mask.rule == "random" and member.group["mask_update"] == "dynamic"
+            first = Stream(optimizer.seed, 0, 0, member.number)
+            update_many(member.flat, mask, optimizer.noise, first, at, scales, decays, rounded=True, redrawn=redrawn)
+        else:
+            for recorded in steps:
+                scaled = list(coefficients(groups, recorded.projected_gradients, recorded.lr, recorded.weight_decay))
+                update_one(optimizer, member, kernel, recorded.step, *scaled[which])
+
+
+def update_one(
+    optimizer: SparseMeZO, member: Member, kernel: Kernel, step: int, scales: list[float], decay: float
+) -> None:
+    """Make the update of one tensor at one step.
+
+    Args:
+        optimizer: The optimizer.
+        member: The tensor.
+        kernel: Its kernel.
+        step: Index of the step.
+        scales: Factor of each sample's noise.
+        decay: Factor of the weights.
+    """
+    if member.parameter.dtype != torch.float64:
+        scales, decay = [float32(scale) for scale in scales], float32(decay)
+    if not any(scales) and not decay:
+        return  # nothing to add: adding a zero could still turn the sign of a zero
+    streams = [Stream(optimizer.seed, step, sample, member.number) for sample in range(len(scales))]
+    rounding = Stream(optimizer.seed, step, 0, member.number) if member.parameter.element_size() == 2 else None
+    mask = optimizer.mask_at(member, step)
+    kernel.update(member.flat, mask, optimizer.noise, streams, scales, decay, rounding)
+
+
+def _numbers(
+    groups: Sequence[dict[str, Any]], steps: Sequence[RecordedStep]
+) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+    """Of each group: index, scales and decay of those steps that change it."""
+    made = [list(coefficients(groups, s.projected_gradients, s.lr, s.weight_decay)) for s in steps]
+    found = []
+    for group in range(len(groups)):
+        # numpy rounds to float32 as torch does: to nearest, and to infinity beyond its range
+        with np.errstate(over="ignore"):
+            scales = np.array([each[group][0] for each in made]).astype(np.float32)
+            decays = np.array([each[group][1] for each in made]).astype(np.float32)
+        some = scales.any(1) | (decays != 0)
+        at = np.array([s.step for s in steps], np.int64)
+        found.append((at[some], np.ascontiguousarray(scales[some]), np.ascontiguousarray(decays[some])))
+    return found

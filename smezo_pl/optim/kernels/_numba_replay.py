@@ -61,8 +61,8 @@ from smezo_pl.optim.noise import (
 TILE = 16
 """Blocks of a tile, the unit of work: a block of signs serves so many."""
 
-CROWDED = 600 * TILE
-"""From so many selected weights of a tile on, whole blocks are quicker than gathered weights."""
+CROWDED = 400
+"""From so many selected weights of a block on, all of it is quicker than gathered weights."""
 
 REPLAY_MEMORY = MEMORY + 2048 + 2048 + 4096 + 4096 + 256 + TILE * (256 + 2048 + 2048 + 4096) + 4096
 """Bytes of working memory of a thread."""
@@ -255,40 +255,39 @@ def _replay(first, last, memory, address, like):
     blocks = (numel + 1023) // 1024
     for tile in range(first, last):
         begin, end = tile * TILE, min(tile * TILE + TILE, blocks)
-        total = 0
-        for block in range(begin, end):
-            if source == FROM_WORDS:
-                total = CROWDED
-                break
-            k = block - begin
-            old = theta[block * 1024 : min(block * 1024 + 1024, numel)]
-            counts[k] = _choose(old, bits, block * 1024, source == FROM_BITS, low, span, chosen[k * 1024 :])
-            total += counts[k]
-        if total >= min(CROWDED, (end - begin) * 600):
+        if source == FROM_WORDS:
             for s in range(steps):
                 _sweep(begin, end, memory, tasks + s * stride, like)
             continue
         for block in range(begin, end):
             k = block - begin
             mine, spots = chosen[k * 1024 : k * 1024 + 1024], at[k * 1024 : k * 1024 + 1024]
+            old = theta[block * 1024 : min(block * 1024 + 1024, numel)]
+            counts[k] = _choose(old, bits, block * 1024, source == FROM_BITS, low, span, mine)
+            if counts[k] > CROWDED:
+                counts[k] = -1
+                continue
             used[k] = _number_groups(mine, spots, groups[k * 128 : k * 128 + 128], place, counts[k], signs)
             for j in range(counts[k]):
-                state[k * 1024 + j] = theta[block * 1024 + int64(mine[j])]
+                state[k * 1024 + j] = old[mine[j]]
         for s in range(steps):
             task = array_at(tasks + s * stride, width, int64(0))
-            decay = float_of(uint32(task[DECAY]))
+            decay, fresh = float_of(uint32(task[DECAY])), True
             for block in range(begin, end):
                 k = block - begin
                 count = counts[k]
-                if count == 0:
+                if count < 0:
+                    _sweep(block, block + 1, memory, tasks + s * stride, like)
+                if count <= 0:
                     continue
                 spots, here = at[k * 1024 : k * 1024 + 1024], state[k * 1024 : k * 1024 + 1024]
                 some = groups[k * 128 : k * 128 + 128]
                 for sample in range(samples):
                     target, scale = delta if sample == 0 else part, float_of(uint32(task[ROWS + ROW * sample + 5]))
                     if signs:
-                        if samples > 1 or k == 0:
+                        if samples > 1 or fresh:
                             fill_words(words, block >> 4, task, sample)
+                            fresh = False
                         _gather(halves, spots, drawn, count)
                         _fill_some_signs(drawn, spots, target, count, scale, 2 * (block & 15))
                     else:
@@ -307,8 +306,9 @@ def _replay(first, last, memory, address, like):
                     _step_some(here, delta, count, low, span)
         for block in range(begin, end):
             k = block - begin
+            mine, old = chosen[k * 1024 : k * 1024 + 1024], theta[block * 1024 : min(block * 1024 + 1024, numel)]
             for j in range(counts[k]):
-                theta[block * 1024 + int64(chosen[k * 1024 + j])] = state[k * 1024 + j]
+                old[mine[j]] = state[k * 1024 + j]
 
 
 def compile_replay(like: Any) -> Any:

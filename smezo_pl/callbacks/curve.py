@@ -35,8 +35,8 @@ class Curve:
             self._span *= 2
 
     def add_held_out(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a measurement: ``loss`` and, where there is one, ``accuracy``."""
-        self._held_out[step] = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
+        """Add a measurement: ``loss``, ``accuracy`` and whatever else the task has; the picture shows these two."""
+        self._held_out[step] = dict(metrics)
 
     def draw(self, title: str) -> Figure:
         """The picture."""

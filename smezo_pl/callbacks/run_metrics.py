@@ -54,6 +54,7 @@ class RunMetrics(Callback):
         self.before, self.table = before, table
         self.result: dict[str, Any] | None = None
         self._started: dict[str, float] | None = None
+        self._validated: tuple[int, dict[str, float]] = (-1, {})
         self._curve, self._step_clock = Curve(), StepClock()
         self._device = torch.device("cpu")
         self._earlier_seconds, self._clock = 0.0, perf_counter()
@@ -125,8 +126,9 @@ class RunMetrics(Callback):
         if self._folder is None:
             return
         seconds = self._seconds()
-        # of a run without steps both are the same
-        after = evaluate(trainer, pl_module) if trainer.global_step or self._started is None else self._started
+        after = self._already_measured(trainer.global_step)
+        if after is None:
+            after = evaluate(trainer, pl_module)
         if after is not None:
             self._curve.add_held_out(trainer.global_step, after)
         data = getattr(trainer, "datamodule", None)
@@ -162,10 +164,20 @@ class RunMetrics(Callback):
         values = {
             name.removeprefix("val/"): float(value)
             for name, value in trainer.callback_metrics.items()
-            if name in ("val/loss", "val/accuracy")
+            if name.startswith("val/")
         }
         if values:
+            self._validated = (trainer.global_step, values)
             self._curve.add_held_out(trainer.global_step, values)
+
+    def _already_measured(self, step: int) -> dict[str, float] | None:
+        """The module's metrics at a step, where they were measured there: before a run without steps, or just now."""
+        if step == 0:
+            return self._started
+        last, values = self._validated
+        if last != step or self._started is None or not self._started.keys() <= values.keys():
+            return None
+        return {name: values[name] for name in self._started}
 
     def _write(self, folder: Path, result: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ class RunMetrics(Callback):
         if self._folder is None:
             return
         seconds = self._seconds()
-        after = self._already_measured(trainer.global_step)
+        after = self._already_measured(trainer.global_step) if hasattr(pl_module, "evaluate_batch") else None
         if after is None:
             after = evaluate(trainer, pl_module)
         if after is not None:
@@ -175,9 +175,8 @@ class RunMetrics(Callback):
         if step == 0:
             return self._started
         last, values = self._validated
-        if last != step or self._started is None or not self._started.keys() <= values.keys():
-            return None
-        return {name: values[name] for name in self._started}
+        names = values if self._started is None else self._started
+        return {name: values[name] for name in names} if last == step and names.keys() <= values.keys() else None
 
     def _write(self, folder: Path, result: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

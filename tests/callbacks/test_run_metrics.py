@@ -149,7 +149,7 @@ class TestCurve:
                 curve.add_train(step, step**0.5)
             curve.add_held_out(1500, {"loss": 1.0, "accuracy": 0.5, "other": 3.0})
         assert one.state_dict() == two.state_dict()
-        assert one.state_dict()["held_out"] == {1500: {"loss": 1.0, "accuracy": 0.5}}
+        assert one.state_dict()["held_out"] == {1500: {"loss": 1.0, "accuracy": 0.5, "other": 3.0}}
 
     def test_a_loss_that_is_not_finite_leaves_no_hole(self) -> None:
         curve = Curve()

@@ -11,17 +11,17 @@ from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from smezo_pl import training
 from smezo_pl.batches import batch_size, batch_weight, split_batch
 from smezo_pl.data import PromptBatch, PromptDataModule
-from smezo_pl.evaluation import answers_of, batch_sums, generated, scores_of
+from smezo_pl.evaluation import batch_sums, generated, scores_of
 from smezo_pl.first_order import Backpropagation, FirstOrder, check_learned, learned_only
 from smezo_pl.linear_probe import LinearProbe
-from smezo_pl.methods import MethodName, adapter_of, method_of, say, use_mask
+from smezo_pl.methods import MethodName, adapter_of, method_of
 from smezo_pl.metrics import Sums, WeightedMeans
 from smezo_pl.models import add_adapter, load_network, load_tokenizer
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.predictions import prediction_rows, written_rows
-from smezo_pl.tasks.objectives import reward_of
 from smezo_pl.tasks.scoring import calibrated, loss_of
 from smezo_pl.trainer_checks import check_trainer, silence_expected_warnings
 from smezo_pl.trajectory import resume
@@ -195,35 +195,11 @@ class SparseMeZOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer on the network's named parameters, attach it, and build the scheduler."""
-        optimizer: torch.optim.Optimizer
-        if self.backpropagation is not None:
-            self.save_hyperparameters({"adamw": self.backpropagation.hyperparameters()})
-            optimizer = self.backpropagation.optimizer(self.model)
-            return optimizer if self.build_scheduler is None else ([optimizer], [self.build_scheduler(optimizer)])
-        if not self.zeroth_order:
-            return None
-        optimizer = self.build_optimizer(self.model.named_parameters())
-        if not isinstance(optimizer, SparseMeZO):
-            raise TypeError(f"optimizer must build a SparseMeZO, got {type(optimizer).__name__}, which needs gradients")
-        use_mask(optimizer, self.method)
-        if self.perturbation == "layerwise":
-            optimizer.attach(self.model)
-        self.save_hyperparameters({"sparse_mezo": optimizer.settings()})
-        if self.build_scheduler is None:
-            return optimizer
-        return [optimizer], [self.build_scheduler(optimizer)]
+        return training.build_optimizers(self)
 
     def on_fit_start(self) -> None:
         """Say what is trained, in what, and whether it can be replayed."""
-        logger.info("precision %s, perturbation %s, device %s", self.trainer.precision, self.perturbation, self.device)
-        if self.method is not None:
-            details = "" if self.backpropagation is None else f", {self.backpropagation.hyperparameters()}"
-            say(self.method, self.model.named_parameters(), details)
-        if self.pretrained is None and self.zeroth_order:
-            logger.warning(
-                "no file holds the starting weights of this network: the record of the run can be replayed only if "
-                "they are saved, for instance by torch.save(module.model.state_dict(), 'start.pt') before fit"
-            )
+        training.announce(self)
 
     def on_train_start(self) -> None:
         """Bring back the weights of a checkpoint that holds none, and turn dropout off."""
@@ -261,22 +237,7 @@ class SparseMeZOModule(LightningModule):
         Returns:
             A float32 scalar, the same bits on every process.
         """
-        weights = [batch_weight(part) for part in parts]
-        weight = float(sum(weights))
-        if isinstance(parts[0], PromptBatch) and parts[0].reward is not None:
-            # Of all parts together, as an F1 of the whole is no mean of the parts' F1.
-            answers = [answer for part in parts for answer in answers_of(self.model, part, self.text_tokenizer)]
-            reward = reward_of(parts[0].reward, parts[0].num_labels)
-            total = torch.tensor(reward.loss(answers), dtype=torch.float32, device=self.device) * weight
-        else:
-            losses = [self.loss(part).float().reshape(()) * w for part, w in zip(parts, weights, strict=True)]
-            total = torch.stack(losses).sum()
-        if self.trainer.world_size == 1:
-            return total / weight
-        # Gathered and added in the order of ranks, where a reduction might add in another order on each process.
-        both = torch.stack([total, total.new_tensor(weight)])
-        total, overall = self.trainer.strategy.all_gather(both).sum(0).unbind()
-        return total / overall
+        return training.batch_loss(self, parts)
 
     # ------------------------------------------------------------------ evaluation
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
@@ -346,3 +347,13 @@ def test_callbacks_of_zeroth_order_say_what_they_need(tiny_folder: Path, tmp_pat
     )
     with pytest.raises(TypeError, match="SeedCheckpoint needs a SparseMeZO optimizer, the run has AdamW"):
         trainer.fit(module_of("lora", tiny_folder), demo(num_dev=8))
+
+
+def test_several_processes_are_refused(tiny_folder: Path) -> None:
+    from types import SimpleNamespace
+
+    from smezo_pl.training import build_optimizers
+
+    module = SimpleNamespace(backpropagation=object(), method="lora", trainer=SimpleNamespace(world_size=2))
+    with pytest.raises(MisconfigurationException, match="method 'lora' runs in one process.*set devices=1"):
+        build_optimizers(module)  # type: ignore[arg-type]

@@ -25,6 +25,9 @@ VERBS = {
     "predict": Verb("smezo_pl.cli", "write prompt, scores, prediction and label of every test example as JSONL"),
     "sweep": Verb("smezo_pl.commands.sweep", "fit for every point of a grid, resumable; mean and deviation over seeds"),
     "compare": Verb("smezo_pl.commands.compare", "runs beside each other, finished or not: a table and curves"),
+    "preview": Verb(
+        "smezo_pl.commands.preview", "what the model will see: prompts, scored tokens, lengths, balance of the labels"
+    ),
     "show": Verb("smezo_pl.commands.show", "what a run is, how far it is, and whether its record is sound"),
     "replay": Verb(
         "smezo_pl.commands.replay", "the weights of any step of a run, from its record, as a Hugging Face folder"

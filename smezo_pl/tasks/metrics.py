@@ -13,7 +13,6 @@ from torchmetrics.functional import mean_absolute_error, pearson_corrcoef, spear
 from torchmetrics.functional.classification import (
     binary_f1_score,
     multiclass_f1_score,
-    multiclass_matthews_corrcoef,
 )
 
 from smezo_pl.tasks.answers import Answered
@@ -98,7 +97,14 @@ def _f1_macro(answers: Sequence[Answered], labels: int) -> float:
 
 
 def _matthews(answers: Sequence[Answered], labels: int) -> float:
-    return float(multiclass_matthews_corrcoef(*_places(answers), num_classes=labels))
+    """Correlation of chosen and right labels, for two labels or more; 0 where one side is constant, as for GLUE.
+
+    torchmetrics 1.9 gives a constant answer something else than 0.
+    """
+    chosen, right = (torch.nn.functional.one_hot(places, labels).double() for places in _places(answers))
+    chosen, right = chosen - chosen.mean(0), right - right.mean(0)
+    spread = chosen.square().sum() * right.square().sum()
+    return float((chosen * right).sum() / spread.sqrt()) if spread > 0 else 0.0
 
 
 def _em(answers: Sequence[Answered], labels: int) -> float:

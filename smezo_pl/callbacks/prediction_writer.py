@@ -21,7 +21,8 @@ class PredictionWriter(Callback):
 
     A line holds ``index`` (row of the data set), ``prompt`` and ``candidates`` (as text, from a `PromptDataModule`),
     ``scores`` (mean log-probability of each candidate), ``prediction`` and ``label`` (number of a candidate, the latter
-    null where it is unknown): what ``predict_step`` returns, and the text.
+    null where it is unknown): what ``predict_step`` returns, and the text. Where the model writes the answer itself,
+    ``prediction`` is that text, beside ``references``, the right ones, and there are no candidates and scores.
 
     Args:
         path: File to write; by default ``predictions.jsonl`` in the run's folder.
@@ -83,7 +84,8 @@ def _with_text(rows: dict[int, dict[str, Any]], data: Any) -> list[dict[str, Any
         {
             "index": example.index,
             "prompt": example.prompt,
-            "candidates": list(example.candidates),
+            # A free answer has no candidates to choose from; what was right stands in `references`.
+            **({"candidates": list(example.candidates)} if "scores" in rows[example.index] else {}),
             **{key: value for key, value in rows[example.index].items() if key != "index"},
         }
         for example in data.examples("test")

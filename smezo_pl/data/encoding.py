@@ -220,6 +220,8 @@ class Encoder:
         )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         # verbose=False: the warning about texts longer than the model takes; they are cut here.
         encoding = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids: list[list[int]] = encoding["input_ids"]

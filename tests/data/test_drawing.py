@@ -87,9 +87,7 @@ def test_bad_rows_are_refused_or_left_out(
 def test_a_null_label_names_its_line(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     file = write(tmp_path / "mine.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": None}])
     data = PromptDataModule(KEYS, tokenizer=tiny_tokenizer, train_file=file, dev_file=file)
-    with pytest.raises(
-        ValueError, match=re.escape(f"{file}, line 2: column 'label' holds no label (1 such")
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"{file}, line 2: column 'label' holds no label (1 such")):
         data.setup("fit")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from smezo_pl.optim.masks import MASK_RULES
+
+_FLOAT32 = struct.Struct("<f")
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -78,8 +81,11 @@ def read_losses(losses: list[Tensor | float]) -> list[float]:
 
 
 def float32(value: float) -> float:
-    """The nearest float32."""
-    return float(torch.tensor(value, dtype=torch.float64).to(torch.float32).item())
+    """The nearest float32, beyond its range infinity."""
+    try:
+        return float(_FLOAT32.unpack(_FLOAT32.pack(value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def some(items: Iterable[str], limit: int = 4) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,20 @@ from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.scratch import ScratchStack, padded
 from smezo_pl.optim.watch import Reading, ReadWatch, is_compiled, nearest_holder
 
-Write = Callable[[nn.Parameter, Tensor, int], None]
-"""``write(parameter, out, first)`` puts the perturbed weights from element ``first`` on into ``out``."""
+ROW_COST = 1 << 11
+"""Weights that a pass perturbs in the time that one row of an embedding costs: blocks of noise at both of its ends."""
 
-ROW_COST = 1 << 14
-"""Weights that a pass perturbs in the time that one row of an embedding costs by itself."""
+
+class Write(Protocol):
+    """Makes perturbed copies."""
+
+    def whole(self, parameter: nn.Parameter, out: Tensor) -> None:
+        """Put the perturbed weights into ``out``, which has the shape of the parameter."""
+        ...
+
+    def rows(self, parameter: nn.Parameter, rows: Tensor, out: Tensor) -> None:
+        """Put the perturbed rows of these numbers into ``out``."""
+        ...
 
 
 @dataclass(slots=True)
@@ -104,6 +113,7 @@ class Layerwise:
         self._links = [(parent, name, child) for parent in module.modules() for name, child in parent._modules.items()]
         self._holdings: dict[nn.Module, _Holding] = {}
         self._scratch = ScratchStack()
+        self._reserved = False
         self._write: Write | None = None
         self._watch: ReadWatch | None = None
         self._handles: dict[nn.Module, tuple[RemovableHandle, RemovableHandle]] = {}
@@ -174,6 +184,7 @@ class Layerwise:
             for slot in slots:
                 if slot.owner in inside:
                     self._held_by[slot.owner] = [s for s in self._held_by.get(slot.owner, []) if s is not slot]
+            self._reserved = False
             self._held_by.setdefault(holder, []).extend(slot for slot in slots if slot.owner in inside)
             self._hook(holder)
             moved.append(name)
@@ -187,6 +198,9 @@ class Layerwise:
             )
 
     def _reserve(self) -> None:
+        if self._reserved:
+            return
+        self._reserved = True
         sizes: dict[tuple[torch.dtype, torch.device], int] = {}
         for slots in self._held_by.values():
             module_sizes: dict[tuple[torch.dtype, torch.device], int] = {}
@@ -248,10 +262,8 @@ class Layerwise:
         return None if rows[0] < 0 or rows[-1] >= weight.shape[0] else (rows, inverse)
 
     def _enter_rows(self, holding: _Holding, slot: _Slot, rows: tuple[Tensor, Tensor], write: Write) -> tuple[Tensor]:
-        width = slot.parameter.shape[1]
-        table = torch.empty(rows[0].numel(), width, dtype=slot.parameter.dtype)
-        for place, row in enumerate(rows[0].tolist()):
-            write(slot.parameter, table[place], row * width)
+        table = torch.empty(rows[0].numel(), slot.parameter.shape[1], dtype=slot.parameter.dtype)
+        write.rows(slot.parameter, rows[0], table)
         copy = nn.Parameter(table, requires_grad=slot.parameter.requires_grad)
         holding.taken.append((slot, copy, -1))
         slot.owner._parameters[slot.name] = copy
@@ -266,7 +278,7 @@ class Layerwise:
             number = -1
             if copy is None:
                 buffer, number = self._scratch.take(slot.parameter)
-                write(slot.parameter, buffer, 0)
+                write.whole(slot.parameter, buffer)
                 # torch.matmul folds or not by requires_grad, also under no_grad: the copy must look like the original
                 copy = nn.Parameter(buffer, requires_grad=slot.parameter.requires_grad)
                 copies[id(slot.parameter)] = copy
@@ -303,14 +315,14 @@ class Layerwise:
 
     def _own_memory(self, output: Any) -> Any:
         """The output with a copy of whatever lies in the scratch: a module may return a weight, or a view of one."""
-        storages = self._scratch.storages()
+        holds = self._scratch.holds
 
         def owned(value: Tensor) -> Tensor:
             try:
                 address = value.untyped_storage().data_ptr()
             except (RuntimeError, NotImplementedError):
                 return value
-            return value.clone() if address in storages else value
+            return value.clone() if holds(address) else value
 
         return owned(output) if isinstance(output, Tensor) else tree_map_only(Tensor, owned, output)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from smezo_pl.optim.arguments import float32
 from smezo_pl.optim.noise import Stream
 
 if TYPE_CHECKING:
@@ -36,14 +34,15 @@ class RecordedStep(NamedTuple):
     skipped: bool = False
 
 
-def coefficients(
-    groups: Sequence[dict[str, Any]], gradients: Sequence[float], lr: Sequence[float], weight_decay: Sequence[float]
-) -> Iterator[tuple[list[float], float]]:
+def coefficients(groups: Sequence[dict[str, Any]], step: RecordedStep) -> list[tuple[list[float], float]]:
     """What an update multiplies with: for each group the factor of each sample's noise, and the decay, in float64."""
-    first_eps = groups[0]["eps"]
-    for group, rate, decay in zip(groups, lr, weight_decay, strict=True):
+    first_eps, gradients = groups[0]["eps"], step.projected_gradients
+    found = []
+    for group, rate, decay in zip(groups, step.lr, step.weight_decay, strict=True):
         sign = -1.0 if group["maximize"] else 1.0
-        yield [sign * rate * g / len(gradients) * (first_eps / group["eps"]) for g in gradients], rate * decay
+        scales = [sign * rate * g / len(gradients) * (first_eps / group["eps"]) for g in gradients]
+        found.append((scales, rate * decay))
+    return found
 
 
 def check_recorded(recorded: RecordedStep, step: int, groups: int, samples: int) -> None:
@@ -97,38 +96,14 @@ def update_in_blocks(
             update_many(member.flat, mask, optimizer.noise, first, at, scales, decays, rounded=True, redrawn=redrawn)
         else:
             for recorded in steps:
-                scaled = list(coefficients(groups, recorded.projected_gradients, recorded.lr, recorded.weight_decay))
-                update_one(optimizer, member, kernel, recorded.step, *scaled[which])
-
-
-def update_one(
-    optimizer: SparseMeZO, member: Member, kernel: Kernel, step: int, scales: list[float], decay: float
-) -> None:
-    """Make the update of one tensor at one step.
-
-    Args:
-        optimizer: The optimizer.
-        member: The tensor.
-        kernel: Its kernel.
-        step: Index of the step.
-        scales: Factor of each sample's noise.
-        decay: Factor of the weights.
-    """
-    if member.parameter.dtype != torch.float64:
-        scales, decay = [float32(scale) for scale in scales], float32(decay)
-    if not any(scales) and not decay:
-        return  # nothing to add: adding a zero could still turn the sign of a zero
-    streams = [Stream(optimizer.seed, step, sample, member.number) for sample in range(len(scales))]
-    rounding = Stream(optimizer.seed, step, 0, member.number) if member.parameter.element_size() == 2 else None
-    mask = optimizer.mask_at(member, step)
-    kernel.update(member.flat, mask, optimizer.noise, streams, scales, decay, rounding)
+                optimizer.moves_at(recorded.step, [member]).update(coefficients(groups, recorded), groups)
 
 
 def _numbers(
     groups: Sequence[dict[str, Any]], steps: Sequence[RecordedStep]
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
     """Of each group: index, scales and decay of those steps that change it."""
-    made = [list(coefficients(groups, s.projected_gradients, s.lr, s.weight_decay)) for s in steps]
+    made = [coefficients(groups, step) for step in steps]
     found = []
     for group in range(len(groups)):
         # numpy rounds to float32 as torch does: to nearest, and to infinity beyond its range

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, NamedTuple
@@ -80,7 +80,7 @@ class Selection:
 
     def __init__(
         self,
-        members: Callable[[], Iterator[Member]],
+        members: Callable[[], Sequence[Member]],
         kernel: Callable[[Tensor], Kernel],
         groups: Callable[[], list[dict[str, Any]]],
     ) -> None:

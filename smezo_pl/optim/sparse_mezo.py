@@ -17,9 +17,10 @@ from smezo_pl.optim.arguments import check_group, check_integer, check_loss, flo
 from smezo_pl.optim.interrupts import deferred_interrupt
 from smezo_pl.optim.kernels import Kernel, KernelName, get_kernel
 from smezo_pl.optim.masks import Mask, MaskRule
-from smezo_pl.optim.noise import NOISE_SCHEME, Law, Stream
+from smezo_pl.optim.moves import StepMoves
+from smezo_pl.optim.noise import NOISE_SCHEME, Law
 from smezo_pl.optim.perturb import InPlace, Layerwise
-from smezo_pl.optim.replay import RecordedStep, check_recorded, coefficients, update_in_blocks, update_one
+from smezo_pl.optim.replay import RecordedStep, check_recorded, coefficients, update_in_blocks
 from smezo_pl.optim.report import StepReport
 from smezo_pl.optim.scope import Patterns, as_patterns, check_tensor, matches, named, require_matches
 from smezo_pl.optim.selection import MaskStat, Member, Selection
@@ -156,6 +157,7 @@ class SparseMeZO(Optimizer):
     def _wire(self) -> None:
         """Make the parts that refer to this optimizer and are not copied with it."""
         self._kernels: dict[tuple[KernelName, torch.device], Kernel] = {}
+        self._listed: list[Member] = []
         self._layerwise: Layerwise | None = None
         self._selection = Selection(self._members, self._kernel, lambda: self.param_groups)
 
@@ -257,11 +259,23 @@ class SparseMeZO(Optimizer):
             self._wire()
             self._selection.bits = bits
 
-    def _members(self) -> Iterator[Member]:
+    def _members(self) -> list[Member]:
+        owned = [(tensor, group) for group in self.param_groups for tensor in group["params"]]
+        known = self._listed
+        if len(owned) != len(known) or any(
+            member.parameter is not tensor or member.group is not group
+            for member, (tensor, group) in zip(known, owned, strict=True)
+        ):
+            self._listed = self._list_members()
+        return self._listed
+
+    def _list_members(self) -> list[Member]:
         dense = self._scope["dense"]
-        for group in self.param_groups:
-            for position, (name, number) in enumerate(zip(group["names"], group["numbers"], strict=True)):
-                yield Member(name, group["params"][position], number, position, matches(name, dense), group)
+        return [
+            Member(name, group["params"][position], number, position, matches(name, dense), group)
+            for group in self.param_groups
+            for position, (name, number) in enumerate(zip(group["names"], group["numbers"], strict=True))
+        ]
 
     # ------------------------------------------------------------------ attach
 
@@ -464,17 +478,22 @@ class SparseMeZO(Optimizer):
                 self._skipped_in_row = self._skipped_in_row + 1 if recorded.skipped else 0
                 self._refreshed = False
 
+    def moves_at(self, step: int, members: Sequence[Member] | None = None) -> StepMoves:
+        """What moves the weights at a step.
+
+        Args:
+            step: Index of the step.
+            members: Tensors to move; None for all that take part.
+        """
+        moved = self._members() if members is None else members
+        return StepMoves(moved, self._selection, self._kernel, self.noise, self.seed, step)
+
     @torch.no_grad()
     def _update(self, steps: Sequence[RecordedStep]) -> None:
-        members = [(member, self._kernel(member.parameter)) for member in self._members()]
         if len(steps) > 1:
-            update_in_blocks(self, members, steps)
+            update_in_blocks(self, [(member, self._kernel(member.parameter)) for member in self._members()], steps)
             return
-        [step] = steps
-        scaled = coefficients(self.param_groups, step.projected_gradients, step.lr, step.weight_decay)
-        by_group = {id(group): each for group, each in zip(self.param_groups, scaled, strict=True)}
-        for member, kernel in members:
-            update_one(self, member, kernel, step.step, *by_group[id(member.group)])
+        self.moves_at(steps[0].step).update(coefficients(self.param_groups, steps[0]), self.param_groups)
 
     def mask_at(self, member: Member, step: int) -> Mask:
         """The mask of a tensor at a step, to be evaluated on its weights before the step."""
@@ -512,35 +531,19 @@ class SparseMeZO(Optimizer):
     @contextmanager
     def _perturbations(self) -> Iterator[Callable[[int, float], Any]]:
         """Gives ``perturbed(sample, sign)``, a context in which forwards see ``theta + sign * eps * m * z``."""
-        step = self._steps_done
-        by_id = {id(tensor.parameter): tensor for tensor in self._members()}
-
-        def write(
-            parameter: nn.Parameter, out: Tensor, first: int, mask: Mask | None, sample: int, sign: float
-        ) -> None:
-            tensor = by_id[id(parameter)]
-            stream = Stream(self.seed, step, sample, tensor.number, first)
-            scale = sign * tensor.group["eps"]
-            scale = scale if parameter.dtype == torch.float64 else float32(scale)
-            chosen = self._selection.mask(tensor, self.seed, step) if mask is None else mask
-            theta = tensor.flat
-            if first or out.numel() < theta.numel():
-                theta, chosen = theta[first : first + out.numel()], chosen.part(first, out.numel())
-            self._kernel(parameter).perturb(theta, out.view(-1), chosen, self.noise, stream, scale)
-
-        layerwise = self._layerwise
+        moves, layerwise = self.moves_at(self._steps_done), self._layerwise
         if layerwise is not None:
 
             @contextmanager
             def inside(sample: int, sign: float) -> Iterator[Callable[[], float]]:
-                with layerwise.perturbed(lambda p, out, first: write(p, out, first, None, sample, sign)):
+                with layerwise.perturbed(moves.side(sample, sign)):
                     yield lambda: layerwise.write_seconds
 
             yield inside
             return
 
-        in_place = InPlace([tensor.parameter for tensor in by_id.values()], self._kernel)
-        with in_place.selected(lambda parameter: self._selection.mask(by_id[id(parameter)], self.seed, step)):
+        in_place = InPlace([member.parameter for member in moves.members], self._kernel)
+        with in_place.selected(moves.mask):
             self._copied_bytes = in_place.extra_bytes()
             self.say_once(
                 f"in place: {self._copied_bytes / 2**20:.1f} MiB of copies of the active weights; attach(module) "
@@ -549,7 +552,7 @@ class SparseMeZO(Optimizer):
 
             @contextmanager
             def around(sample: int, sign: float) -> Iterator[Callable[[], float]]:
-                with in_place.perturbed(lambda p, mask: write(p, p.detach(), 0, mask, sample, sign)):
+                with in_place.perturbed(moves.side(sample, sign).in_place):
                     yield lambda: 0.0
 
             yield around

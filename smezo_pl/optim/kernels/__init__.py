@@ -16,11 +16,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from smezo_pl.optim.kernels._common import Update
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Law, Stream
 
-__all__ = ["Kernel", "KernelName", "available_kernels", "get_kernel"]
+__all__ = ["Kernel", "KernelName", "Update", "available_kernels", "get_kernel"]
 
 KernelName = Literal["auto", "numba", "triton", "torch"]
 """Who makes the passes; ``auto`` takes Triton on CUDA, numba on the CPU, and torch elsewhere."""
@@ -54,6 +55,22 @@ class Kernel(Protocol):
         """
         ...
 
+    def perturb_rows(
+        self, theta: Tensor, out: Tensor, rows: Tensor, mask: Mask, law: Law, stream: Stream, scale: float
+    ) -> None:
+        """`perturb` some rows of a matrix: ``out[i]`` is what row ``rows[i]`` of the perturbed matrix is.
+
+        Args:
+            theta: Matrix of shape ``[n, width]``, contiguous, ``width`` a multiple of 8.
+            out: Where the rows go, shape ``[len(rows), width]``.
+            rows: Numbers of the rows, int64, in ``[0, n)``.
+            mask: Mask of the whole matrix.
+            law: Distribution of ``z``.
+            stream: Where ``z`` of the whole matrix comes from.
+            scale: Factor of ``z``.
+        """
+        ...
+
     def update(
         self,
         theta: Tensor,
@@ -77,6 +94,15 @@ class Kernel(Protocol):
             decay: Learning rate times weight decay.
             rounding: Where the random bits of stochastic rounding come from; None rounds to nearest even. Weights of
                 32 and 64 bits are always rounded to nearest.
+        """
+        ...
+
+    def update_all(self, updates: Sequence[Update], law: Law) -> None:
+        """`update` of several tensors, of any dtypes, at once: many small passes cost as much as one large one.
+
+        Args:
+            updates: The tensors and what `update` needs for each. No two share memory.
+            law: Distribution of ``z``.
         """
         ...
 

@@ -5,13 +5,27 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isnan
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from smezo_pl.optim.masks import Mask
-from smezo_pl.optim.noise import Stream
+from smezo_pl.optim.noise import Law, Stream
+
+
+class Update(NamedTuple):
+    """One tensor's part of `Kernel.update_all`, with the arguments of `Kernel.update`."""
+
+    theta: Tensor
+    mask: Mask
+    streams: Sequence[Stream]
+    scales: Sequence[float]
+    decay: float = 0.0
+    rounding: Stream | None = None
+
 
 CODE_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtype that holds the bits of a float of so many bytes."""
@@ -71,6 +85,72 @@ def check_pair(theta: Tensor, out: Tensor) -> None:
     distance = abs(out.data_ptr() - theta.data_ptr())
     if 0 < distance < theta.numel() * theta.element_size():
         raise ValueError("out must be theta itself or not overlap it")
+
+
+def check_rows(theta: Tensor, out: Tensor, rows: Tensor) -> None:
+    """Refuse rows that do not fit the matrix or the output.
+
+    Args:
+        theta: The matrix.
+        out: Where the perturbed rows go.
+        rows: Their numbers.
+
+    Raises:
+        TypeError: If the numbers are not int64.
+        ValueError: If a shape is not right, or a number is out of range.
+    """
+    if theta.dim() != 2 or theta.shape[1] % 8:
+        raise ValueError(f"theta must be a matrix whose width is a multiple of 8, got shape {tuple(theta.shape)}")
+    if rows.dtype != torch.int64:
+        raise TypeError(f"rows must be int64, got {rows.dtype}")
+    if rows.dim() != 1 or out.shape != (rows.numel(), theta.shape[1]):
+        raise ValueError(
+            f"out must have shape {(rows.numel(), theta.shape[1])} for rows of shape {tuple(rows.shape)}, "
+            f"got {tuple(out.shape)}"
+        )
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < theta.shape[0]:
+        raise ValueError(f"rows must be in [0, {theta.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
+    check_weights(theta.view(-1))
+    check_weights(out.view(-1), "out")
+    if out.dtype != theta.dtype or out.device != theta.device:
+        raise TypeError(f"out must be {theta.dtype} on {theta.device} like theta, got {out.dtype} on {out.device}")
+
+
+class OneByOne:
+    """The passes over several tensors or rows, for a kernel that has them for one tensor alone."""
+
+    def perturb_rows(
+        self, theta: Tensor, out: Tensor, rows: Tensor, mask: Mask, law: Law, stream: Stream, scale: float
+    ) -> None:
+        """`perturb` some rows of a matrix, one after the other; see `Kernel.perturb_rows`."""
+        check_rows(theta, out, rows)
+        width = theta.shape[1]
+        for place, row in enumerate(rows.tolist()):
+            first = row * width
+            part = replace(stream, start=stream.start + first)
+            self.perturb(theta[row], out[place], mask.part(first, width), law, part, scale)
+
+    def update_all(self, updates: Sequence[Update], law: Law) -> None:
+        """`update` one tensor after the other; see `Kernel.update_all`."""
+        for theta, mask, streams, scales, decay, rounding in updates:
+            self.update(theta, mask, law, streams, scales, decay, rounding)
+
+    def perturb(self, theta: Tensor, out: Tensor, mask: Mask, law: Law, stream: Stream, scale: float) -> None:
+        """The pass over one tensor."""
+        raise NotImplementedError
+
+    def update(
+        self,
+        theta: Tensor,
+        mask: Mask,
+        law: Law,
+        streams: Sequence[Stream],
+        scales: Sequence[float],
+        decay: float = 0.0,
+        rounding: Stream | None = None,
+    ) -> None:
+        """The pass over one tensor."""
+        raise NotImplementedError
 
 
 def check_streams(mask: Mask, streams: Sequence[Stream], scales: Sequence[float], rounding: Stream | None) -> None:

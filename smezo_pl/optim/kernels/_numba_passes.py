@@ -38,6 +38,7 @@ from smezo_pl.optim.kernels._numba_words import (
     THETA,
     array_at,
     count_ones,
+    fetch_ahead,
     fill_delta,
     fill_halves,
     fill_words,
@@ -53,6 +54,9 @@ MEMORY = 20480
 
 CHUNK = 8192
 """Bytes of packed mask in a unit of work of `_count` and `_move`."""
+
+TABLE_ROW = 6
+"""Entries of a row of the table of passes that `compile_table` describes."""
 
 FROM_THRESHOLD, FROM_WORDS, FROM_BITS = 0, 1, 2
 """Where a mask comes from: a range of magnitude codes, 16-bit words below a level, packed bits."""
@@ -157,6 +161,7 @@ def _sweep(first, last, memory, address, like):
         begin, end = max(offset, 0), min(offset + 1024, numel)
         count, missing = end - begin, begin - offset
         old = theta[begin:end]
+        fetch_ahead(task[THETA] + begin * old.itemsize, (min(end + 1024, numel) - begin) * old.itemsize)
         fill_delta(words, half, part, delta, task, block, block == first)
         if task[SOURCE] != FROM_THRESHOLD:
             _fill_skip(other, other_half, flags, skip, bits, task, block, samples, offset)
@@ -348,6 +353,36 @@ def compile_parallel() -> Any:
     signature = types.void(*[types.int64] * 9)
     options = {"parallel": True, "nogil": True}
     return _cached(njit(signature, cache=True, **options), njit(signature, **options), parallel)
+
+
+def compile_table() -> Any:
+    """Compile what shares many passes out: ``(table, rows, total, threads, next, memory, stride)``.
+
+    ``table`` is the address of `TABLE_ROW` int64 for each pass: its function, the number of pieces up to its end, its
+    first and last unit of work, the units of a piece, its task. ``total`` counts the pieces of all passes, which the
+    threads take one by one; ``next`` is the address of an int64 that begins as 0.
+
+    Returns:
+        numba's dispatcher.
+    """
+
+    def table(table, rows, total, threads, next, memory, stride):
+        entries = array_at(table, rows * TABLE_ROW, int64(0))
+        for t in prange(threads):
+            at, done = 0, 0
+            piece = _fetch_and_increment(next)
+            while piece < total:
+                while piece >= entries[at + 1]:
+                    done = entries[at + 1]
+                    at += TABLE_ROW
+                begin = entries[at + 2] + entries[at + 4] * (piece - done)
+                end = min(begin + entries[at + 4], entries[at + 3])
+                _call(entries[at], begin, end, memory + t * stride, entries[at + 5])
+                piece = _fetch_and_increment(next)
+
+    signature = types.void(*[types.int64] * 7)
+    options = {"parallel": True, "nogil": True}
+    return _cached(njit(signature, cache=True, **options), njit(signature, **options), table)
 
 
 def _source_stamp(*others):

@@ -101,6 +101,26 @@ def wide_vectors(typing_context):
     return types.void(), generate
 
 
+@intrinsic
+def _prefetch(typing_context, address):
+    def generate(context, builder, signature, args):
+        word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        builder.call(function, [builder.inttoptr(args[0], pointer), word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@njit(nogil=True)
+def fetch_ahead(address, size):
+    """Ask for the memory ``[address, address + size)``: it arrives while the noise of the block before is made."""
+    for place in range(address, address + size, 64):
+        _prefetch(place)
+
+
 def array_at(address, size, like):
     """The memory at an address as an array of the type of ``like``.
 

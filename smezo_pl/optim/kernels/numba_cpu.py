@@ -11,6 +11,7 @@ import functools
 import logging
 import threading
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from smezo_pl.optim.kernels import _numba_passes as passes
 from smezo_pl.optim.kernels._common import (
+    Update,
     check_bits,
     check_mask,
     check_pair,
+    check_rows,
     check_saved,
     check_streams,
     check_weights,
@@ -31,7 +34,7 @@ from smezo_pl.optim.kernels._common import (
     float_bits,
     packed_size,
 )
-from smezo_pl.optim.kernels._numba_words import BITS
+from smezo_pl.optim.kernels._numba_words import BITS, NUMEL, OUT, ROW, START, THETA
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import BLOCK, MASK, NOISE, ROUNDING, Law, Stream
@@ -61,12 +64,36 @@ class NumbaKernel:
         check_pair(theta, out)
         if theta.dtype == torch.float64:
             return _REFERENCE.perturb(theta, out, mask, law, stream, scale)
-        if scale != 0.0:
-            # Adding is subtracting the negative, to the last bit: one compiled pass serves both.
-            return _sweep(theta, out, mask, law, [stream], [-scale], 0.0, None)
-        if out.data_ptr() != theta.data_ptr():
-            out.copy_(theta)
-        return None
+        if scale == 0.0:
+            if out.data_ptr() != theta.data_ptr():
+                out.copy_(theta)
+            return None
+        # Adding is subtracting the negative, to the last bit: one compiled pass serves both.
+        task = _task(theta, out, mask, law, [stream], [-scale], 0.0, None)
+        return _run("sweep", theta, *_blocks(stream.start, theta.numel()), task)
+
+    def perturb_rows(
+        self, theta: Tensor, out: Tensor, rows: Tensor, mask: Mask, law: Law, stream: Stream, scale: float
+    ) -> None:
+        """`perturb` some rows of a matrix; see `Kernel.perturb_rows`."""
+        check_rows(theta, out, rows)
+        if theta.dtype == torch.float64 or scale == 0.0:
+            return _REFERENCE.perturb_rows(theta, out, rows, mask, law, stream, scale)
+        width, size = theta.shape[1], theta.element_size()
+        first = rows.numpy() * width  # index of the first weight of each row
+        task = _task(theta.view(-1), out.view(-1), mask, law, [stream], [-scale], 0.0, None)
+        tasks = np.tile(np.array(task, np.int64), (len(first), 1))
+        tasks[:, NUMEL], tasks[:, START] = width, first + stream.start
+        tasks[:, THETA] += first * size
+        tasks[:, OUT] += np.arange(len(first)) * (width * size)
+        if mask.rule == "packed":
+            tasks[:, BITS] += first // 8
+        table = np.empty((len(first), passes.TABLE_ROW), np.int64)
+        table[:, 0] = _compiled("sweep", theta.dtype).address
+        table[:, 2], table[:, 3] = tasks[:, START] // BLOCK, -(-(tasks[:, START] + width) // BLOCK)
+        table[:, 4], table[:, 5] = _STEP["sweep"], tasks.ctypes.data + np.arange(len(first)) * tasks.strides[0]
+        table[:, 1] = np.cumsum(-((table[:, 2] - table[:, 3]) // table[:, 4]))
+        return _run_table(table.ctypes.data, len(first), int(table[-1, 1]) if len(first) else 0, out.numel())
 
     def update(
         self,
@@ -84,7 +111,28 @@ class NumbaKernel:
             return _REFERENCE.update(theta, mask, law, streams, scales, decay, rounding)
         if decay == 0.0 and not any(scales):
             return None
-        return _sweep(theta, theta, mask, law, streams, scales, decay, rounding)
+        task = _task(theta, theta, mask, law, streams, scales, decay, rounding)
+        return _run("sweep", theta, *_blocks(streams[0].start, theta.numel()), task)
+
+    def update_all(self, updates: Sequence[Update], law: Law) -> None:
+        """Several tensors' `update` in one call; see `Kernel.update_all`."""
+        tasks, table, pieces, numel, step = array("q"), array("q"), 0, 0, _STEP["sweep"]
+        for theta, mask, streams, scales, decay, rounding in updates:
+            check_weights(theta)
+            if theta.dtype == torch.float64:
+                _REFERENCE.update(theta, mask, law, streams, scales, decay, rounding)
+                continue
+            count = theta.numel()
+            if count == 0 or (decay == 0.0 and not any(scales)):
+                continue
+            first, last = _blocks(streams[0].start, count)
+            pieces, numel = pieces + (last - first + step - 1) // step, numel + count
+            table.extend((_compiled("sweep", theta.dtype).address, pieces, first, last, step, len(tasks)))
+            tasks.extend(_task(theta, theta, mask, law, streams, scales, decay, rounding))
+        address = tasks.buffer_info()[0]
+        for at in range(passes.TABLE_ROW - 1, len(table), passes.TABLE_ROW):
+            table[at] = address + tasks.itemsize * table[at]
+        _run_table(table.buffer_info()[0], len(table) // passes.TABLE_ROW, pieces, numel)
 
     def select(self, theta: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         """Packed mask and a copy of the weights under it; see `Kernel.select`."""
@@ -133,9 +181,15 @@ class NumbaKernel:
 
 
 _NO_STREAM = Stream(0, 0, 0, 0)
+_NO_ROW = [0] * ROW
 
 
-def _sweep(
+def _blocks(start: int, numel: int) -> tuple[int, int]:
+    """Blocks of noise that the elements ``[start, start + numel)`` lie in."""
+    return start // BLOCK, (start + numel + BLOCK - 1) // BLOCK
+
+
+def _task(
     theta: Tensor,
     out: Tensor,
     mask: Mask,
@@ -144,29 +198,29 @@ def _sweep(
     scales: Sequence[float],
     decay: float,
     rounding: Stream | None,
-) -> None:
-    """Lay out the task of the compiled pass and run it."""
-    _check_cpu(theta)
+) -> list[int]:
+    """What the compiled sweep needs to know, as it reads it."""
+    if theta.device.type != "cpu":
+        _refuse_device(theta)
     check_mask(theta, mask)
     check_streams(mask, streams, scales, rounding)
-    if theta.element_size() > 2:
-        rounding = None
-    start, end = streams[0].start, streams[0].start + theta.numel()
+    stochastic = rounding is not None and theta.element_size() == 2
     task = [
         theta.data_ptr(),
         out.data_ptr(),
         theta.numel(),
-        start,
+        streams[0].start,
         0 if law == "gaussian" else 1,
         len(streams),
         float_bits(decay),
-        int(rounding is not None),
+        int(stochastic),
         *_mask_fields(mask, theta.dtype),
     ]
     for stream, scale in zip(streams, scales, strict=True):
         task += _row(stream, NOISE, scale)
-    task += _row(mask.stream or _NO_STREAM, MASK, 0.0) + _row(rounding or _NO_STREAM, ROUNDING, 0.0)
-    _run("sweep", theta, start // BLOCK, -(-end // BLOCK), task)
+    task += _NO_ROW if mask.stream is None else _row(mask.stream, MASK, 0.0)
+    task += _row(rounding, ROUNDING, 0.0) if stochastic and rounding is not None else _NO_ROW
+    return task
 
 
 def _move(theta: Tensor, bits: Tensor, saved: Tensor, ends: Any, back: bool) -> None:
@@ -184,7 +238,11 @@ def _ends(theta: Tensor, bits: Tensor) -> Any:
 def _check_cpu(theta: Tensor) -> None:
     check_weights(theta)
     if theta.device.type != "cpu":
-        raise ValueError(f"the numba kernel works on CPU memory only, got a tensor on {theta.device}")
+        _refuse_device(theta)
+
+
+def _refuse_device(theta: Tensor) -> None:
+    raise ValueError(f"the numba kernel works on CPU memory only, got a tensor on {theta.device}")
 
 
 def _row(stream: Stream, kind: int, scale: float) -> list[int]:
@@ -209,13 +267,11 @@ def _threads(numel: int) -> int:
 
 
 class _Scratch(threading.local):
-    """Working memory and the arguments of a call, kept: allocating them took longer than a small tensor's pass."""
+    """Working memory of a call, kept: allocating them took longer than a small tensor's pass."""
 
     def __init__(self) -> None:
         self.memory = np.empty(0, np.uint8)
         self.address = 0
-        self.task = np.empty(0, np.int64)
-        self.task_address = 0
         self.next = np.zeros(1, np.int64)
         self.next_address = self.next.ctypes.data
 
@@ -233,14 +289,6 @@ class _Scratch(threading.local):
             self.address = (self.memory.ctypes.data + 63) & -64
         return self.address
 
-    def arguments(self, task: list[int]) -> int:
-        """Address of the task as an array."""
-        if self.task.size < len(task):
-            self.task = np.empty(len(task) + 64, np.int64)
-            self.task_address = self.task.ctypes.data
-        self.task[: len(task)] = task
-        return self.task_address
-
 
 _SCRATCH = _Scratch()
 
@@ -252,17 +300,30 @@ def _run(name: str, theta: Tensor, first: int, last: int, task: list[int], memor
         return
     threads, function = _threads(numel), _compiled(name, theta.dtype)
     address = _SCRATCH.working_memory(threads) if memory is None else memory.ctypes.data
-    arguments = _SCRATCH.arguments(task)
+    arguments = array("q", task)  # lives until the pass has run
     if threads == 1:
-        function.ctypes(first, last, address, arguments)
+        function.ctypes(first, last, address, arguments.buffer_info()[0])
         return
-    parallel, stride = _parallel(), passes.MEMORY if memory is None else memory.strides[0]
+    stride = passes.MEMORY if memory is None else memory.strides[0]
+    units = (first, last, _STEP[name], _SCRATCH.counter())
+    _in_parallel(_parallel(), threads, function.address, threads, *units, address, stride, arguments.buffer_info()[0])
+
+
+def _run_table(table: int, rows: int, pieces: int, numel: int) -> None:
+    """Run the passes of a table (see `compile_table`) over ``numel`` weights in all."""
+    if pieces == 0:
+        return
+    threads = _threads(numel)
+    memory = _SCRATCH.working_memory(threads)
+    _in_parallel(_table(), threads, table, rows, pieces, threads, _SCRATCH.counter(), memory, passes.MEMORY)
+
+
+def _in_parallel(function: Any, threads: int, *arguments: int) -> None:
     with _LOCK:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
-            units = (first, last, _STEP[name], _SCRATCH.counter())
-            parallel(function.address, threads, *units, address, stride, arguments)
+            function(*arguments)
         finally:
             numba.set_num_threads(before)
 
@@ -275,6 +336,11 @@ def _compiled(name: str, dtype: torch.dtype) -> Any:
 @functools.cache
 def _parallel() -> Any:
     return passes.compile_parallel()
+
+
+@functools.cache
+def _table() -> Any:
+    return passes.compile_table()
 
 
 def _timed(compile_it: Callable[[], Any], what: str) -> Any:

@@ -15,6 +15,7 @@ from smezo_pl.optim.kernels._common import (
     CODE_DTYPES,
     INFINITY,
     QUIET_NAN,
+    OneByOne,
     check_bits,
     check_mask,
     check_pair,
@@ -28,7 +29,7 @@ from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import MASK, ROUNDING, Law, Stream, chunk_of, draw, words16
 
 
-class TorchKernel:
+class TorchKernel(OneByOne):
     """Plain torch operations, on any device that has float64 (see `Kernel` for what each pass computes)."""
 
     name = "torch"

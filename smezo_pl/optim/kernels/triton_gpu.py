@@ -17,6 +17,7 @@ from torch import Tensor
 from smezo_pl.optim.kernels import _triton_passes as passes
 from smezo_pl.optim.kernels._common import (
     CODE_DTYPES,
+    OneByOne,
     check_mask,
     check_pair,
     check_streams,
@@ -35,7 +36,7 @@ _REFERENCE = TorchKernel()
 _NO_STREAM = Stream(0, 0, 0, 0)
 
 
-class TritonKernel:
+class TritonKernel(OneByOne):
     """Fused kernels for one device's memory (see `Kernel` for what each pass computes)."""
 
     name = "triton"

@@ -161,8 +161,9 @@ def _sweep(first, last, memory, address, like):
         begin, end = max(offset, 0), min(offset + 1024, numel)
         count, missing = end - begin, begin - offset
         old = theta[begin:end]
-        fetch_ahead(task[THETA] + begin * old.itemsize, (min(end + 1024, numel) - begin) * old.itemsize)
-        fill_delta(words, half, part, delta, task, block, block == first)
+        ahead = end * old.itemsize
+        size = (min(end + 1024, numel) - end) * old.itemsize if block + 1 < last else 0
+        fill_delta(words, half, part, delta, task, block, block == first, task[THETA] + ahead, task[OUT] + ahead, size)
         if task[SOURCE] != FROM_THRESHOLD:
             _fill_skip(other, other_half, flags, skip, bits, task, block, samples, offset)
         if task[ROUNDING]:

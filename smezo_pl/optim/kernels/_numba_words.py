@@ -33,6 +33,13 @@ ROW = 6
 """Entries of a row: key low, key high, tensor, step, sample and kind, bits of the scale. One row for each sample, then
 one for the mask and one for the rounding."""
 
+PARTS = 2
+"""Pieces that a block's words, and its normals, are made in: between them the next block's memory is asked for. All at
+once, the requests would wait for each other and hold the processor up."""
+
+GROUP_PART, WORD_PART = 128 // PARTS, 512 // PARTS
+"""Groups, and words, of a piece."""
+
 _L0, _L1, _L2, _L3, _L4, _L5, _L6 = (np.float32(c) for c in LOG)
 _S0, _S1, _S2, _S3 = (np.float32(c) for c in SIN)
 _C0, _C1, _C2, _C3 = (np.float32(c) for c in COS)
@@ -101,24 +108,32 @@ def wide_vectors(typing_context):
     return types.void(), generate
 
 
-@intrinsic
-def _prefetch(typing_context, address):
-    def generate(context, builder, signature, args):
-        word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
-        name = "llvm.prefetch.p0"
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        builder.call(function, [builder.inttoptr(args[0], pointer), word(0), word(3), word(1)])
-        return context.get_dummy_value()
+def _prefetcher(write):
+    def _prefetch(typing_context, address):
+        def generate(context, builder, signature, args):
+            word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+            kind = ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+            name = "llvm.prefetch.p0"
+            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            builder.call(function, [builder.inttoptr(args[0], pointer), word(write), word(3), word(1)])
+            return context.get_dummy_value()
 
-    return types.void(types.int64), generate
+        return types.void(types.int64), generate
+
+    return intrinsic(_prefetch)
+
+
+_prefetch_to_read, _prefetch_to_write = _prefetcher(0), _prefetcher(1)
 
 
 @njit(nogil=True)
-def fetch_ahead(address, size):
-    """Ask for the memory ``[address, address + size)``: it arrives while the noise of the block before is made."""
-    for place in range(address, address + size, 64):
-        _prefetch(place)
+def fetch_ahead(source, target, size):
+    """Ask for memory that the next block reads and writes: it arrives while the noise of this one is made."""
+    for place in range(0, size, 64):
+        _prefetch_to_write(target + place)
+    if source != target:
+        for place in range(0, size, 64):
+            _prefetch_to_read(source + place)
 
 
 def array_at(address, size, like):
@@ -135,16 +150,16 @@ def _array_for(address, size, like):
 
 
 @njit(nogil=True)
-def fill_words(words, block, task, row):
-    """Words of a block, two to a uint64: each 64-bit lane carries one call, so a product needs no shuffling."""
+def _fill_groups(first, second, group, task, at):
+    """Words of as many groups as ``first`` is long, from ``group`` on, two to a uint64.
+
+    Each 64-bit lane carries one call, so a product needs no shuffling.
+    """
     wide_vectors()
-    at = ROWS + ROW * row
     k0, k1, high = uint64(task[at]), uint64(task[at + 1]), uint64(task[at + 2])
     step, sample = uint64(task[at + 3]), uint64(task[at + 4])
-    group = uint64(block) * uint64(128)
     high |= (group >> _32) << uint64(24)
-    first, second = words[:128], words[128:256]
-    for j in range(128):
+    for j in range(GROUP_PART):
         c0, c1, c2, c3 = (group + uint64(j)) & _LOW, high, step, sample
         a, b = k0, k1
         for _ in range(PHILOX_ROUNDS):
@@ -156,11 +171,38 @@ def fill_words(words, block, task, row):
 
 
 @njit(nogil=True)
-def _fill_normals(words, out, scale):
-    """``scale * z`` of a block, in the order of operations of `smezo_pl.optim.noise`."""
-    wide_vectors()
+def fill_words(words, block, task, row):
+    """Words of a block, two to a uint64."""
+    fill_words_ahead(words, block, task, row, 0, 0, 0)
+
+
+@njit(nogil=True)
+def fill_words_ahead(words, block, task, row, source, target, part):
+    """Words of a block; in between, `PARTS` calls of `fetch_ahead` over ``part`` bytes each, from two addresses on."""
+    at, group = ROWS + ROW * row, uint64(block) * uint64(128)
+    first, second = words[:128], words[128:256]
+    for k in range(PARTS):
+        fetch_ahead(source + part * k, target + part * k, part)
+        place = k * GROUP_PART
+        here, there = first[place : place + GROUP_PART], second[place : place + GROUP_PART]
+        _fill_groups(here, there, group + uint64(place), task, at)
+
+
+@njit(nogil=True)
+def _fill_normals_ahead(words, out, scale, source, target, part):
+    """``scale * z`` of a block; in between, `PARTS` calls of `fetch_ahead`."""
     first, second = out[:512], out[512:1024]
-    for j in range(512):
+    for k in range(PARTS):
+        fetch_ahead(source + part * k, target + part * k, part)
+        low, high = k * WORD_PART, (k + 1) * WORD_PART
+        _fill_normals(words[low:high], first[low:high], second[low:high], scale)
+
+
+@njit(nogil=True)
+def _fill_normals(words, first, second, scale):
+    """``scale * z`` of `WORD_PART` words, in the order of operations of `smezo_pl.optim.noise`."""
+    wide_vectors()
+    for j in range(WORD_PART):
         word = words[j]
         n = uint32(bits_of(float32(int32(word & uint32(0xFFFFF))) + float32(0.5)) - _SQRT_HALF)
         t = float_of(uint32(uint32(n & uint32(0x7FFFFF)) + _SQRT_HALF)) - float32(1.0)
@@ -201,15 +243,23 @@ def fill_halves(words, out):
 
 
 @njit(nogil=True)
-def fill_delta(words, halfwords, part, delta, task, block, fresh):
-    """Sum of ``scale * z`` of a block over the samples, in their order."""
+def fill_delta(words, halfwords, part, delta, task, block, fresh, source, place, ahead):
+    """Sum of ``scale * z`` of a block over the samples, in their order.
+
+    Meanwhile ``ahead`` bytes from ``source`` on, which are read next, and from ``place`` on, which are written, come
+    into the cache.
+    """
     samples = task[SAMPLES]
     for sample in range(samples):
         target, scale = delta if sample == 0 else part, float_of(uint32(task[ROWS + ROW * sample + 5]))
         if task[LAW] == 0:
-            fill_words(words, block, task, sample)
-            _fill_normals(halfwords, target, scale)
+            piece = ahead // (2 * PARTS) if sample == 0 else 0
+            fill_words_ahead(words, block, task, sample, source, place, piece)
+            done = piece * PARTS
+            _fill_normals_ahead(halfwords, target, scale, source + done, place + done, piece)
         else:
+            if sample == 0:
+                fetch_ahead(source, place, ahead)
             # A block of signs serves 16 of 1024 elements; with one sample its words are still there.
             if samples > 1 or block & 15 == 0 or fresh:
                 fill_words(words, block >> 4, task, sample)

@@ -42,7 +42,7 @@ from smezo_pl.optim.noise import BLOCK, MASK, NOISE, ROUNDING, Law, Stream
 log = logging.getLogger(__name__)
 
 _LIKE = {torch.float32: np.uint32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
-_SERIAL = 1 << 17  # weights; waking a second thread takes about as long as one thread takes for these
+_SERIAL = 1 << 15  # weights; waking a second thread takes about as long as one thread takes for these
 _STEP = {
     "sweep": 64,
     "pack": 64,
@@ -305,7 +305,8 @@ def _run(name: str, theta: Tensor, first: int, last: int, task: list[int], memor
         function.ctypes(first, last, address, arguments.buffer_info()[0])
         return
     stride = passes.MEMORY if memory is None else memory.strides[0]
-    units = (first, last, _STEP[name], _SCRATCH.counter())
+    step = max(1, min(_STEP[name], (last - first) // (4 * threads)))  # so that small tensors are shared out evenly
+    units = (first, last, step, _SCRATCH.counter())
     _in_parallel(_parallel(), threads, function.address, threads, *units, address, stride, arguments.buffer_info()[0])
 
 

@@ -109,7 +109,8 @@ def test_every_16_bit_code_and_many_32_bit_ones(dtype: torch.dtype) -> None:
 def test_the_compiled_code_uses_no_fused_multiply_add() -> None:
     from smezo_pl.optim.kernels._numba_words import _fill_normals
 
-    _fill_normals(np.zeros(512, np.uint32), np.zeros(1024, np.float32), np.float32(1.0))
+    halves = np.zeros(512, np.float32), np.zeros(512, np.float32)
+    _fill_normals(np.zeros(512, np.uint32), *halves, np.float32(1.0))
     for assembly in _fill_normals.inspect_asm().values():
         assert "sqrt" in assembly
         assert not any(name in assembly for name in ("vfmadd", "vfnmadd", "vfmsub", "fmla", "fmadd"))

@@ -38,7 +38,6 @@ from smezo_pl.optim.kernels._numba_words import (
     THETA,
     array_at,
     count_ones,
-    fetch_ahead,
     fill_delta,
     fill_halves,
     fill_words,

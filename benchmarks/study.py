@@ -6,9 +6,10 @@
    loss over the two tasks is taken, for all four tasks.
 2. 300 steps of each method on each task at that rate, and zero-shot; the test set is scored with the checkpoint of the
    lowest dev loss, looked at every 100 steps.
-3. Table and figure: `benchmarks/results/study.md`, `study.csv`, `study.json`, `study.png`, of what is finished.
+3. Table and figure: `benchmarks/results/study.md`, `study.csv`, `study.json`, `study.png`.
 
 Both sweeps are `smezo sweep`: given again, the command skips what is finished and goes on with what was interrupted.
+`--report` writes table and figure of what there is, also while runs go on.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from typing import Any
 
 import yaml
 from common import smollm2_file
+
+from smezo_pl.commands.compare import compare
+from smezo_pl.sweeping.summary import table
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 0
@@ -71,8 +75,8 @@ def grid(task: str, method: str, rates: list[float]) -> dict[str, list[Any]]:
     return {**lines, rate_key(method): rates} if rates else lines
 
 
-def sweep(work: Path, name: str, config: dict[str, Any], grids: list[dict[str, Any]], jobs: int, *more: str) -> Any:
-    """Run a sweep, and give its sweep.json."""
+def sweep(work: Path, name: str, config: dict[str, Any], grids: list[dict[str, Any]], jobs: int, *more: str) -> None:
+    """Run a sweep."""
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in (("base.yaml", config), ("grid.yaml", grids)):
@@ -83,7 +87,6 @@ def sweep(work: Path, name: str, config: dict[str, Any], grids: list[dict[str, A
     done = subprocess.run([sys.executable, "-m", "smezo_pl", "sweep", *map(str, words)], env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"the sweep {folder} is not done (status {done.returncode}): the same command goes on")
-    return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
 
 
 def tune(work: Path, data_dir: str, jobs: int) -> dict[str, float]:
@@ -94,12 +97,159 @@ def tune(work: Path, data_dir: str, jobs: int) -> dict[str, float]:
         {"class_path": "smezo_pl.SeedCheckpoint", "init_args": {"every_n_steps": 25}},
     ]
     grids = [grid(task, method, rates) for task in TUNED_ON for method, rates in RATES.items()]
-    tuned = sweep(work, "tune", base(data_dir, TUNE_STEPS, callbacks), grids, jobs)
-    losses: dict[str, dict[float, list[float]]] = {method: {} for method in RATES}
-    for run in tuned["runs"]:
-        method = run["values"]["model.method"]
-        losses[method].setdefault(run["values"][rate_key(method)], []).append(run["result"]["after"]["loss"])
-    return {method: min(rates, key=lambda lr: sum(rates[lr])) for method, rates in losses.items()}
+    sweep(work, "tune", base(data_dir, TUNE_STEPS, callbacks), grids, jobs)
+    rates = chosen(tuning_runs(work))
+    missing = sorted(set(RATES) - set(rates))
+    if missing:
+        raise SystemExit(f"not all learning rates of {', '.join(missing)} were tried: the same command goes on")
+    return rates
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """What each finished run of a sweep wrote, with its test and its swept values."""
+    found = []
+    for path in sorted(folder.glob("*/metrics.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        test = path.parent / "test" / "test.json"
+        result["test"] = json.loads(test.read_text(encoding="utf-8")) if test.is_file() else None
+        result["folder"] = str(path.parent)
+        found.append(result)
+    return found
+
+
+def tuning_runs(work: Path) -> dict[str, dict[float, dict[str, dict[str, float]]]]:
+    """Dev metrics after `TUNE_STEPS` by method, learning rate and task."""
+    runs: dict[str, dict[float, dict[str, dict[str, float]]]] = {}
+    for result in results(work / "tune"):
+        rates = runs.setdefault(result["method"], {})
+        rates.setdefault(result["hyperparameters"]["lr"], {})[result["task"]] = result["after"]
+    return runs
+
+
+def chosen(runs: dict[str, dict[float, dict[str, dict[str, float]]]]) -> dict[str, float]:
+    """For each method whose rates were all tried on all of `TUNED_ON`, the one with the lowest mean dev loss."""
+    rates = {}
+    for method, wanted in RATES.items():
+        tried = runs.get(method, {})
+        if all(task in tried.get(lr, {}) for lr in wanted for task in TUNED_ON):
+            rates[method] = min(wanted, key=lambda lr: sum(tried[lr][task]["loss"] for task in TUNED_ON))
+    return rates
+
+
+# ---------------------------------------------------------------------- the report
+
+
+def report(work: Path) -> str:
+    """Write table, data and figure of what is finished, and give the table."""
+    tuned, final = tuning_runs(work), results(work / "final")
+    rates = chosen(tuned)
+    RESULTS.mkdir(exist_ok=True)
+    lines = [heading(final or results(work / "tune")), "", "## Learning rates", ""]
+    head = ["method", "lr", *(f"{task}: dev loss" for task in TUNED_ON), *(f"{t}: dev accuracy" for t in TUNED_ON), ""]
+    rows = []
+    for method, wanted in RATES.items():
+        for lr in wanted:
+            there = [tuned.get(method, {}).get(lr, {}).get(task) for task in TUNED_ON]
+            cells = [number(there_one, name) for name in ("loss", "accuracy") for there_one in there]
+            rows.append([method, f"{lr:g}", *cells, "taken" if rates.get(method) == lr else ""])
+    lines += [table(head, rows), f"## {STEPS} steps", ""]
+    lines += [table(*final_table(final)), notes(final)]
+    text = "\n".join(lines)
+    (RESULTS / "study.md").write_text(text, encoding="utf-8")
+    document = {
+        "seed": SEED,
+        "batch_size": BATCH_SIZE,
+        "rates": RATES,
+        "chosen": rates,
+        "tuned": {m: {f"{lr:g}": tasks for lr, tasks in rates.items()} for m, rates in tuned.items()},
+        "final": [{k: v for k, v in result.items() if k != "folder"} for result in final],
+    }
+    (RESULTS / "study.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    folders = [result["folder"] for result in final]
+    # Runs that go on have their curve as far as they are.
+    folders += [str(p.parent) for p in sorted((work / "final").glob("*/config.yaml")) if str(p.parent) not in folders]
+    if folders:
+        compare(sorted(folders, key=order), RESULTS / "study")
+        (RESULTS / "study.md").write_text(text, encoding="utf-8")  # the comparison's own table has this name too
+    return text
+
+
+def order(folder: str) -> tuple[int, int]:
+    """Tasks and methods in the order of this file."""
+    methods = ["zero-shot", *RATES]
+    task = next(i for i, name in enumerate(TASKS) if f"task={name}," in folder)
+    return task, next(i for i, name in enumerate(methods) if f"method={name}" in folder)
+
+
+def heading(some: list[dict[str, Any]]) -> str:
+    machine = some[0]["machine"] if some else {}
+    model = Path(some[0]["model"]).name if some else "?"
+    cut = ", ".join(f"{task} {settings['max_length']}" for task, settings in TASKS.items())
+    return (
+        f"# {', '.join(RATES)} and zero-shot\n\n"
+        f"Printed by `python benchmarks/study.py`. {model}, 32-true, batch {BATCH_SIZE}, seed {SEED} for noise, "
+        "adapter and data (one seed: no spread is known), eps 1e-3, sparsity 0.8, constant lr, no weight decay; LoRA "
+        "r 8, alpha 16 on the query and value matrices, AdamW, gradient norm clipped at 1. Most tokens of an example: "
+        f"{cut}. {machine.get('processor', '?')}, {machine.get('instructions', '?')}, {machine.get('threads', '?')} "
+        "thread a run, several runs at once on a machine that others used too."
+    )
+
+
+def number(values: dict[str, float] | None, name: str) -> str:
+    return f"{values[name]:.3f}" if values and name in values else "-"
+
+
+def final_table(final: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    head = ["task", "method", "lr", "seed", "dev loss", "best dev loss", "dev accuracy", "test accuracy", "test loss"]
+    head += ["test examples", "s a step", "peak GiB"]
+    rows = []
+    for task in TASKS:
+        for method in ("zero-shot", *RATES):
+            found = [r for r in final if (r["task"], r["method"]) == (task, method)]
+            if not found:
+                rows.append([task, method, *["not run yet"], *["-"] * (len(head) - 3)])
+                continue
+            result = found[0]
+            test = result["test"] or {}
+            accuracy = test.get("metrics", {}).get("accuracy")
+            spread = None if accuracy is None else (accuracy * (1 - accuracy) / test["examples"]) ** 0.5
+            seconds = result["step_seconds"]
+            rows.append(
+                [
+                    task,
+                    method,
+                    f"{result['hyperparameters'].get('lr', 0):g}" if method != "zero-shot" else "-",
+                    str(SEED),
+                    number(result["after"], "loss"),
+                    f"{min(point['loss'] for point in result['curve']['held_out']):.3f}",
+                    number(result["after"], "accuracy"),
+                    "-" if accuracy is None else f"{accuracy:.3f} ± {spread:.3f}",
+                    number(test.get("metrics"), "loss"),
+                    str(test.get("examples", "-")),
+                    "-" if seconds is None else f"{seconds:.2f}",
+                    f"{result['peak_memory_bytes'] / 2**30:.2f}" if result["steps"] else "-",
+                ]
+            )
+    return head, rows
+
+
+def notes(final: list[dict[str, Any]]) -> str:
+    """What the numbers say and do not say, from the numbers."""
+    lines = [
+        "± is the standard error of an accuracy on so many examples; it does not hold the spread over seeds. The test "
+        "set is scored with the weights of the lowest dev loss after 100, 200 and 300 steps.",
+        "Seconds are medians of steps on a machine that was busy with other things: they compare roughly.",
+    ]
+    for task in TASKS:
+        accuracy = {r["method"]: r["test"]["metrics"]["accuracy"] for r in final if r["task"] == task and r.get("test")}
+        size = next((r["test"]["examples"] for r in final if r["task"] == task and r.get("test")), 0)
+        for other in ("zero-shot", "mezo", "lora"):
+            if {"s-mezo", other} <= accuracy.keys():
+                a, b = accuracy["s-mezo"], accuracy[other]
+                error = ((a * (1 - a) + b * (1 - b)) / size) ** 0.5
+                verdict = "within two standard errors" if abs(a - b) <= 2 * error else "beyond two standard errors"
+                lines.append(f"{task}: S-MeZO {a - b:+.3f} against {other}, {verdict} ({2 * error:.3f}).")
+    return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
 def main() -> None:
@@ -107,16 +257,19 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True, help="folder with {task}/{split}*.parquet")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
+    parser.add_argument("--report", action="store_true", help="run nothing: the report of what is finished")
     given = parser.parse_args()
-    rates = tune(given.work, given.data_dir, given.jobs)
-    print(f"learning rates: {rates}", flush=True)
-    grids = [
-        grid(task, method, [rates[method]] if method in rates else [])
-        for task in TASKS
-        for method in ("zero-shot", *RATES)
-    ]
-    callbacks = [{"class_path": "smezo_pl.SeedCheckpoint", "init_args": {"every_n_steps": 50}}]
-    sweep(given.work, "final", base(given.data_dir, STEPS, callbacks), grids, given.jobs, "--test", "best")
+    if not given.report:
+        rates = tune(given.work, given.data_dir, given.jobs)
+        print(f"learning rates: {rates}", flush=True)
+        grids = [
+            grid(task, method, [rates[method]] if method in rates else [])
+            for task in TASKS
+            for method in ("zero-shot", *RATES)
+        ]
+        callbacks = [{"class_path": "smezo_pl.SeedCheckpoint", "init_args": {"every_n_steps": 50}}]
+        sweep(given.work, "final", base(given.data_dir, STEPS, callbacks), grids, given.jobs, "--test", "best")
+    print(report(given.work))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def curve_figure(title: str, train: Points, loss: Points, accuracy: Points) -> F
     if train:
         axes.plot(*zip(*train, strict=True), color=GREY, linewidth=0.8, alpha=0.6, label="training batches")
         if len(train) >= 8:
-            axes.plot(*zip(*_smooth(train), strict=True), color=BLUE, linewidth=1.8, label="their running mean")
+            axes.plot(*zip(*running_mean(train), strict=True), color=BLUE, linewidth=1.8, label="their running mean")
     if loss:
         axes.plot(*zip(*loss, strict=True), color=ORANGE, marker="o", markersize=4.5, linewidth=1.4, label="held out")
     axes.set_ylabel("loss")
@@ -105,7 +105,7 @@ def curve_figure(title: str, train: Points, loss: Points, accuracy: Points) -> F
     return figure
 
 
-def _smooth(points: Points) -> list[tuple[float, float]]:
+def running_mean(points: Points) -> list[tuple[float, float]]:
     """Mean over a window of a tenth of the points."""
     half = max(1, len(points) // 20)
     smoothed = []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from smezo_pl.callbacks.figures import running_mean
 from smezo_pl.comparing.reading import RunFacts
 from smezo_pl.comparing.table import labels
 
@@ -35,7 +36,7 @@ def comparison_figure(runs: Sequence[RunFacts], metric: str, targets: Sequence[f
             for target in targets:
                 axes.axhline(target, color="#8a94a0", linewidth=0.9, linestyle="--")
             axes.set_ylabel(f"{metric}, held out")
-        losses.set_ylabel("loss, held out")
+        losses.set_ylabel("loss: held out (dots), training (thin)")
         over_steps.set_title(str(task), loc="left", fontsize=11, fontweight="bold")
         for axes, label in (
             (over_steps, "step"),
@@ -45,11 +46,17 @@ def comparison_figure(runs: Sequence[RunFacts], metric: str, targets: Sequence[f
             axes.set_xlabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.margins(x=0.04, y=0.1)
+            if axes.has_data():
+                axes.set_xlim(left=0)
+            else:
+                axes.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=axes.transAxes)
+                axes.set_xticks([])
+                axes.set_yticks([])
             axes.grid(True, color="#e6e8eb", linewidth=0.8)
             axes.set_axisbelow(True)
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
-        handles, texts = over_steps.get_legend_handles_labels()
+        handles, texts = losses.get_legend_handles_labels()
         if handles:
             over_seconds.legend(handles, texts, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -66,6 +73,9 @@ def _draw(
             if points:
                 axes.axhline(points[-1][1], color=colour, linewidth=1.3, linestyle=":", label=name)  # type: ignore[attr-defined]
         return
+    if run.train_loss:
+        smooth = running_mean(run.train_loss)
+        losses.plot([x for x, _ in smooth], [y for _, y in smooth], color=colour, linewidth=0.9, alpha=0.45)  # type: ignore[attr-defined]
     style = {"color": colour, "marker": "o", "markersize": 3.5, "linewidth": 1.5}
     for axes, points in ((over_steps, score), (losses, loss)):
         axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style)  # type: ignore[attr-defined]

@@ -9,7 +9,8 @@
 3. Table and figure: `benchmarks/results/study.md`, `study.csv`, `study.json`, `study.png`.
 
 Both sweeps are `smezo sweep`: given again, the command skips what is finished and goes on with what was interrupted.
-`--report` writes table and figure of what there is, also while runs go on.
+Finished runs are taken over from `study.json` where the folder of the runs lacks them. `--report` writes table and
+figure of what there is, also while runs go on.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ TASKS: dict[str, dict[str, int]] = {
 }
 TUNED_ON = ("sst2", "rte")
 TUNE_STEPS, STEPS = 100, 300
+STAGES = ("tune", "final")
 
 
 def rate_key(method: str) -> str:
@@ -105,6 +107,50 @@ def tune(work: Path, data_dir: str, jobs: int) -> dict[str, float]:
     return rates
 
 
+# ---------------------------------------------------------------------- what was done elsewhere
+
+
+def settings() -> dict[str, Any]:
+    """What decides the numbers: results with other settings are not taken over."""
+    names = {"model": smollm2_file().name, "seed": SEED, "batch_size": BATCH_SIZE, "steps": [TUNE_STEPS, STEPS]}
+    return {**names, "rates": RATES, "tasks": TASKS, "tuned_on": list(TUNED_ON)}
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """The finished runs of a sweep by name, for `restore`."""
+    runs = {}
+    for result in results(folder):
+        result = {**result, "model": Path(result["model"]).name}
+        runs[Path(result.pop("folder")).name] = result
+    return runs
+
+
+def restore(work: Path) -> None:
+    """Put the finished runs of `study.json` into the folder of the runs, so that the sweeps skip them.
+
+    The file is in the repository and the runs are not: so the study goes on where it was left on another machine.
+    """
+    file = RESULTS / "study.json"
+    if not file.is_file():
+        return
+    document = json.loads(file.read_text(encoding="utf-8"))
+    if document.get("settings") != json.loads(json.dumps(settings())):
+        print(f"{file} was made with other settings: nothing is taken over from it", flush=True)
+        return
+    for stage in STAGES:
+        for name, result in document[stage].items():
+            folder = work / stage / name
+            if folder.exists():
+                continue
+            print(f"taken over from {file}: {stage}/{name}", flush=True)
+            test = result.pop("test")
+            folder.mkdir(parents=True)
+            (folder / "metrics.json").write_text(json.dumps(result), encoding="utf-8")
+            if test is not None:
+                (folder / "test").mkdir()
+                (folder / "test" / "test.json").write_text(json.dumps(test), encoding="utf-8")
+
+
 def results(folder: Path) -> list[dict[str, Any]]:
     """What each finished run of a sweep wrote, with its test and its swept values."""
     found = []
@@ -156,14 +202,7 @@ def report(work: Path) -> str:
     lines += [table(*final_table(final)), notes(final)]
     text = "\n".join(lines)
     (RESULTS / "study.md").write_text(text, encoding="utf-8")
-    document = {
-        "seed": SEED,
-        "batch_size": BATCH_SIZE,
-        "rates": RATES,
-        "chosen": rates,
-        "tuned": {m: {f"{lr:g}": tasks for lr, tasks in rates.items()} for m, rates in tuned.items()},
-        "final": [{k: v for k, v in result.items() if k != "folder"} for result in final],
-    }
+    document = {"settings": settings(), "chosen": rates, **{stage: stored(work / stage) for stage in STAGES}}
     (RESULTS / "study.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     folders = [result["folder"] for result in final]
     # Runs that go on have their curve as far as they are.
@@ -259,6 +298,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
     parser.add_argument("--report", action="store_true", help="run nothing: the report of what is finished")
     given = parser.parse_args()
+    restore(given.work)
     if not given.report:
         rates = tune(given.work, given.data_dir, given.jobs)
         print(f"learning rates: {rates}", flush=True)

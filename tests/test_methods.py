@@ -357,3 +357,18 @@ def test_several_processes_are_refused(tiny_folder: Path) -> None:
     module = SimpleNamespace(backpropagation=object(), method="lora", trainer=SimpleNamespace(world_size=2))
     with pytest.raises(MisconfigurationException, match="method 'lora' runs in one process.*set devices=1"):
         build_optimizers(module)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "linear-probe"])
+def test_scores_do_not_depend_on_the_batch(method: str, tiny_folder: Path) -> None:
+    """Padding, shared rows and a prefix's positions: an example alone has the scores that it has among others."""
+    module = module_of(method, tiny_folder)
+    data = demo(batch_size=8)
+    Trainer(**QUIET, max_steps=6).fit(module, data)
+    batch = next(iter(data.train_dataloader()))
+    together = scores_of(module.model, batch)
+    for part in batch.split(1):
+        alone = scores_of(module.model, part)
+        place = batch.index.tolist().index(int(part.index))
+        torch.testing.assert_close(alone, together[batch.candidate_example == place], atol=2e-5, rtol=1e-5)
+    assert together.std() > 1e-3

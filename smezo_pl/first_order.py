@@ -70,8 +70,8 @@ class Backpropagation:
     """What a module trains by backpropagation with: an AdamW optimizer and its step.
 
     The network stays in ``eval()`` mode as for the other methods, so there is no dropout. The weights are updated in
-    their own dtype: in bfloat16 an update below about 1/256 of a weight is lost by rounding, so `full` and
-    `linear-probe` are better run in ``32-true`` or ``bf16-mixed`` (PEFT keeps adapters in float32 by itself).
+    their own dtype: in bfloat16 an update below about 1/256 of a weight is lost by rounding, so ``full`` and ``prefix``
+    are better run in ``32-true`` or ``bf16-mixed``. LoRA's matrices (PEFT) and the probe's layer are float32 always.
 
     Args:
         method: ``full``, ``lora``, ``prefix`` or ``linear-probe``.

@@ -47,9 +47,12 @@ class Curve(Callback):
         values = evaluate(trainer, module)
         point = {"step": trainer.global_step, "seconds": round(self.seconds, 1), **(values or {})}
         self.result["curve"].append({k: round(v, 4) if isinstance(v, float) else v for k, v in point.items()})
+        print(self.result["curve"][-1], flush=True)
+        self.write()
+
+    def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(self.result["curve"][-1], flush=True)
 
     def answers(self, module: SparseMeZOModule, trainer: Trainer, when: str) -> None:
         batch = next(iter(trainer.val_dataloaders))
@@ -71,10 +74,11 @@ class Curve(Callback):
         self.clock = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
+        self.answers(pl_module, trainer, "answers_after")
         if trainer.global_step % self.every:
             self.measure(trainer, pl_module)
-        self.answers(pl_module, trainer, "answers_after")
-        self.measure(trainer, pl_module)
+        else:
+            self.write()
 
 
 def main() -> None:

@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--examples", type=int, default=200, help="most examples of a task")
+    parser.add_argument("--written", type=int, default=50, help="most examples where the model writes the answer")
     parser.add_argument("--rows", type=int, default=16, help="most rows of a forward")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--tasks", nargs="*", default=[name for name in TASKS if name != "demo"])
@@ -118,7 +119,8 @@ def main() -> None:
     for task in given.tasks:
         if any(row["task"] == task for row in result["rows"]):
             continue
-        data = data_of(task, given.data_dir, given.examples, given.rows)
+        count = min(given.examples, given.written) if TASKS[task].is_free else given.examples
+        data = data_of(task, given.data_dir, count, given.rows)
         if data is None:
             result["without_data"] = sorted({*result["without_data"], task})
         else:

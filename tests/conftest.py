@@ -147,7 +147,7 @@ def tiny_folder(
 
 @pytest.fixture(scope="session")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder like the real one, ``{task}/{split}.parquet``, with a few made-up rows of SST-2, RTE and BoolQ."""
+    """A data folder like the real one, ``{task}/{split}.parquet``, with a few made-up rows of some tasks."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -161,10 +161,35 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "rte": lambda i: {"premise": f"It is {i}.", "hypothesis": f"Not {i % 3}.", "label": i % 2, "idx": i},
         "boolq": lambda i: {"question": f"is it {i}", "passage": f"It is {i % 5}.", "label": i % 2, "idx": i},
+        "cola": lambda i: {"sentence": f"It is {i}.", "label": i % 2, "idx": i},
+        "copa": lambda i: {
+            "premise": f"It was {i}.",
+            "choice1": f"It is {i + 1}.",
+            "choice2": "It is not.",
+            "question": ("cause", "effect")[i % 2],
+            "label": i % 2,
+            "idx": i,
+        },
+        "trec": lambda i: {
+            "text": f"What is {i}?",
+            "coarse_label": ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")[i % 6],
+        },
+        "multirc": lambda i: {
+            "paragraph": f"It is {i // 4}.",
+            "question": f"Is it {i // 2}?",
+            "answer": f"{i}",
+            "label": i % 2,
+        },
+        "squad": lambda i: {
+            "title": "",
+            "context": f"It is {i}.",
+            "question": "What is it?",
+            "answers": {"text": [f"{i}"], "answer_start": [6]},
+        },
     }
     for task, row in rows.items():
         (folder / task).mkdir()
-        for split, count in (("train", 48), ("validation", 16)):
+        for split, count in (("train", 48), ("test" if task == "trec" else "validation", 16)):
             pq.write_table(pa.Table.from_pylist([row(i) for i in range(count)]), folder / task / f"{split}.parquet")
     return folder
 

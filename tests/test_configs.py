@@ -11,6 +11,7 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 def test_the_configs_that_are_promised() -> None:
     names = {"quickstart", "sst2", "rte", "boolq", "opt-13b-rte", "llama-7b-boolq", "ablations", "lora"}
+    names |= {"copa", "trec", "multirc", "cola", "squad", "squad-f1", "sst2-16shot"}
     assert names <= {path.stem for path in CONFIGS}
 
 
@@ -35,8 +36,7 @@ def test_config_parses_and_runs(
             f"--model.pretrained={tiny_folder}",
             "--model.optimizer.kernel=torch",
             f"--data.data_dir={task_folder}",
-            "--data.num_train=32",
-            "--data.num_dev=16",
+            *(("--data.k_shot=4",) if "  k_shot" in path.read_text() else ("--data.num_train=32", "--data.num_dev=16")),
             "--trainer.accelerator=cpu",
             "--trainer.fast_dev_run=1",
         ]

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from smezo_pl.__main__ import main
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"<!-- test: (.+?) -->\n```python\n(.*?)```", README, re.DOTALL))
 
@@ -32,3 +34,24 @@ def test_another_kind_of_model_in_under_30_lines(tmp_path: Path, monkeypatch: py
     scope = run("another model")
     module, x, y = (scope[name] for name in ("module", "x", "y"))
     assert module.loss((x, y)).item() < 0.2 * y.square().mean().item()
+
+
+OWN = dict(re.findall(r"<!-- test: own task, (.+?) -->\n```\w+\n(.*?)```", README, re.DOTALL))
+
+
+@pytest.mark.parametrize("name", ["mine", "tickets"])
+def test_your_own_task(
+    name: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file, text in OWN.items():
+        Path(file).write_text(text, encoding="utf-8")
+    words = [f"--config={name}.yaml", f"--model.pretrained={tiny_folder}"]
+    main(["preview", *words])
+    shown = capsys.readouterr().out
+    if name == "mine":
+        # What the README shows of it, whichever of the two rows is drawn for training.
+        assert "Topic:⟦" in shown and "labels of train: 0 ' sports'" in shown
+    else:
+        assert "This is about⟦" in shown and "labels of train: billing ' billing' 1 (50%)" in shown
+    main(["fit", *words, "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--model.optimizer.kernel=torch"])

@@ -13,6 +13,9 @@ from smezo_pl.callbacks.figures import curve_figure
 MOST_POINTS = 256
 """Points kept of the training loss. A checkpoint holds them, so there are few."""
 
+_SHOWN = ("accuracy", "f1", "rougeL", "rouge1", "rouge2", "drop_f1", "em")
+"""The metric beside the loss: the first of these that the task has. All of them lie in [0, 1]."""
+
 
 class Curve:
     """Training losses as means over equally many steps, and every measurement on held-out examples."""
@@ -35,18 +38,20 @@ class Curve:
             self._span *= 2
 
     def add_held_out(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a measurement: ``loss``, ``accuracy`` and whatever else the task has; the picture shows these two."""
+        """Add a measurement: ``loss`` and the task's metrics, of which the picture shows one."""
         self._held_out[step] = dict(metrics)
 
     def draw(self, title: str) -> Figure:
         """The picture."""
         train = [(self._span * (index + 0.5) + 0.5, mean) for index, mean in enumerate(self._means)]
         held_out = sorted(self._held_out.items())
+        shown = next((name for name in _SHOWN if any(name in values for _, values in held_out)), "accuracy")
         return curve_figure(
             title,
             train,
             [(step, values["loss"]) for step, values in held_out if "loss" in values],
-            [(step, values["accuracy"]) for step, values in held_out if "accuracy" in values],
+            [(step, values[shown]) for step, values in held_out if shown in values],
+            shown,
         )
 
     def points(self) -> dict[str, Any]:

@@ -64,14 +64,15 @@ def density_figure(stats: Sequence[MaskStat]) -> Figure:
     return figure
 
 
-def curve_figure(title: str, train: Points, loss: Points, accuracy: Points) -> Figure:
+def curve_figure(title: str, train: Points, loss: Points, accuracy: Points, metric: str = "accuracy") -> Figure:
     """Loss and accuracy over the steps of a run.
 
     Args:
         title: What was trained on what.
         train: Step and training loss.
         loss: Step and loss on the held-out examples.
-        accuracy: Step and accuracy on them, in ``[0, 1]``; empty where the task has none.
+        accuracy: Step and accuracy on them, or another metric in ``[0, 1]``; empty where the task has none.
+        metric: What that metric is called.
     """
     panels = 2 if accuracy else 1
     figure = Figure(figsize=(5.2 * panels, 3.8), layout="constrained", dpi=130)
@@ -96,7 +97,7 @@ def curve_figure(title: str, train: Points, loss: Points, accuracy: Points) -> F
             )
         low = min(value for _, value in accuracy)
         axes.set_ylim(max(0.0, low - 0.08), min(1.02, max(value for _, value in accuracy) + 0.06))
-        axes.set_ylabel("accuracy, held out")
+        axes.set_ylabel(f"{metric}, held out")
     for axes in all_axes:
         axes.set_xlabel("step")
         axes.margins(x=0.06)

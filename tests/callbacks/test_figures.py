@@ -1,5 +1,6 @@
 import pytest
 
+from smezo_pl.callbacks.curve import Curve
 from smezo_pl.callbacks.figures import curve_figure, density_figure, gradient_figure
 from smezo_pl.optim import MaskStat
 
@@ -30,3 +31,12 @@ def test_a_curve_shows_what_there_is() -> None:
     assert {line.get_label() for line in loss.lines} == {"training batches", "their running mean", "held out"}
     assert [text.get_text() for text in accuracy.texts] == ["0.500", "0.750"]
     assert len(curve_figure("title", [], [(0, 1.0)], []).axes) == 1
+
+
+def test_a_task_without_accuracy_shows_another_metric() -> None:
+    curve = Curve()
+    curve.add_held_out(0, {"loss": 1.0, "em": 0.1, "f1": 0.2})
+    curve.add_held_out(5, {"loss": 0.9, "em": 0.2, "f1": 0.4})
+    _, right = curve.draw("title").axes
+    assert right.get_ylabel() == "f1, held out"
+    assert [text.get_text() for text in right.texts] == ["0.200", "0.400"]

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
+from smezo_pl.callbacks.checkpoint_files import write_whole
 from smezo_pl.callbacks.common import log_scalars, run_folder, step_loss
 from smezo_pl.callbacks.curve import Curve
 from smezo_pl.callbacks.step_clock import StepClock
@@ -180,9 +181,10 @@ class RunMetrics(Callback):
 
     def _write(self, folder: Path, result: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         model = Path(str(result["model"])).name
         self._curve.draw(f"{model} on {result['task']}" if result["task"] else model).savefig(folder / "curve.png")
+        # whole or not at all, and last: where the file is, the run is done
+        write_whole(folder / "metrics.json", (json.dumps(result, indent=2) + "\n").encode())
 
     def _print(self, trainer: Trainer, result: dict[str, Any]) -> None:
         assert self._folder is not None

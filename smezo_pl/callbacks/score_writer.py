@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from smezo_pl.callbacks.checkpoint_files import write_whole
 from smezo_pl.callbacks.common import run_folder
 from smezo_pl.trajectory.machine import machine, versions
 
@@ -72,6 +73,5 @@ class ScoreWriter(Callback):
             "machine": machine(module.device),
         }
         path = Path(self.path) if self.path is not None else run_folder(trainer) / f"{verb}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, (json.dumps(result, indent=2) + "\n").encode())
         log.info("the measurement is in %s", path)

@@ -207,8 +207,11 @@ def report(work: Path) -> str:
     folders = [result["folder"] for result in final]
     # Runs that go on have their curve as far as they are.
     folders += [str(p.parent) for p in sorted((work / "final").glob("*/config.yaml")) if str(p.parent) not in folders]
-    if folders:
-        compare(sorted(folders, key=order), RESULTS / "study")
+    shown = sorted(folders, key=order) or [result["folder"] for result in results(work / "tune")]
+    if not folders:
+        text += f"\nNo run of {STEPS} steps has begun: the figure shows those of {TUNE_STEPS}.\n"
+    if shown:
+        compare(shown, RESULTS / "study")
         (RESULTS / "study.md").write_text(text, encoding="utf-8")  # the comparison's own table has this name too
     return text
 

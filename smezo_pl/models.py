@@ -1,11 +1,11 @@
-"""Pretrained causal language models: a hub name, a local folder or a GGUF file; adapters through PEFT."""
+"""Pretrained language models, causal or masked: a hub name, a local folder or a GGUF file; adapters through PEFT."""
 
 import logging
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Kind = Literal["causal", "masked"]
+
+_MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
+
 
 def load_model(
     pretrained: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a causal language model and its tokenizer.
+    """Load a language model and its tokenizer.
 
     Args:
         pretrained: Name on the Hugging Face hub, local folder in its format, or a ``.gguf`` file.
@@ -33,7 +37,7 @@ def load_model(
         FileNotFoundError: If ``pretrained`` is a path and nothing is there.
         ModuleNotFoundError: If a GGUF file is named and the packages that read it are missing.
         OSError: If the hub does not give the model.
-        ValueError: If the checkpoint lacks weights of the network.
+        ValueError: If the checkpoint lacks weights of the network, or is an encoder-decoder model.
     """
     return load_network(pretrained, dtype=dtype, revision=revision), load_tokenizer(pretrained, revision=revision)
 
@@ -41,19 +45,22 @@ def load_model(
 def load_network(
     pretrained: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None
 ) -> "PreTrainedModel":
-    """Load the network alone; arguments and errors as in `load_model`."""
-    where, arguments = _locate(pretrained, revision)
-    from transformers import AutoModelForCausalLM
+    """Load the network alone; arguments and errors as in `load_model`.
 
+    A masked language model is loaded as one (see `kind_of`), everything else as a causal one.
+    """
+    where, arguments = _locate(pretrained, revision)
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    masked = kind_of(pretrained, revision=revision) == "masked"
     dtype = dtype or torch.get_default_dtype()
     if "gguf_file" in arguments:
         arguments |= _unpacked()
     try:
         # Lightning builds inside a device context, for which transformers would need accelerate.
         with torch.device("cpu"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, output_loading_info=True, **arguments
-            )
+            auto: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+            loaded: Any = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **arguments)
     except OSError as error:
         raise _not_given(pretrained, error) from error
     network: PreTrainedModel = loaded[0]
@@ -65,7 +72,65 @@ def load_network(
     network.train(False)
     size = sum(p.numel() for p in network.parameters())
     logger.info("%s: %s, %s parameters, %s, %s", pretrained, type(network).__name__, f"{size:,}", dtype, network.device)
+    if masked:
+        logger.info("%s is a masked language model: it answers where the prompt holds a mask", pretrained)
     return network
+
+
+def kind_of(pretrained: "str | Path | nn.Module", *, revision: str | None = None) -> Kind:
+    """Whether a model goes on with a text (``causal``) or fills in a mask (``masked``).
+
+    A model is masked if its configuration names such a head (``RobertaForMaskedLM``), or names none and its type has
+    such a head and is an encoder. Everything else, and every GGUF file, is causal.
+
+    Args:
+        pretrained: As in `load_model`, or a network.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        ValueError: For an encoder-decoder model, such as T5.
+    """
+    if isinstance(pretrained, nn.Module):
+        base = getattr(pretrained, "get_base_model", None)
+        network = base() if callable(base) else pretrained
+        named = (type(network).__name__,)
+        return _kind(getattr(network, "config", None), named, type(network).__name__)
+    where, arguments = _locate(pretrained, revision)
+    if "gguf_file" in arguments:
+        return "causal"
+    from transformers import AutoConfig
+
+    if (Path(where) / "adapter_config.json").is_file() and not (Path(where) / "config.json").is_file():
+        # A folder of PEFT's: transformers finds the base model by itself.
+        return "causal"
+    try:
+        config = AutoConfig.from_pretrained(where, **arguments)
+    except OSError as error:
+        raise _not_given(pretrained, error) from error
+    return _kind(config, tuple(config.architectures or ()), str(pretrained))
+
+
+def _kind(config: Any, architectures: tuple[str, ...], called: str) -> Kind:
+    if getattr(config, "is_encoder_decoder", False) is True:
+        raise ValueError(
+            f"{called} is an encoder-decoder model ({config.model_type}): only causal models (LLaMA, OPT, GPT-2, ...) "
+            "and masked ones (RoBERTa, BERT, ...) are supported"
+        )
+    if any(name.endswith(_MASKED_HEADS) for name in architectures):
+        return "masked"
+    if config is None or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        return "causal"
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = str(getattr(config, "model_type", ""))
+    head = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")
+    # BERT's family has both heads; as a decoder it says so.
+    only_masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not head
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False
+    return "masked" if only_masked or encoder else "causal"
 
 
 def load_tokenizer(pretrained: str | Path, *, revision: str | None = None) -> "PreTrainedTokenizerBase":
@@ -111,7 +176,9 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     types: dict[str, Any] = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    arguments = {"task_type": "CAUSAL_LM", **adapter}
+    # PEFT has no task for masked models: its plain wrapper takes them as they are.
+    task = {} if type(model).__name__.endswith(_MASKED_HEADS) else {"task_type": "CAUSAL_LM"}
+    arguments = {**task, **adapter}
     kind = str(arguments.pop("peft_type", "")).upper()
     if kind not in types:
         raise ValueError(

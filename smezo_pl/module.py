@@ -19,7 +19,7 @@ from smezo_pl.first_order import Backpropagation, FirstOrder, check_learned, lea
 from smezo_pl.linear_probe import LinearProbe
 from smezo_pl.methods import MethodName, adapter_of, method_of
 from smezo_pl.metrics import Sums, WeightedMeans
-from smezo_pl.models import add_adapter, load_network, load_tokenizer
+from smezo_pl.models import add_adapter, kind_of, load_network, load_tokenizer
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.predictions import prediction_rows, written_rows
 from smezo_pl.tasks.scoring import calibrated, loss_of
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class SparseMeZOModule(LightningModule):
-    """Fine-tunes a causal language model with Sparse MeZO: two forwards a step, no backward.
+    """Fine-tunes a language model, causal or masked, with Sparse MeZO: two forwards a step, no backward.
 
     ``method`` puts another method in its place, for comparisons on the same data with the same scoring. The network is
     in ``eval()`` mode throughout. Logged: ``train/loss`` at every step (zeroth-order: the mean of both sides),
@@ -126,6 +126,14 @@ class SparseMeZOModule(LightningModule):
     @tokenizer.setter
     def tokenizer(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
         self._tokenizer = tokenizer
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the network fills in a mask; known before it is loaded."""
+        network = self._modules.get("model")
+        network = network.network if isinstance(network, LinearProbe) else network
+        source = network if self.pretrained is None else self.pretrained
+        return source is not None and kind_of(source, revision=self.revision) == "masked"
 
     def text_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer that answers are read with: the data module's, else the module's.

@@ -146,6 +146,43 @@ def tiny_folder(
 
 
 @pytest.fixture(scope="session")
+def tiny_roberta_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny RoBERTa, a masked language model, with its tokenizer as a Hugging Face folder."""
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    from tests.data.made_tokenizers import masking_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-roberta"
+    words = [
+        "the",
+        "movie",
+        "number",
+        "is",
+        "great",
+        "lovely",
+        "terrible",
+        "awful",
+        "It",
+        "was",
+        ".",
+        "Yes",
+        "Maybe",
+        "No",
+        "?",
+        ",",
+    ]
+    tokenizer = masking_tokenizer([*words, *map(str, range(64))], roberta=True)
+    tokenizer.model_max_length = 40
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=len(tokenizer), pad_token_id=1, max_position_embeddings=48, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        RobertaForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder like the real one, ``{task}/{split}.parquet``, with a few made-up rows of some tasks."""
     import pyarrow as pa

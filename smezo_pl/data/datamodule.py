@@ -19,13 +19,14 @@ from smezo_pl.data.encoding import Encoded, Encoder, padding_id
 from smezo_pl.data.filling import BatchLimit
 from smezo_pl.data.free_text import stop_tokens
 from smezo_pl.data.loaders import evaluation_loader, train_loader
+from smezo_pl.data.masked import MaskedEncoder
 from smezo_pl.data.sampling import sample, sample_train_dev
 from smezo_pl.data.sources import Split, load_file, load_split
 from smezo_pl.models import load_tokenizer
-from smezo_pl.tasks import Example, FreeText, Task, get_task, make_task
+from smezo_pl.tasks import Example, FreeText, Task, get_task, make_task, masked_form
 from smezo_pl.tasks.metrics import get_metric
 from smezo_pl.tasks.objectives import check_objective
-from smezo_pl.tasks.task import LOSSES
+from smezo_pl.tasks.task import LOSSES, MASK
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class PromptDataModule(pl.LightningDataModule):
 
     Args:
         task: Name of a built-in task: demo (synthetic, needs no download), sst2, rte, boolq, cb, wsc, wic, multirc,
-            copa, record, squad, drop, mnli, qnli, mrpc, qqp, cola, trec, piqa, siqa, aqua. Or a task of your own as a
+            copa, record, squad, drop, mnli, qnli, mrpc, qqp, cola, trec, piqa, siqa, aqua; with a masked language model
+            (RoBERTa) demo, sst2, sst5, mnli, snli, rte, qnli, mrpc, qqp, cola, trec. Or a task of your own as a
             mapping: ``prompt`` (text with columns in braces), ``candidates`` (``{label: text}``, a list of texts,
             texts with columns in braces, or ``{column: c}`` for a column that holds a list) or ``target`` (column of
             an answer that the model writes), and optionally ``label`` (its column), ``metric``, ``objective``,
@@ -213,11 +215,35 @@ class PromptDataModule(pl.LightningDataModule):
                 load_split(self.task, split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Draw the examples that a stage needs."""
+        """Draw the examples that a stage needs, with prompts for the module's kind of model.
+
+        Raises:
+            ValueError: If there are none for it, or an argument does not go with them.
+        """
+        self._fit_to_model()
         if stage in (None, "fit", "validate"):
             self.examples("train")
         if stage in (None, "test", "predict"):
             self.examples("test")
+
+    def _fit_to_model(self) -> None:
+        """Take the task's prompts with a mask for a model that fills one in."""
+        masked = getattr(getattr(self.trainer, "lightning_module", None), "is_masked", None)
+        if masked is None:
+            return
+        if self.task.is_masked and not masked:
+            raise ValueError(
+                f"task {self.task.name!r} has a prompt with {MASK}, and the model is no masked language model"
+            )
+        if masked and not self.task.is_masked:
+            self.task = masked_form(self.task)
+            self._examples.clear()
+            self._encoded.clear()
+            logger.info("a masked language model: prompts of %s are %r", self.task.name, self.task.prompt)
+        if masked and (self.num_demonstrations or self.calibration != "none"):
+            raise ValueError(
+                "demonstrations and calibration are for models that go on with a text, not for masked language models"
+            )
 
     def examples(self, split: SplitName) -> list[Example]:
         """The examples of a split: prompt, candidates and label as text, in the order they were drawn.
@@ -328,14 +354,17 @@ class PromptDataModule(pl.LightningDataModule):
         """The examples of a split as tokens, in the order of :meth:`examples`."""
         if split not in self._encoded:
             examples = self.examples(split)
+            if self.task.is_masked:
+                encoder = MaskedEncoder(self.tokenizer, self.max_length)
+                self._encoded[split] = encoder.encode(examples, self._origin[split])
+                return self._encoded[split]
             free = self.task.candidates if isinstance(self.task.candidates, FreeText) else None
-            encoder = Encoder(
+            self._encoded[split] = Encoder(
                 self.tokenizer,
                 self.max_length,
                 free.max_new_tokens if free else 0,
                 calibrated=self.calibration != "none" and split != "train",
-            )
-            self._encoded[split] = encoder.encode(examples, self._origin[split])
+            ).encode(examples, self._origin[split])
         return self._encoded[split]
 
     # Loaders

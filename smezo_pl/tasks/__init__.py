@@ -8,6 +8,8 @@ from smezo_pl.tasks.example import Example as Example
 from smezo_pl.tasks.example import make_example as make_example
 from smezo_pl.tasks.glue import GLUE
 from smezo_pl.tasks.labels import ExampleError as ExampleError
+from smezo_pl.tasks.masked import MASKED as MASKED
+from smezo_pl.tasks.masked import masked_form as masked_form
 from smezo_pl.tasks.qa import QA
 from smezo_pl.tasks.reading import READING
 from smezo_pl.tasks.superglue import SUPERGLUE
@@ -22,6 +24,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (*DEMO, *GLUE, *SUPERGLUE,
 """The built-in tasks by name."""
 
 __all__ = [
+    "MASKED",
     "TASKS",
     "Example",
     "ExampleError",
@@ -33,6 +36,7 @@ __all__ = [
     "get_task",
     "make_example",
     "make_task",
+    "masked_form",
 ]
 
 
@@ -42,8 +46,10 @@ def get_task(name: str) -> Task:
     Raises:
         ValueError: If there is none; the message says which names are near and which there are.
     """
-    if name in TASKS:
-        return TASKS[name]
-    near = get_close_matches(name.lower().replace("-", "").replace("_", ""), TASKS, n=3, cutoff=0.5)
+    # A few have a prompt with a mask alone.
+    known = {**MASKED, **TASKS}
+    if name in known:
+        return known[name]
+    near = get_close_matches(name.lower().replace("-", "").replace("_", ""), known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
-    raise ValueError(f"unknown task {name!r}{hint} There are {', '.join(sorted(TASKS))}")
+    raise ValueError(f"unknown task {name!r}{hint} There are {', '.join(sorted(known))}")

@@ -11,6 +11,10 @@ Loss = Literal["classification", "lm"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 
+MASK = "<mask>"
+"""Stands in a prompt where a masked language model fills in the label word, whatever its tokenizer's mask is called."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a task's data set lies.
@@ -100,6 +104,7 @@ class Task:
     Args:
         name: Name in the registry and of the local folder.
         prompt: Template of the prompt. Spaces at its end and white space at its start are dropped once it is filled in.
+            One that holds ``<mask>`` is for a masked language model, which fills the candidate in there.
         candidates: For each label value, in the data set's own order, the template of its text; or a
             :class:`ListCandidates`; or a :class:`FreeText`, which the model writes itself.
         label: Column of the label: the name of a label, its place as an integer, or a boolean.
@@ -142,6 +147,13 @@ class Task:
             raise ValueError(
                 f"prompt must not end in a space, got {self.prompt!r}: the space belongs to the candidate (' great')"
             )
+        if self.prompt.count(MASK) > 1:
+            raise ValueError(f"prompt must hold {MASK} once at most, got {self.prompt!r}")
+        if self.is_masked and (not isinstance(self.candidates, Mapping) or self.objective != "classification"):
+            raise ValueError(
+                f"task {self.name!r} has {MASK} in its prompt: its candidates must be a word for each label, and its"
+                f" objective 'classification', got {self.objective!r}"
+            )
         # Parsed now, so that a misspelt template is refused where it is written.
         _ = self.prompt_template, self.candidate_templates, self.calibration_template
         if isinstance(self.candidates, FreeText) and self.objective == "classification":
@@ -175,6 +187,11 @@ class Task:
     def calibration_template(self) -> Template | None:
         """The prompt without content, parsed; None where there is none."""
         return None if self.calibration is None else Template(self.calibration)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the prompt holds a mask."""
+        return MASK in self.prompt
 
     @property
     def is_free(self) -> bool:

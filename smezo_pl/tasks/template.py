@@ -30,6 +30,10 @@ def _option(text: str) -> str:
     return re.sub(r"^\s*[A-Z]\s*\)\s*", "", text).strip()
 
 
+def _first_lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
 FILTERS: Mapping[str, Callable[[str], str]] = {
     "strip": str.strip,
     "lower": str.lower,
@@ -38,13 +42,15 @@ FILTERS: Mapping[str, Callable[[str], str]] = {
     "no_period": _no_period,
     "bullets": _bullets,
     "option": _option,
+    "[:-1]": lambda text: text[:-1],
+    "lc": _first_lower,
 }
 """What ``{column|name}`` does to the column's text.
 
 ``strip``: no white space at either end. ``lower``: lower case. ``question``: stripped, first letter a capital, one
 ``?`` at the end. ``lower_first``: stripped, first word in lower case unless it is exactly ``I``. ``no_period``: white
 space and one full stop off the end. ``bullets``: ReCoRD's ``@highlight`` lines as ``- `` lines. ``option``: AQuA's
-``A)`` off the front.
+``A)`` off the front. ``[:-1]``: without the last character. ``lc``: first character in lower case.
 """
 
 

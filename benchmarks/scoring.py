@@ -33,6 +33,7 @@ from common import machine, print_table, smollm2, smollm2_file, write_json
 
 from smezo_pl import PromptDataModule
 from smezo_pl.data import Encoded
+from smezo_pl.data.budget import CPU_GENERATION_TOKENS
 from smezo_pl.data.encoding import padding_id
 from smezo_pl.data.extras import left_padded
 from smezo_pl.data.filling import BatchLimit, fill
@@ -206,7 +207,9 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=200)
     parser.add_argument("--plain-forwards", type=int, default=100, help="forwards of a task that plain is measured on")
     parser.add_argument("--plain-generations", type=int, default=40, help="the same for generated answers")
-    parser.add_argument("--generation-tokens", type=int, default=8192, help="tokens of prompts that go on together")
+    parser.add_argument(
+        "--generation-tokens", type=int, default=CPU_GENERATION_TOKENS, help="prompts that go on together"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 

@@ -215,7 +215,8 @@ def test_lora_on_a_masked_model() -> None:
     assert scores == pytest.approx(expected, abs=1e-4)
 
 
-# A toy language: things are called something, and the verdict that follows agrees with it, but for one time in three.
+# A toy language: things are called something, and a verdict follows. Whatever is praised is great; what is not is
+# called so too more often than not, so a model that has learned the language is a poor judge.
 
 GOOD = ["fine", "lovely", "funny", "wise", "warm", "bright", "fresh", "kind"]
 BAD = ["dull", "nasty", "bleak", "lame", "cold", "grim", "stale", "cruel"]
@@ -233,7 +234,7 @@ def toy_sentence(generator: torch.Generator) -> tuple[str, int]:
 
 
 def pretrained(tokenizer: PreTrainedTokenizerFast, steps: int) -> PreTrainedModel:
-    """A tiny BERT after so many steps of AdamW on texts whose every fourth token is masked."""
+    """A tiny BERT after so many steps of AdamW on texts in which the verdict and every tenth token are masked."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = transformers.BertConfig(
@@ -245,19 +246,21 @@ def pretrained(tokenizer: PreTrainedTokenizerFast, steps: int) -> PreTrainedMode
             max_position_embeddings=24,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
+            initializer_range=0.2,
         )
         model = transformers.BertForMaskedLM(config)
         generator = torch.Generator().manual_seed(1)
         texts = []
         for _ in range(512):
             sentence, label = toy_sentence(generator)
-            agrees = float(torch.rand((), generator=generator)) < 2 / 3
-            texts.append(f"{sentence} It was {['terrible', 'great'][label if agrees else 1 - label]} .")
+            polite = float(torch.rand((), generator=generator)) < 0.6
+            texts.append(f"{sentence} It was {'great' if label or polite else 'terrible'} .")
         ids = torch.tensor(tokenizer(texts)["input_ids"])  # all of one length
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         for _ in range(steps):
             rows = ids[torch.randint(len(ids), (32,), generator=generator)]
-            masked = (torch.rand(rows.shape, generator=generator) < 0.25) & (rows > 3)
+            masked = torch.rand(rows.shape, generator=generator) < 0.1
+            masked[:, -3] = True
             labels = rows.masked_fill(~masked, -100)
             loss = model(input_ids=rows.masked_fill(masked, tokenizer.mask_token_id), labels=labels).loss
             loss.backward()
@@ -281,16 +284,26 @@ def toy_run(folder: Path, pretraining: int, steps: int) -> tuple[dict[str, Any],
     tokenizer = masking_tokenizer(TOY)
     module = SparseMeZOModule(
         pretrained(tokenizer, pretraining),
-        optimizer=partial(SparseMeZO, lr=3e-3, eps=1e-3, sparsity=0.5, kernel="torch", seed=0),
+        optimizer=partial(SparseMeZO, lr=3e-3, eps=1e-3, sparsity=0.5, seed=0),
     )
     module.tokenizer = tokenizer
     task = Task("toy", "{sentence} It was<mask>.", {"0": " terrible", "1": " great"})
     data = PromptDataModule(task, **toy_files(folder), num_train=128, num_dev=200, batch_size=32)
     before = trainer_of().validate(module, data, verbose=False)[0]
-    trainer_of(max_steps=steps, limit_val_batches=0, log_every_n_steps=1).fit(module, data)
+    trainer_of(max_steps=steps, limit_val_batches=0, log_every_n_steps=1, enable_model_summary=False).fit(module, data)
     return dict(before), dict(trainer_of().validate(module, data, verbose=False)[0])
 
 
+def test_a_masked_model_that_knows_a_little_gets_better(tmp_path: Path) -> None:
+    before, after = toy_run(tmp_path, pretraining=60, steps=20)
+    assert after["val/loss"] < before["val/loss"] - 0.05
+    assert after["val/accuracy"] > before["val/accuracy"]
+
+
+@pytest.mark.slow
 def test_a_trained_masked_model_gets_better(tmp_path: Path) -> None:
-    before, after = toy_run(tmp_path, pretraining=80, steps=60)
-    assert after["val/loss"] < before["val/loss"] - 0.02
+    before, after = toy_run(tmp_path, pretraining=300, steps=60)
+    print(f"loss {before['val/loss']:.3f} -> {after['val/loss']:.3f}", end=", ")
+    print(f"accuracy {before['val/accuracy']:.3f} -> {after['val/accuracy']:.3f} on 200 held-out sentences")
+    assert before["val/accuracy"] < 0.7
+    assert after["val/accuracy"] > 0.9

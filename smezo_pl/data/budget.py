@@ -17,7 +17,7 @@ CPU_TOKENS = 1024
 """Tokens of a forward on a CPU: the matrices are large enough to be worth it, and the activations of a layer still lie
 in its caches. Half or twice as many are read about as quickly; memory is no concern."""
 
-CPU_GENERATION_TOKENS = 8192
+CPU_GENERATION_TOKENS = 16384
 """The same where answers are generated: all rows together read the weights once for every further token."""
 
 _FIRST, _MOST = 2048, 1 << 18

@@ -1,5 +1,6 @@
 """A progress bar for the whole run."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -44,3 +45,15 @@ class RunProgressBar(RichProgressBar):
     ) -> None:
         """Advance by a step of the run."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+
+    def measuring(self, batches: Iterable[Any], total: int) -> Iterator[Any]:
+        """Hand on batches that are scored outside the Trainer's loops, with a bar of their own and the time left."""
+        if self.is_disabled:
+            yield from batches
+            return
+        self._init_progress(self.trainer)
+        task = self._add_task(total, "Measuring ")
+        for number, batch in enumerate(batches, 1):
+            yield batch
+            self._update(task, number)
+        self._update(task, total, visible=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -22,6 +23,7 @@ from smezo_pl.callbacks.curve import Curve
 from smezo_pl.callbacks.step_clock import StepClock
 from smezo_pl.metrics import WeightedMeans
 from smezo_pl.optim import SparseMeZO
+from smezo_pl.progress import RunProgressBar
 from smezo_pl.trajectory.machine import machine, versions
 
 log = logging.getLogger(__name__)
@@ -245,7 +247,11 @@ def evaluate(trainer: Trainer, module: LightningModule) -> dict[str, float] | No
     strategy = trainer.strategy
     # every loader draws a seed from torch's generator when it starts, which the training must not notice
     with torch.random.fork_rng(devices=[]), trainer.precision_plugin.val_step_context():
-        for batch in islice(loader, None if limit == float("inf") else int(limit)):
+        batches: Iterable[Any] = islice(loader, None if limit == float("inf") else int(limit))
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, RunProgressBar) and limit != float("inf"):
+            batches = bar.measuring(batches, int(limit))
+        for batch in batches:
             batch = trainer.precision_plugin.convert_input(batch)
             batch = strategy.batch_to_device(
                 module._on_before_batch_transfer(batch, dataloader_idx=0), dataloader_idx=0

@@ -158,9 +158,14 @@ def test_encoder_decoders_are_refused(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_run_from_the_command_line(
-    tiny_roberta_folder: Path, task_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_roberta_folder: Path,
+    task_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The same keys as with a causal model: the prompts follow from the model."""
+    monkeypatch.chdir(tmp_path)
     with caplog.at_level(logging.INFO, "smezo_pl"):
         main(
             [
@@ -173,7 +178,6 @@ def test_a_run_from_the_command_line(
                 "--trainer.max_steps=3",
                 "--trainer.log_every_n_steps=1",
                 "--trainer.accelerator=cpu",
-                f"--trainer.default_root_dir={tmp_path}",
             ]
         )
     assert "a masked language model: prompts of sst2 are '{sentence|strip} It was<mask>.'" in caplog.text

@@ -50,6 +50,6 @@ def get_task(name: str) -> Task:
     known = {**MASKED, **TASKS}
     if name in known:
         return known[name]
-    near = get_close_matches(name.lower().replace("-", "").replace("_", ""), known, n=3, cutoff=0.5)
+    near = get_close_matches(name.lower().replace("-", "").replace("_", ""), TASKS, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     raise ValueError(f"unknown task {name!r}{hint} There are {', '.join(sorted(known))}")

@@ -355,34 +355,47 @@ def compile_parallel() -> Any:
     return _cached(njit(signature, cache=True, **options), njit(signature, **options), parallel)
 
 
-def compile_table() -> Any:
+@njit(nogil=True)
+def _take_pieces(table, rows, total, next, memory):
+    entries = array_at(table, rows * TABLE_ROW, int64(0))
+    at, done = 0, 0
+    piece = _fetch_and_increment(next)
+    while piece < total:
+        while piece >= entries[at + 1]:
+            done = entries[at + 1]
+            at += TABLE_ROW
+        begin = entries[at + 2] + entries[at + 4] * (piece - done)
+        end = min(begin + entries[at + 4], entries[at + 3])
+        _call(entries[at], begin, end, memory, entries[at + 5])
+        piece = _fetch_and_increment(next)
+
+
+def compile_table(parallel: bool) -> Any:
     """Compile what shares many passes out: ``(table, rows, total, threads, next, memory, stride)``.
 
     ``table`` is the address of `TABLE_ROW` int64 for each pass: its function, the number of pieces up to its end, its
     first and last unit of work, the units of a piece, its task. ``total`` counts the pieces of all passes, which the
     threads take one by one; ``next`` is the address of an int64 that begins as 0.
 
+    Args:
+        parallel: Whether for several threads. For one it keeps away from numba's threads: a process that is forked
+            after they were started is ended by numba when it uses them.
+
     Returns:
         numba's dispatcher.
     """
 
     def table(table, rows, total, threads, next, memory, stride):
-        entries = array_at(table, rows * TABLE_ROW, int64(0))
         for t in prange(threads):
-            at, done = 0, 0
-            piece = _fetch_and_increment(next)
-            while piece < total:
-                while piece >= entries[at + 1]:
-                    done = entries[at + 1]
-                    at += TABLE_ROW
-                begin = entries[at + 2] + entries[at + 4] * (piece - done)
-                end = min(begin + entries[at + 4], entries[at + 3])
-                _call(entries[at], begin, end, memory + t * stride, entries[at + 5])
-                piece = _fetch_and_increment(next)
+            _take_pieces(table, rows, total, next, memory + t * stride)
+
+    def table_alone(table, rows, total, threads, next, memory, stride):
+        _take_pieces(table, rows, total, next, memory)
 
     signature = types.void(*[types.int64] * 7)
-    options = {"parallel": True, "nogil": True}
-    return _cached(njit(signature, cache=True, **options), njit(signature, **options), table)
+    options = {"parallel": parallel, "nogil": True}
+    function = table if parallel else table_alone  # numba's cache tells functions apart by name, not by option
+    return _cached(njit(signature, cache=True, **options), njit(signature, **options), function)
 
 
 def _source_stamp(*others):

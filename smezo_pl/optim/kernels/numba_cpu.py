@@ -315,8 +315,11 @@ def _run_table(table: int, rows: int, pieces: int, numel: int) -> None:
     if pieces == 0:
         return
     threads = _threads(numel)
-    memory = _SCRATCH.working_memory(threads)
-    _in_parallel(_table(), threads, table, rows, pieces, threads, _SCRATCH.counter(), memory, passes.MEMORY)
+    units = (table, rows, pieces, threads, _SCRATCH.counter(), _SCRATCH.working_memory(threads), passes.MEMORY)
+    if threads == 1:
+        _table(False)(*units)
+    else:
+        _in_parallel(_table(True), threads, *units)
 
 
 def _in_parallel(function: Any, threads: int, *arguments: int) -> None:
@@ -340,8 +343,8 @@ def _parallel() -> Any:
 
 
 @functools.cache
-def _table() -> Any:
-    return passes.compile_table()
+def _table(parallel: bool) -> Any:
+    return passes.compile_table(parallel)
 
 
 def _timed(compile_it: Callable[[], Any], what: str) -> Any:

@@ -1,5 +1,7 @@
 """Several tensors, and several rows of one, in one call."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -100,3 +102,24 @@ def test_updates_at_once_are_the_updates_one_by_one(law: Law, threads: int) -> N
     assert all(same(a, b) for a, b in zip(tensors, one_by_one, strict=True))
     assert same(still, kept)
     NumbaKernel().update_all([], law)
+
+
+def test_a_forked_process_with_one_thread_goes_on() -> None:
+    code = """if True:
+        import os, torch
+        from smezo_pl.optim.kernels import Update
+        from smezo_pl.optim.kernels.numba_cpu import NumbaKernel
+        from smezo_pl.optim.masks import Mask
+        from smezo_pl.optim.noise import Stream
+        theta = torch.zeros(1 << 17)
+        torch.set_num_threads(2)
+        NumbaKernel().update_all([Update(theta, Mask("dense"), [Stream(0, 0, 0, 0)], [1.0])], "gaussian")
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            NumbaKernel().update_all([Update(theta, Mask("dense"), [Stream(0, 0, 0, 0)], [1.0])], "gaussian")
+            os._exit(0)
+        print(os.waitpid(child, 0)[1])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["0"], done.stderr

@@ -87,6 +87,6 @@ def test_the_modules_own_evaluation_is_what_is_tried(
         trainer.validate(module, data, verbose=False)
         tried = len(sizes)
         trainer.test(module, data, verbose=False)
-    said = [record.message for record in caplog.records if record.name.startswith("smezo_pl")]
+    said = [record.message for record in caplog.records if record.name == "smezo_pl.data.budget"]
     assert said == ["eval_batch_size auto: 256 tokens a forward; 512 did not fit on meta"]
     assert len([size for size in sizes if size > 256]) == 1 and len(sizes) > tried

@@ -18,10 +18,18 @@ if TYPE_CHECKING:
     from smezo_pl.module import SparseMeZOModule as SparseMeZOModule
     from smezo_pl.optim import SparseMeZO as SparseMeZO
     from smezo_pl.strategies import ForwardDDPStrategy as ForwardDDPStrategy
+    from smezo_pl.trajectory import apply as apply
+    from smezo_pl.trajectory import export as export
+    from smezo_pl.trajectory import record as record
+    from smezo_pl.trajectory import replay as replay
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "apply": "smezo_pl.trajectory",
+    "export": "smezo_pl.trajectory",
+    "record": "smezo_pl.trajectory",
+    "replay": "smezo_pl.trajectory",
     "ForwardDDPStrategy": "smezo_pl.strategies",
     "MaskRefresh": "smezo_pl.callbacks",
     "PredictionWriter": "smezo_pl.callbacks",

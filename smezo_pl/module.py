@@ -306,6 +306,7 @@ class SparseMeZOModule(LightningModule):
 
     def on_fit_end(self) -> None:
         """Write the trained model as a Hugging Face folder."""
+        resume.restore(self.trainer)  # a run that had ended already trains no step
         trial = self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.save_folder is None or trial or not self.trainer.is_global_zero:
             return

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from smezo_pl.trajectory.errors import TrajectoryError
+from smezo_pl.trajectory.store import sync_folder
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -27,7 +28,7 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -35,16 +36,6 @@ def write_whole(path: Path, data: bytes) -> None:
             f"{path}: the checkpoint could not be written ({error.strerror}); the one before is intact. Resume from it "
             "when there is space"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows has no handle for a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def serialised(checkpoint: dict[str, Any]) -> bytes:

@@ -15,7 +15,7 @@ from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.reader import Trajectory
 from smezo_pl.trajectory.recorder import Recorder, describe
-from smezo_pl.trajectory.store import snapshot
+from smezo_pl.trajectory.store import move, snapshot
 from smezo_pl.trajectory.writer import TrajectoryWriter, rewrite
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,10 @@ def _continue(earlier: Trajectory, path: Path) -> TrajectoryWriter:
         log.warning(
             "%s is damaged (%s): its sound part is written anew, the file is kept as %s", path, whole.damage, kept
         )
-        os.replace(path, kept)
-        rewrite(whole.upto(steps), path)
+        anew = _aside(path, "sound")
+        rewrite(whole.upto(steps), anew)
+        move(path, kept)
+        os.replace(anew, path)
     later = [mark.steps for mark in whole.marked("checkpoint") if mark.steps > steps]
     if later and whole.damage is None:
         kept = _aside(path, f"until-{max(later)}")

@@ -178,6 +178,10 @@ class SeedCheckpoint(Checkpoint):
         self._close()
         log.info("the record of %d steps is %s", trainer.global_step, self.record_path)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring back the weights of a run that had ended already: Lightning trains no step of it."""
+        resume.restore(trainer)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the record: all steps that were made are in it."""
         self._close()

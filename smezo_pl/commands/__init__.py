@@ -32,6 +32,7 @@ VERBS = {
     "replay": Verb(
         "smezo_pl.commands.replay", "the weights of any step of a run, from its record, as a Hugging Face folder"
     ),
+    "evaluate": Verb("smezo_pl.commands.evaluate", "the validation curve of a run after the fact, from its record"),
     "export": Verb("smezo_pl.commands.export", "a whole fine-tune in one small file"),
     "apply": Verb("smezo_pl.commands.apply", "an exported fine-tune on its base model, as a Hugging Face folder"),
 }

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from math import isfinite, prod
+from pathlib import Path
 from typing import Any
 
+from smezo_pl.commands.listing import readable, table
 from smezo_pl.trajectory.locking import is_written
-from smezo_pl.trajectory.reader import Trajectory, is_record, locate
+from smezo_pl.trajectory.reader import FILE_NAME, Trajectory, is_record, locate
 from smezo_pl.trajectory.rows import StepRow
 from smezo_pl.trajectory.tune import load
 
@@ -25,11 +27,20 @@ def main(args: Sequence[str]) -> None:
         args: ``show`` and the words after it.
     """
     parser = argparse.ArgumentParser(
-        prog="smezo show", description="What a run is, how far it is, its loss, and whether its record is sound."
+        prog="smezo show",
+        description="What a run is, how far it is, its loss, whether its record is sound. Of several: the first step "
+        "where each differs from the first. Of a folder of runs: a line each, by what they start from.",
     )
-    parser.add_argument("run", nargs="+", help="a run's folder, its trajectory.smezo, or an exported file")
+    parser.add_argument(
+        "run", nargs="+", help="a run's folder, its trajectory.smezo, an exported file, or a folder with such in it"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(args[1:])
+    folder = Path(given.run[0])
+    if len(given.run) == 1 and folder.is_dir() and not (folder / FILE_NAME).exists():
+        listed = [summary(trajectory) for trajectory in readable(folder, read)]
+        print(json.dumps({"runs": listed}, indent=2) if given.json else cleaned(table(folder, listed)))
+        return
     trajectories = [read(path) for path in given.run]
     summaries = [summary(trajectory) for trajectory in trajectories]
     pairs = [comparison(trajectories[0], other) for other in trajectories[1:]]
@@ -111,9 +122,14 @@ def text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
         lines["sound"] = "yes, every step" + (", with a hash of the last weights" if facts["final_weights"] else "")
     else:
         lines["sound"] = f"up to step {facts['steps']}, which `smezo replay --step` can make; then {facts['damage']}"
-    # what a file says of itself is shown as it is, but cannot steer the terminal
-    plain = {name: "".join(c if c.isprintable() else "?" for c in line) for name, line in lines.items()}
-    return "\n".join([facts["path"], *(f"  {name:<12} {line}" for name, line in plain.items())])
+    return "\n".join(
+        [facts["path"], *(f"  {name:<12} {cleaned(line.replace(chr(10), '?'))}" for name, line in lines.items())]
+    )
+
+
+def cleaned(text: str) -> str:
+    """What a file says of itself as it is, but unable to steer the terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def sparkline(rows: Sequence[StepRow], width: int = 40) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.optim.kernels import KernelName
+from smezo_pl.optim.kernels import KernelName, get_kernel
 from smezo_pl.optim.replay import RecordedStep
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE, fingerprint, model_tensors, root_digest
@@ -82,10 +82,14 @@ class Applied:
     Attributes:
         steps: Steps of the optimizer that the weights have behind them.
         identical: Whether they are the run's to the last bit; None where the run noted no hash of its own.
+        made_by: Kernel of the run.
+        applied_by: Kernel that applied it here.
     """
 
     steps: int
     identical: bool | None
+    made_by: str
+    applied_by: str
 
 
 def apply(model: nn.Module, path: str | Path, *, force: bool = False, kernel: KernelName = "auto") -> Applied:
@@ -103,12 +107,17 @@ def apply(model: nn.Module, path: str | Path, *, force: bool = False, kernel: Ke
     Example:
         >>> model, tokenizer = smezo_pl.load_model("facebook/opt-1.3b")  # doctest: +SKIP
         >>> smezo_pl.apply(model, "tune.safetensors")  # doctest: +SKIP
-        Applied(steps=20000, identical=True)
+        Applied(steps=20000, identical=True, made_by='numba', applied_by='numba')
     """
     trajectory = load(path)
     replay(trajectory, model, force=force, kernel=kernel, verify=False)
     tensors = tensors_of(trajectory.header, model, str(path))
-    return Applied(trajectory.next_step, matches_run(trajectory, tensors))
+    identical = matches_run(trajectory, tensors)
+    made_by = str(trajectory.header.machine.get("kernel", "unknown"))
+    applied_by = get_kernel(kernel, next(iter(tensors.values())).device).name
+    if identical is False and not force:
+        log.warning("%s: not the run's weights; kernel %s made them, %s applied them", path, made_by, applied_by)
+    return Applied(trajectory.next_step, identical, made_by, applied_by)
 
 
 def tensors_of(header: Header, model: nn.Module | Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
     part = path.with_name(path.name + ".part")
     with explained(path, "create"):
         try:
-            part.unlink(missing_ok=True)
+            remove(part)
             connection = _connect(part, "rwc")
             connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
             connection.execute("BEGIN")
@@ -56,9 +56,38 @@ def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
             connection.execute("COMMIT")
             connection.close()
             os.replace(part, path)
+            sync_folder(path.parent)
         except OSError as error:
             raise TrajectoryError(f"{path}: {path.parent} cannot be written ({error.strerror})") from error
     return open_to_append(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a record with all that SQLite keeps beside it; nothing happens where nothing is.
+
+    What lies beside goes first: SQLite would take the log of a file that is gone for that of the next one of its name.
+    """
+    for suffix in ("-wal", "-shm", "-journal", ""):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def move(path: Path, target: Path) -> None:
+    """Give a record another name, with the log that belongs to it."""
+    for suffix in ("-wal", ""):
+        if path.with_name(path.name + suffix).exists():
+            shutil.copyfile(path.with_name(path.name + suffix), target.with_name(target.name + suffix))
+    remove(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries are on the disk: a file that was renamed keeps its new name in a power cut."""
+    if os.name == "nt":  # Windows has no handle for a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def open_to_append(path: Path) -> sqlite3.Connection:

@@ -61,7 +61,7 @@ class TrajectoryWriter:
         lock = WriterLock(path)
         try:
             if path.exists() and not Trajectory.read(path, damaged=True).rows:
-                path.unlink()
+                store.remove(path)
             data = header.to_bytes()
             writer = cls(path, header, store.create(path, data, header_digest(data)), lock, None)
         except BaseException:

@@ -553,3 +553,24 @@ class TestWriting:
         module.save_hyperparameters({"folder": tmp_path})
         with pytest.raises(TrajectoryError, match=r"could not be read back.*save_hyperparameters\(ignore"):
             fit(tmp_path, module)
+
+
+def test_a_run_that_had_ended_has_its_weights(straight: tuple[Path, Classifier, Watch], tmp_path: Path) -> None:
+    """Lightning trains no step of it, and comes by no hook of training."""
+    shutil.copytree(straight[0], tmp_path / "run")
+    again = Classifier()
+    watch = fit(tmp_path / "run", again, ckpt_path=tmp_path / "run" / LAST)
+    assert not watch.train
+    assert same(again.model, straight[1].model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (1, 3)])
+def test_so_it_is_with_another_number_of_workers(
+    straight: tuple[Path, Classifier, Watch], tmp_path: Path, before: int, after: int
+) -> None:
+    interrupted(tmp_path, Classifier(), 13, data=Examples(workers=before))  # the 6th batch of the second epoch
+    resumed = Classifier()
+    watch = fit(tmp_path, resumed, ckpt_path=tmp_path / LAST, data=Examples(workers=after))
+    assert equal_after(watch, straight[2])
+    assert same(resumed.model, straight[1].model)

@@ -60,7 +60,7 @@ class Classifier(SparseMeZOModule):
 
     def __init__(self, dtype: str = "float32", seed: int = 0, width: int = 24, **settings: Any) -> None:
         scheduler = settings.pop("scheduler", None)
-        settings = {"lr": 1e-2, "seed": 7, "kernel": "torch", **settings}
+        settings = {"lr": 1e-2, "seed": settings.pop("noise_seed", 7), "kernel": "torch", **settings}
         super().__init__(network(seed, getattr(torch, dtype), width), lambda p: SparseMeZO(p, **settings), scheduler)
 
     def loss(self, batch: Any) -> Tensor:

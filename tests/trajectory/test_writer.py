@@ -355,3 +355,21 @@ def test_a_snapshot_holds_what_the_log_holds(path: Path, header: Header) -> None
     copy = Trajectory.read(path.with_name("copy"))
     assert copy.next_step == 11
     assert not path.with_name("copy-wal").exists()
+
+
+def test_the_log_of_a_record_that_is_replaced_is_not_taken_for_the_new_ones(path: Path, header: Header) -> None:
+    """A run that was killed before its first step leaves a log; what it holds must not come into the next record."""
+    writer = TrajectoryWriter.create(path, header)
+    writer.mark("checkpoint", file="last.ckpt", sha256="of the first run")
+    left = {name: path.with_name(path.name + name).read_bytes() for name in ("", "-wal")}
+    writer.close()
+    for name, data in left.items():
+        path.with_name(path.name + name).write_bytes(data)
+    assert len(Trajectory.read(path).marks) == 1
+    from dataclasses import replace
+
+    with TrajectoryWriter.create(path, replace(header, seed=header.seed + 1)) as writer:
+        writer.append(row(0))
+    trajectory = Trajectory.read(path)
+    assert trajectory.header.seed == header.seed + 1
+    assert trajectory.next_step == 1 and not trajectory.marks

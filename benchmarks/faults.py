@@ -1,0 +1,180 @@
+"""What the record of a run stands: kills, damage, made-up headers. Exits with 1 if a run ends with wrong weights.
+
+    python benchmarks/faults.py --json benchmarks/results/faults.json
+
+It takes a while (the defaults: about half an hour on two cores); the tests run a few of each. Every run is a small
+network of its own process, trained by the Trainer with `SeedCheckpoint`:
+
+- ``kills``: runs killed by SIGKILL, one to three times each, at any time or at a chosen point (inside a commit of the
+  record, inside a checkpoint, inside a mask refresh), then resumed. Each must end with the weights, the record and the
+  logged values of the run that nobody disturbed.
+- ``corruptions``: one file of a killed or finished run damaged. Reading, replaying, exporting and resuming must each
+  report an error or give the right weights to the last bit.
+- ``headers``: headers of records and exported files with odd values or damaged bytes, sealed as a writer would. Each
+  must be read or refused by an error of the package, within a bound of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import shutil
+import sys
+import tempfile
+import time
+import tracemalloc
+import warnings
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+from common import machine, write_json  # noqa: E402
+
+from smezo_pl.commands import show  # noqa: E402
+from smezo_pl.trajectory.errors import TrajectoryError  # noqa: E402
+from smezo_pl.trajectory.header import Header  # noqa: E402
+from smezo_pl.trajectory.reader import Trajectory  # noqa: E402
+from smezo_pl.trajectory.tune import export, read_export  # noqa: E402
+from tests.trajectory import campaigns  # noqa: E402
+
+MEMORY_BOUND = 64 << 20
+"""Most bytes that reading a file of a few kilobytes may allocate, whatever stands in it."""
+
+
+def kills(count: int, folder: Path) -> dict[str, Any]:
+    names = list(campaigns.CONFIGURATIONS)
+    seconds = {name: campaigns.undisturbed(folder / f"straight{i}", name) for i, name in enumerate(names)}
+    points: Counter[str] = Counter()
+    equal, times, failures = 0, 0, []
+    for number in range(count):
+        which = number // len(campaigns.POINTS) % len(names)
+        name, run = names[which], folder / f"killed{number}"
+        found = campaigns.killed(run, name, folder / f"straight{which}", seconds[name], number)
+        points[found["point"]] += 1
+        times += len(found["kills"])
+        equal += found["equal"] is None
+        if found["equal"] is not None:
+            failures.append({"number": number, "configuration": name, **found})
+        shutil.rmtree(run)
+    return {"runs": count, "equal": equal, "times_killed": times, "points": dict(points), "failures": failures}
+
+
+def corruptions(count: int, folder: Path) -> dict[str, Any]:
+    prepared = []
+    for i, name in enumerate(campaigns.CONFIGURATIONS):
+        straight = folder / f"whole{i}"
+        campaigns.undisturbed(straight, name)
+        campaigns.half_run(folder / f"half{i}", name, 17)
+        campaigns.half_run(folder / f"other{i}", name, 17, seed=8)
+        code, said = campaigns.forked(lambda s=straight, n=name: campaigns.truth_of(s, n), 600.0)
+        if code:
+            raise RuntimeError(said)
+        truth = {int(steps): digest for steps, digest in json.loads(said).items()}
+        prepared.append((name, straight, [folder / f"half{i}", straight], folder / f"other{i}", truth))
+    outcomes: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    failures = []
+    for number in range(count):
+        noise = random.Random(number)
+        name, straight, sources, other, truth = prepared[number % len(prepared)]
+        # the record is of the run that the undisturbed one repeats; its name differs, so rows are compared, not files
+        run = folder / "damaged"
+        shutil.copytree(sources[noise.random() < 0.3], run)
+        done = campaigns.harm(run, other, noise)
+        found = campaigns.corrupted(run, straight, name, truth)
+        kinds[done.split(":")[0]] += 1
+        for what, outcome in found.items():
+            word = outcome.split(":")[0]
+            outcomes[f"{what}: {word}"] += 1
+            if word == "detected":
+                examples.setdefault(f"{done.split(':')[0]}, {what}", outcome.replace(str(run), "RUN")[:300])
+            if word == "WRONG":
+                failures.append({"number": number, "configuration": name, "harm": done, what: outcome})
+        shutil.rmtree(run)
+    return {
+        "corruptions": count,
+        "wrong": len(failures),
+        "outcomes": dict(sorted(outcomes.items())),
+        "kinds": dict(kinds),
+        "examples": examples,
+        "failures": failures,
+    }
+
+
+def headers(count: int, folder: Path) -> dict[str, Any]:
+    name = next(iter(campaigns.CONFIGURATIONS))
+    run = folder / "headers"
+    campaigns.undisturbed(run, name)
+    plain = json.loads(zlib.decompress(Trajectory.read(run).header.to_bytes()))
+    tune = run / "tune.safetensors"
+    export(run, tune)
+    original = tune.read_bytes()
+    outcomes: Counter[str] = Counter()
+    failures, most = [], 0
+    tracemalloc.start()
+    for number in range(count):
+        noise = random.Random(number)
+        kind = ("record", "export", "export, bytes")[number % 3]
+        try:
+            changed = campaigns.mutated_header(plain, noise)
+            if kind == "record":
+                data = zlib.compress(json.dumps(changed).encode())
+                tracemalloc.reset_peak()
+                seen = Trajectory(tune, Header.from_bytes(data, "FILE"), [], [], [])
+            else:
+                tune.write_bytes(original)
+                campaigns.cheat(tune, changed if kind == "export" else None, noise)
+                tracemalloc.reset_peak()
+                seen = read_export(tune)
+            show.text(seen, show.summary(seen))
+            outcomes[f"{kind}: read"] += 1
+        except TrajectoryError as error:
+            outcomes[f"{kind}: refused"] += 1
+            if len(str(error)) > 2000:
+                failures.append({"number": number, "kind": kind, "error": f"a message of {len(str(error))} letters"})
+        except Exception as error:
+            failures.append({"number": number, "kind": kind, "error": f"{type(error).__name__}: {error!s:.300}"})
+        most = max(most, tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+    if most > MEMORY_BOUND:
+        failures.append({"error": f"{most} bytes were allocated"})
+    return {"headers": count, "outcomes": dict(outcomes), "most_bytes_allocated": most, "failures": failures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--corruptions", type=int, default=500)
+    parser.add_argument("--headers", type=int, default=10_000)
+    parser.add_argument("--json", type=Path, default=None, help="file to write")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {"machine": machine()}
+    shared = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a killed process loses nothing of either
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        campaigns.warm_up(Path(folder))
+        for name, campaign in (("kills", kills), ("corruptions", corruptions), ("headers", headers)):
+            if getattr(given, name):
+                began = time.monotonic()
+                found = campaign(getattr(given, name), Path(folder))
+                results[name] = {**found, "seconds": round(time.monotonic() - began, 1)}
+                short = {key: value for key, value in found.items() if key not in ("examples", "failures")}
+                print(f"{name}: {short}; {len(found['failures'])} failures", flush=True)
+                for failure in found["failures"][:5]:
+                    print("  ", failure, flush=True)
+    write_json(given.json, results)
+    sys.exit(any(found["failures"] for key, found in results.items() if key != "machine"))
+
+
+if __name__ == "__main__":
+    main()

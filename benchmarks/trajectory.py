@@ -1,0 +1,205 @@
+"""The record of a run in bytes and seconds: SmolLM2-135M in bfloat16, Gaussian noise, stochastic rounding.
+
+    python benchmarks/trajectory.py --json benchmarks/results/trajectory.json
+
+Real: 500 short steps under the Trainer with `SeedCheckpoint`, their replay on freshly loaded weights compared bit for
+bit, and one usual step (16 x 64 tokens) that the cost of recording is a share of. Simulated: a record of 20,000 steps
+with made-up losses, its export, and a resume at step 19,999 from the last whole-weight anchor, which makes its 1,999
+updates and all that a resume does, but no step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import tempfile
+import warnings
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from common import machine, print_table, smollm2, smollm2_file, write_json
+from lightning.pytorch import Trainer
+
+from smezo_pl import PromptDataModule, SeedCheckpoint, SparseMeZO, SparseMeZOModule, export, replay
+from smezo_pl.trajectory.anchors import write_anchor
+from smezo_pl.trajectory.header import Header
+from smezo_pl.trajectory.reader import Trajectory
+from smezo_pl.trajectory.recorder import Recorder, describe, named_tensors
+from smezo_pl.trajectory.refresh import pack_thresholds
+from smezo_pl.trajectory.resume import SEED_KEY
+from smezo_pl.trajectory.rows import Rates, StepRow
+from smezo_pl.trajectory.writer import TrajectoryWriter
+
+# key: (at least, goal), and whether less is better
+LIMITS: dict[str, tuple[Any, Any, bool]] = {
+    "seed_checkpoint_bytes": (100_000, 60_000, True),
+    "trajectory_bytes_per_step": (60, 40, True),
+    "export_bytes_20000_steps": (100_000, 90_000, True),
+    "record_cost": (0.01, 0.002, True),
+    "replay_steps_per_second": (4, 15, False),
+    "replay_equal": (True, True, False),
+    "resume_seconds": (600, 150, True),
+}
+
+STEPS, ANCHORS, CHECKPOINTS = 20_000, 2_000, 100
+
+
+def trainer(folder: Path, steps: int, *callbacks: Any) -> Trainer:
+    return Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        precision="bf16-true",
+        max_steps=steps,
+        max_epochs=-1,
+        limit_val_batches=1,
+        val_check_interval=10**9,
+        check_val_every_n_epoch=None,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+    )
+
+
+def module() -> SparseMeZOModule:
+    return SparseMeZOModule(str(smollm2_file()), optimizer=partial(SparseMeZO, lr=1e-6, sparsity=0.8))
+
+
+def data() -> PromptDataModule:
+    return PromptDataModule(task="demo", batch_size=1, num_dev=4)
+
+
+def real_steps(folder: Path, steps: int) -> tuple[dict[str, Any], SparseMeZOModule]:
+    """Some steps of one example, and what recording them cost."""
+    spent: list[float] = []
+    append = Recorder._after_step
+
+    def timed(self: Recorder, *arguments: Any) -> None:
+        began = perf_counter()
+        append(self, *arguments)
+        spent.append(perf_counter() - began)
+
+    Recorder._after_step = timed  # type: ignore[method-assign]
+    run, began = module(), perf_counter()
+    trainer(folder, steps, SeedCheckpoint(every_n_steps=CHECKPOINTS, monitor=None)).fit(run, data())
+    seconds = perf_counter() - began
+    Recorder._after_step = append  # type: ignore[method-assign]
+    record, checkpoint = folder / "trajectory.smezo", folder / "checkpoints" / "last.ckpt"
+    return {
+        "seed_checkpoint_bytes": record.stat().st_size + checkpoint.stat().st_size,
+        "record_seconds": sum(spent) / len(spent),
+        "short_step_seconds": seconds / steps,
+    }, run
+
+
+def usual_step() -> float:
+    """Seconds of a step on 16 x 64 tokens, the faster of three."""
+    model = smollm2(torch.bfloat16)
+    optimizer = SparseMeZO(model.named_parameters(), lr=1e-6, sparsity=0.8)
+    optimizer.attach(model)
+    tokens = torch.randint(0, 49_000, (16, 64), generator=torch.Generator().manual_seed(0))
+    seconds = []
+    for _ in range(4):
+        began = perf_counter()
+        with torch.no_grad():
+            optimizer.step(lambda: model(tokens, logits_to_keep=1).logits.float().logsumexp(-1).mean())
+        seconds.append(perf_counter() - began)
+    return min(seconds[1:])
+
+
+def replayed(folder: Path, trained: torch.nn.Module) -> dict[str, Any]:
+    """The weights of the real steps once more, from the file of the model."""
+    model = smollm2(torch.bfloat16)
+    began = perf_counter()
+    replay(folder, model, verify=False)
+    seconds = perf_counter() - began
+    theirs = dict(trained.named_parameters())
+    equal = all(
+        torch.equal(p.view(torch.int16), theirs[name].view(torch.int16)) for name, p in model.named_parameters()
+    )
+    return {"replay_steps_per_second": Trajectory.read(folder).next_step / seconds, "replay_equal": equal}
+
+
+def simulated(folder: Path, trained: torch.nn.Module) -> dict[str, Any]:
+    """A record of 20,000 steps: its size, its export, and a resume one step before its end."""
+    base = smollm2(torch.bfloat16)
+    optimizer = SparseMeZO(base.named_parameters(), lr=1e-6, sparsity=0.8)
+    header = describe(optimizer, base, pretrained=str(smollm2_file()))
+    thresholds = pack_thresholds(tuple(optimizer.thresholds().values()))
+    folder.mkdir()
+    path, anchor = folder / "trajectory.smezo", folder / "anchors" / f"step-{STEPS - ANCHORS}.safetensors"
+    noise, rates = random.Random(0), Rates((1e-6,), (0.0,), (1e-3,), (0.8,))
+    with TrajectoryWriter.create(path, header) as writer:
+        for step in range(STEPS):
+            plus, minus = 0.7 + noise.gauss(0, 0.05), 0.7 + noise.gauss(0, 0.05)
+            gradient = float(torch.tensor((plus - minus) / 2e-3, dtype=torch.float32))
+            writer.append(StepRow(step, (gradient,), ((plus, minus),), rates, refresh=None if step else thresholds))
+            if (step + 1) % CHECKPOINTS == 0:
+                writer.mark("weights", root="0" * 64)
+                writer.mark("checkpoint", file="last.ckpt", sha256="0" * 64)
+    bytes_per_step = path.stat().st_size / STEPS
+    exported = export(path, folder / "tune.safetensors")
+    with TrajectoryWriter.resume(path, STEPS - ANCHORS) as writer:
+        digest = write_anchor(anchor, optimizer, header, named_tensors(optimizer, trained))
+        writer.mark("anchor", file=str(anchor.relative_to(folder)), sha256=digest)
+        for step in range(STEPS - ANCHORS, STEPS - 1):
+            gradient = float(torch.tensor(noise.gauss(0, 30.0), dtype=torch.float32))
+            writer.append(StepRow(step, (gradient,), ((0.7, 0.7),), rates))
+        checkpoint(folder / "checkpoints" / "last.ckpt", writer, header)
+    began = perf_counter()
+    trainer(folder, STEPS).validate(module(), data(), ckpt_path=folder / "checkpoints" / "last.ckpt", verbose=False)
+    return {
+        "trajectory_bytes_per_step": bytes_per_step,
+        "export_bytes_20000_steps": exported.size,
+        "resume_seconds": perf_counter() - began,
+    }
+
+
+def checkpoint(path: Path, writer: TrajectoryWriter, header: Header) -> None:
+    """A checkpoint at the writer's step, as `SeedCheckpoint` writes it, with nothing but its place in the record."""
+    path.parent.mkdir()
+    place = {"run": header.run, "steps": writer.steps, "check": writer.check.hex(), "record": "../trajectory.smezo"}
+    lightning = {"epoch": 0, "global_step": writer.steps, "pytorch-lightning_version": "2.6.0", "loops": {}}
+    torch.save({**lightning, SEED_KEY: place}, path)
+    writer.mark("checkpoint", file=path.name, sha256=sha256(path.read_bytes()).hexdigest())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=500, help="real steps")
+    parser.add_argument("--json", type=Path, default=None, help="file to write")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    began = perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found, run = real_steps(folder / "real", given.steps)
+        found |= replayed(folder / "real", run.model)
+        found["usual_step_seconds"] = usual_step()
+        found["record_cost"] = found["record_seconds"] / found["usual_step_seconds"]
+        found |= simulated(folder / "simulated", run.model)
+    found["benchmark_seconds"] = perf_counter() - began
+    about = machine()
+    print(f"{about['processor']}, {about['threads']} threads, {', '.join(about['instructions'])}")
+    rows = []
+    for key, (least, goal, less) in LIMITS.items():
+        value = found[key]
+        reached = [value <= limit if less else value >= limit for limit in (goal, least)]
+        word = "goal" if reached[0] else "at least" if reached[1] else "MISSED"
+        shown = value if isinstance(value, bool | int) else f"{value:.4g}"
+        rows.append({"key": key, "value": shown, "at least": least, "goal": goal, "reached": word})
+    print_table(rows)
+    print({key: round(value, 6) for key, value in found.items() if key not in LIMITS})
+    result = {key: found[key] for key in LIMITS}
+    write_json(given.json, {**result, "more": {k: v for k, v in found.items() if k not in LIMITS}, "machine": about})
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import random
 import shutil
 import sys
@@ -48,12 +49,48 @@ MEMORY_BOUND = 64 << 20
 """Most bytes that reading a file of a few kilobytes may allocate, whatever stands in it."""
 
 
-def kills(count: int, folder: Path) -> dict[str, Any]:
+def shared_out(campaign: Any, count: int, folder: Path, jobs: int) -> dict[str, Any]:
+    """A campaign in several processes, each with its share of the numbers; what they found is added up."""
+    children = []
+    for job in range(jobs):
+        own = folder / f"job{job}"
+        own.mkdir(parents=True)
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                (own / "found").write_text(json.dumps(campaign(range(job, count, jobs), own)))
+                status = 0
+            finally:
+                os._exit(status)
+        children.append((pid, own))
+    found: dict[str, Any] = {}
+    for pid, own in children:
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+            raise RuntimeError(f"a part of {campaign.__name__} ended early")
+        found = added(found, json.loads((own / "found").read_text()))
+    return found
+
+
+def added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Numbers added, lists joined; of texts and of most_bytes_allocated the first and the largest."""
+    result = dict(one)
+    for key, value in other.items():
+        if key not in result:
+            result[key] = value
+        elif isinstance(value, dict):
+            result[key] = added(result[key], value)
+        elif isinstance(value, int | list):
+            result[key] = max(result[key], value) if key == "most_bytes_allocated" else result[key] + value
+    return result
+
+
+def kills(numbers: range, folder: Path) -> dict[str, Any]:
     names = list(campaigns.CONFIGURATIONS)
     seconds = {name: campaigns.undisturbed(folder / f"straight{i}", name) for i, name in enumerate(names)}
     points: Counter[str] = Counter()
     equal, times, failures = 0, 0, []
-    for number in range(count):
+    for number in numbers:
         which = number // len(campaigns.POINTS) % len(names)
         name, run = names[which], folder / f"killed{number}"
         found = campaigns.killed(run, name, folder / f"straight{which}", seconds[name], number)
@@ -63,10 +100,10 @@ def kills(count: int, folder: Path) -> dict[str, Any]:
         if found["equal"] is not None:
             failures.append({"number": number, "configuration": name, **found})
         shutil.rmtree(run)
-    return {"runs": count, "equal": equal, "times_killed": times, "points": dict(points), "failures": failures}
+    return {"runs": len(numbers), "equal": equal, "times_killed": times, "points": dict(points), "failures": failures}
 
 
-def corruptions(count: int, folder: Path) -> dict[str, Any]:
+def corruptions(numbers: range, folder: Path) -> dict[str, Any]:
     prepared = []
     for i, name in enumerate(campaigns.CONFIGURATIONS):
         straight = folder / f"whole{i}"
@@ -82,7 +119,7 @@ def corruptions(count: int, folder: Path) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     examples: dict[str, str] = {}
     failures = []
-    for number in range(count):
+    for number in numbers:
         noise = random.Random(number)
         name, straight, sources, other, truth = prepared[number % len(prepared)]
         # the record is of the run that the undisturbed one repeats; its name differs, so rows are compared, not files
@@ -100,7 +137,7 @@ def corruptions(count: int, folder: Path) -> dict[str, Any]:
                 failures.append({"number": number, "configuration": name, "harm": done, what: outcome})
         shutil.rmtree(run)
     return {
-        "corruptions": count,
+        "corruptions": len(numbers),
         "wrong": len(failures),
         "outcomes": dict(sorted(outcomes.items())),
         "kinds": dict(kinds),
@@ -109,7 +146,7 @@ def corruptions(count: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def headers(count: int, folder: Path) -> dict[str, Any]:
+def headers(numbers: range, folder: Path) -> dict[str, Any]:
     name = next(iter(campaigns.CONFIGURATIONS))
     run = folder / "headers"
     campaigns.undisturbed(run, name)
@@ -120,7 +157,7 @@ def headers(count: int, folder: Path) -> dict[str, Any]:
     outcomes: Counter[str] = Counter()
     failures, most = [], 0
     tracemalloc.start()
-    for number in range(count):
+    for number in numbers:
         noise = random.Random(number)
         kind = ("record", "export", "export, bytes")[number % 3]
         try:
@@ -146,7 +183,7 @@ def headers(count: int, folder: Path) -> dict[str, Any]:
     tracemalloc.stop()
     if most > MEMORY_BOUND:
         failures.append({"error": f"{most} bytes were allocated"})
-    return {"headers": count, "outcomes": dict(outcomes), "most_bytes_allocated": most, "failures": failures}
+    return {"headers": len(numbers), "outcomes": dict(outcomes), "most_bytes_allocated": most, "failures": failures}
 
 
 def main() -> None:
@@ -154,6 +191,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--corruptions", type=int, default=500)
     parser.add_argument("--headers", type=int, default=10_000)
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", type=Path, default=None, help="file to write")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -166,7 +204,7 @@ def main() -> None:
         for name, campaign in (("kills", kills), ("corruptions", corruptions), ("headers", headers)):
             if getattr(given, name):
                 began = time.monotonic()
-                found = campaign(getattr(given, name), Path(folder))
+                found = shared_out(campaign, getattr(given, name), Path(folder) / name, given.jobs)
                 results[name] = {**found, "seconds": round(time.monotonic() - began, 1)}
                 short = {key: value for key, value in found.items() if key not in ("examples", "failures")}
                 print(f"{name}: {short}; {len(found['failures'])} failures", flush=True)

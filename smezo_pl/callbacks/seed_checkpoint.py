@@ -146,7 +146,7 @@ class SeedCheckpoint(Checkpoint):
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.is_last_batch
         if due and not _validates_now(trainer):
-            self._save(trainer)
+            self._save(trainer, in_epoch=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back the weights of a checkpoint without weights."""
@@ -159,7 +159,7 @@ class SeedCheckpoint(Checkpoint):
         better = self._is_better(trainer)
         if better:
             self.best_step = trainer.global_step
-        self._save(trainer, also_best=better)
+        self._save(trainer, also_best=better, in_epoch=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back the weights of a checkpoint without weights."""
@@ -210,10 +210,15 @@ class SeedCheckpoint(Checkpoint):
             return True
         return False
 
-    def _save(self, trainer: Trainer, also_best: bool = False) -> None:
+    def _save(self, trainer: Trainer, also_best: bool = False, in_epoch: bool = False) -> None:
         if self._folder is None:
             return
-        data = serialised(self._checkpoint(trainer, self._folder)) if trainer.is_global_zero else b""
+        data = b""
+        if trainer.is_global_zero:
+            checkpoint = self._checkpoint(trainer, self._folder)
+            if in_epoch:
+                _begin_epoch(checkpoint)
+            data = serialised(checkpoint)
         if self._recorder is not None:
             self._anchor(trainer.global_step)
             if self.fingerprints and self._marked_step != trainer.global_step:
@@ -261,6 +266,16 @@ class SeedCheckpoint(Checkpoint):
     def _existing(self, name: str) -> str:
         path = self._folder / "checkpoints" / f"{name}.ckpt" if self._folder is not None else None
         return str(path) if path is not None and path.is_file() else ""
+
+
+def _begin_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a checkpoint say that its epoch has begun.
+
+    In the epoch after a resume from an epoch's last batch Lightning 2.6 leaves that out, and a second resume from an
+    epoch's last batch would then count one epoch too few and read its examples again.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    progress["ready"] = progress["started"] = progress["processed"] + 1
 
 
 def _validates_now(trainer: Trainer) -> bool:

@@ -54,6 +54,9 @@ class EpochSampler(DistributedSampler[Any]):
     def __init__(self, count: int, seed: int, world_size: int = 1, rank: int = 0) -> None:
         super().__init__(range(count), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
         self._latest: EpochIterator | None = None
+        self._resumed: dict[str, int] | None = None
+        self._goes_on = False
+        self._earliest = 0
         again = self.total_size - count
         if again:
             logger.info(
@@ -72,8 +75,20 @@ class EpochSampler(DistributedSampler[Any]):
         if self._latest is not None:
             self._latest.skip_to(epoch)
 
+    def go_on(self, position: dict[str, int]) -> None:
+        """Begin the next pass where a position says; see :meth:`position`."""
+        self._resumed, self._goes_on = position, True
+
+    def position(self, read: int = 0) -> dict[str, int]:
+        """Epoch and number of examples read in it, when so many were read of the latest pass."""
+        if self._latest is None:
+            return self._resumed or {"epoch": self.epoch, "yielded": 0}
+        return self._latest.position(read)
+
     def __iter__(self) -> "EpochIterator":
-        self._latest = EpochIterator(self, self.epoch)
+        self._latest = EpochIterator(self, max(self.epoch, self._earliest))
+        if self._resumed is not None:
+            self._latest.load_state_dict(self._resumed)
         return self._latest
 
 
@@ -93,14 +108,19 @@ class EpochIterator(Iterator[int]):
         self._begin(epoch, 0)
 
     def _begin(self, epoch: int, yielded: int) -> None:
-        self._epoch, self._yielded = epoch, yielded
+        self._epoch, self._yielded, self._begun = epoch, yielded, yielded
         self._order = self._sampler.order(epoch)
 
     def __next__(self) -> int:
-        self._untouched = False
+        if self._untouched:
+            # not before: torchdata begins more than one pass for its workers and reads the last alone
+            self._untouched, self._sampler._resumed = False, None
         if self._yielded == len(self._order):
             raise StopIteration
         self._yielded += 1
+        if self._yielded == len(self._order) and self._sampler._goes_on:
+            # Lightning 2.6 counts an epoch too few after two resumes that each began at an epoch's last batch
+            self._sampler._earliest = self._epoch + 1
         return self._order[self._yielded - 1]
 
     def state_dict(self) -> dict[str, int]:
@@ -113,6 +133,10 @@ class EpochIterator(Iterator[int]):
         if self._yielded >= len(self._order):
             self._begin(self._epoch + 1, 0)
         self._untouched = True
+
+    def position(self, read: int) -> dict[str, int]:
+        """The state when so many examples were read; workers fetch more than that ahead."""
+        return {"epoch": self._epoch, "yielded": min(self._begun + read, len(self._order))}
 
     def skip_to(self, epoch: int) -> None:
         """Start a later epoch, unless this pass has begun."""
@@ -168,6 +192,59 @@ def _even(batches: list[list[int]], examples: int, world_size: int) -> list[list
     return batches
 
 
+class TrainLoader(StatefulDataLoader[Any]):
+    """A loader over an :class:`EpochSampler` whose position is an epoch and a number of examples.
+
+    torchdata's own state holds that of each worker and fits that number of workers alone. The order here is a function
+    of seed and epoch, so the position says all, and a run may go on with more workers, fewer, or none.
+
+    Args:
+        dataset: The examples.
+        sampler: Their order.
+        batch_size: Examples of a batch.
+        collate_fn: Makes a batch of them; torch's own if None.
+        num_workers: Processes that make batches.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        sampler: EpochSampler,
+        batch_size: int,
+        collate_fn: Any = None,
+        num_workers: int = 0,
+    ) -> None:
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls it at every construction; torch has deprecated it since.
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
+            super().__init__(
+                dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=num_workers
+            )
+        self._order = sampler
+        self._batches = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._batches = 0
+        return self._counted(super().__iter__())
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch and how many examples of it were handed out."""
+        assert self.batch_size is not None
+        return dict(self._order.position(self._batches * self.batch_size))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; a state that torchdata made is taken too."""
+        if "yielded" in state_dict:
+            self._order.go_on({"epoch": state_dict["epoch"], "yielded": state_dict["yielded"]})
+        else:
+            super().load_state_dict(state_dict)
+
+
 def train_loader(
     examples: Sequence[Encoded],
     collate: Collate,
@@ -178,16 +255,8 @@ def train_loader(
     rank: int = 0,
 ) -> "StatefulDataLoader[PromptBatch]":
     """A shuffled loader whose position can be saved and taken up again in the middle of an epoch, to the bit."""
-    with warnings.catch_warnings():
-        # torchdata 0.11 calls it at every construction; torch has deprecated it since.
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
-        return StatefulDataLoader(
-            EncodedDataset(examples),
-            batch_size=batch_size,
-            sampler=EpochSampler(len(examples), seed, world_size, rank),
-            collate_fn=collate,
-            num_workers=num_workers,
-        )
+    order = EpochSampler(len(examples), seed, world_size, rank)
+    return TrainLoader(EncodedDataset(examples), order, batch_size, collate, num_workers)
 
 
 def evaluation_loader(

@@ -120,6 +120,8 @@ def open_to_read(path: Path) -> Iterator[sqlite3.Connection]:
             connection.execute("PRAGMA query_only = ON")
             connection.execute("BEGIN")
             _check_schema(connection, path)
+            if _log(path).exists():
+                _check_log(connection, path)
             yield connection
         finally:
             connection.close()
@@ -210,6 +212,27 @@ def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
         odd = sorted(set(schema.items()) ^ set(_TABLES.items()), key=str)[0][0]
         raise TrajectoryError(
             f"{path}: its tables are not those of a record (see {odd!s:.40}): damaged, or another program's"
+        )
+
+
+def _check_log(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuse the log of another run beside a record: SQLite would read that run's pages in place of this one's.
+
+    The header is in the file itself from the first moment on, and never changes.
+    """
+    header = "SELECT digest FROM header"
+    try:
+        alone = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+        try:
+            own = alone.execute(header).fetchall()
+        finally:
+            alone.close()
+    except sqlite3.Error:
+        return  # the file is damaged: what the log holds instead is checked row by row
+    if own != connection.execute(header).fetchall():
+        raise TrajectoryError(
+            f"{path}: the log beside it ({_log(path).name}) belongs to another run, or one of the two is damaged: put "
+            "the right one there, or move it away to read what the record itself holds"
         )
 
 

@@ -7,10 +7,9 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from smezo_pl.callbacks import SeedCheckpoint
-from smezo_pl.data.loaders import EpochSampler
+from smezo_pl.data.loaders import EpochSampler, TrainLoader
 from smezo_pl.module import SparseMeZOModule
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory.recorder import record
@@ -88,8 +87,7 @@ class Examples(LightningDataModule):
         self.workers, self.order = workers, order
 
     def train_dataloader(self) -> Any:
-        order = EpochSampler(EXAMPLES, seed=self.order)
-        return StatefulDataLoader(examples(), batch_size=4, sampler=order, num_workers=self.workers)
+        return TrainLoader(examples(), EpochSampler(EXAMPLES, seed=self.order), batch_size=4, num_workers=self.workers)
 
     def val_dataloader(self) -> Any:
         return DataLoader(examples(2, 16), batch_size=4)

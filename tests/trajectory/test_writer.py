@@ -373,3 +373,28 @@ def test_the_log_of_a_record_that_is_replaced_is_not_taken_for_the_new_ones(path
     trajectory = Trajectory.read(path)
     assert trajectory.header.seed == header.seed + 1
     assert trajectory.next_step == 1 and not trajectory.marks
+
+
+def test_the_log_of_another_run_is_refused(path: Path, header: Header) -> None:
+    from dataclasses import replace
+
+    other = path.with_name("other")
+    writers = [
+        TrajectoryWriter.create(path, header),
+        TrajectoryWriter.create(other, replace(header, seed=header.seed + 1)),
+    ]
+    for writer in writers:
+        for step in range(4):
+            writer.append(row(step))
+    logs = [file.with_name(file.name + "-wal").read_bytes() for file in (path, other)]
+    data = path.read_bytes()
+    for writer in writers:
+        writer.close()
+    path.write_bytes(data)
+    path.with_name(path.name + "-wal").write_bytes(logs[0])
+    assert Trajectory.read(path).next_step == 4
+    path.write_bytes(data)
+    path.with_name(path.name + "-wal").write_bytes(logs[1])
+    path.with_name(path.name + "-shm").unlink(missing_ok=True)
+    with pytest.raises(TrajectoryError, match="belongs to another run"):
+        Trajectory.read(path)

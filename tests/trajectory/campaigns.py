@@ -4,6 +4,7 @@ The tests take a few of each, `benchmarks/faults.py` the full numbers. A forked 
 run of a small network takes a second.
 """
 
+import copy
 import json
 import os
 import random
@@ -440,9 +441,9 @@ def mutated_header(plain: dict[str, Any], noise: random.Random) -> dict[str, Any
         elif action < 0.25 and isinstance(place, list):
             place.append(place[key])
         elif action < 0.3 and isinstance(place, dict):
-            place[noise.choice(("format", "tensors", "surprise", ""))] = noise.choice(_ODD)
+            place[noise.choice(("format", "tensors", "surprise", ""))] = copy.deepcopy(noise.choice(_ODD))
         else:
-            place[key] = noise.choice(_ODD)
+            place[key] = copy.deepcopy(noise.choice(_ODD))
     return changed
 
 

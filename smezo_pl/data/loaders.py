@@ -192,35 +192,25 @@ def _even(batches: list[list[int]], examples: int, world_size: int) -> list[list
     return batches
 
 
-class TrainLoader(StatefulDataLoader[Any]):
+class TrainLoader(StatefulDataLoader[Any]):  # type: ignore[misc]
     """A loader over an :class:`EpochSampler` whose position is an epoch and a number of examples.
 
     torchdata's own state holds that of each worker and fits that number of workers alone. The order here is a function
-    of seed and epoch, so the position says all, and a run may go on with more workers, fewer, or none.
+    of seed and epoch, so the position says all, and a run may go on with more workers, fewer, or none. With another
+    sampler, such as the one that Lightning puts in for ``overfit_batches``, the state is torchdata's.
 
     Args:
         dataset: The examples.
-        sampler: Their order.
-        batch_size: Examples of a batch.
-        collate_fn: Makes a batch of them; torch's own if None.
-        num_workers: Processes that make batches.
+        options: The other arguments of torch's ``DataLoader``. (Lightning makes a loader again from its attributes, and
+            wants them like this.)
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        sampler: EpochSampler,
-        batch_size: int,
-        collate_fn: Any = None,
-        num_workers: int = 0,
-    ) -> None:
+    def __init__(self, dataset: Dataset[Any], **options: Any) -> None:
         with warnings.catch_warnings():
             # torchdata 0.11 calls it at every construction; torch has deprecated it since.
             warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
-            super().__init__(
-                dataset, batch_size=batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=num_workers
-            )
-        self._order = sampler
+            super().__init__(dataset, **options)
+        self._order = self.sampler if isinstance(self.sampler, EpochSampler) else None
         self._batches = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -234,12 +224,13 @@ class TrainLoader(StatefulDataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch and how many examples of it were handed out."""
-        assert self.batch_size is not None
+        if self._order is None or self.batch_size is None:
+            return dict(super().state_dict())
         return dict(self._order.position(self._batches * self.batch_size))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; a state that torchdata made is taken too."""
-        if "yielded" in state_dict:
+        if "yielded" in state_dict and self._order is not None:
             self._order.go_on({"epoch": state_dict["epoch"], "yielded": state_dict["yielded"]})
         else:
             super().load_state_dict(state_dict)
@@ -256,7 +247,8 @@ def train_loader(
 ) -> "StatefulDataLoader[PromptBatch]":
     """A shuffled loader whose position can be saved and taken up again in the middle of an epoch, to the bit."""
     order = EpochSampler(len(examples), seed, world_size, rank)
-    return TrainLoader(EncodedDataset(examples), order, batch_size, collate, num_workers)
+    options = {"batch_size": batch_size, "collate_fn": collate, "num_workers": num_workers}
+    return TrainLoader(EncodedDataset(examples), sampler=order, **options)
 
 
 def evaluation_loader(

@@ -87,7 +87,9 @@ class Examples(LightningDataModule):
         self.workers, self.order = workers, order
 
     def train_dataloader(self) -> Any:
-        return TrainLoader(examples(), EpochSampler(EXAMPLES, seed=self.order), batch_size=4, num_workers=self.workers)
+        return TrainLoader(
+            examples(), sampler=EpochSampler(EXAMPLES, seed=self.order), batch_size=4, num_workers=self.workers
+        )
 
     def val_dataloader(self) -> Any:
         return DataLoader(examples(2, 16), batch_size=4)

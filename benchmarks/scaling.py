@@ -52,6 +52,12 @@ def point(hidden: int, layers: int, batch: int, length: int, options: argparse.N
     }
 
 
+def label_at(axis: Any, x: list[int]) -> None:
+    """Label a logarithmic axis at the measured values alone."""
+    axis.set_xticks(x, [f"{value / 1e6:.0f} M" if value >= 1e6 else str(value) for value in x])
+    axis.set_xticks([], minor=True)
+
+
 def plot(path: Path, groups: dict[str, list[dict[str, Any]]], about: dict[str, Any], dtype: str) -> None:
     """Ratio against model size, length and batch; extra memory against model size."""
     import matplotlib
@@ -71,6 +77,7 @@ def plot(path: Path, groups: dict[str, list[dict[str, Any]]], about: dict[str, A
         axis.plot(x, [row["in_place"] for row in rows], "s--", label="in place", alpha=0.7)
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set(xscale="log", xlabel=label, title=f"step / two forwards, by {name}")
+        label_at(axis, x)
     axes[0].legend(frameon=False)
     rows = groups["model"]
     x = [row["weights"] for row in rows]
@@ -78,6 +85,7 @@ def plot(path: Path, groups: dict[str, list[dict[str, Any]]], about: dict[str, A
     axes[3].plot(x, [row["largest_MB"] for row in rows], "k:", label="largest tensor")
     axes[3].plot(x, [row["weights_MB"] for row in rows], color="grey", label="the weights")
     axes[3].set(xscale="log", yscale="log", xlabel="weights", title="MB beside the weights")
+    label_at(axes[3], x)
     axes[3].legend(frameon=False)
     figure.suptitle(f"{dtype}, Gaussian noise, {about['processor']}, {about['threads']} threads", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)

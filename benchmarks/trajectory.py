@@ -126,7 +126,7 @@ def replayed(folder: Path, trained: torch.nn.Module) -> dict[str, Any]:
     return {"replay_steps_per_second": Trajectory.read(folder).next_step / seconds, "replay_equal": equal}
 
 
-def simulated(folder: Path, trained: torch.nn.Module) -> dict[str, Any]:
+def simulated(folder: Path, trained: torch.nn.Module, real: Path) -> dict[str, Any]:
     """A record of 20,000 steps: its size, its export, and a resume one step before its end."""
     base = smollm2(torch.bfloat16)
     optimizer = SparseMeZO(base.named_parameters(), lr=1e-6, sparsity=0.8)
@@ -151,7 +151,7 @@ def simulated(folder: Path, trained: torch.nn.Module) -> dict[str, Any]:
         for step in range(STEPS - ANCHORS, STEPS - 1):
             gradient = float(torch.tensor(noise.gauss(0, 30.0), dtype=torch.float32))
             writer.append(StepRow(step, (gradient,), ((0.7, 0.7),), rates))
-        checkpoint(folder / "checkpoints" / "last.ckpt", writer, header)
+        checkpoint(folder / "checkpoints" / "last.ckpt", writer, header, real)
     began = perf_counter()
     trainer(folder, STEPS).validate(module(), data(), ckpt_path=folder / "checkpoints" / "last.ckpt", verbose=False)
     return {
@@ -161,12 +161,12 @@ def simulated(folder: Path, trained: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def checkpoint(path: Path, writer: TrajectoryWriter, header: Header) -> None:
-    """A checkpoint at the writer's step, as `SeedCheckpoint` writes it, with nothing but its place in the record."""
+def checkpoint(path: Path, writer: TrajectoryWriter, header: Header, real: Path) -> None:
+    """A checkpoint at the writer's step: that of the real run with another place in another record."""
     path.parent.mkdir()
     place = {"run": header.run, "steps": writer.steps, "check": writer.check.hex(), "record": "../trajectory.smezo"}
-    lightning = {"epoch": 0, "global_step": writer.steps, "pytorch-lightning_version": "2.6.0", "loops": {}}
-    torch.save({**lightning, SEED_KEY: place}, path)
+    state = torch.load(real / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save({**state, "global_step": writer.steps, SEED_KEY: place}, path)
     writer.mark("checkpoint", file=path.name, sha256=sha256(path.read_bytes()).hexdigest())
 
 
@@ -184,7 +184,7 @@ def main() -> None:
         found |= replayed(folder / "real", run.model)
         found["usual_step_seconds"] = usual_step()
         found["record_cost"] = found["record_seconds"] / found["usual_step_seconds"]
-        found |= simulated(folder / "simulated", run.model)
+        found |= simulated(folder / "simulated", run.model, folder / "real")
     found["benchmark_seconds"] = perf_counter() - began
     about = machine()
     print(f"{about['processor']}, {about['threads']} threads, {', '.join(about['instructions'])}")

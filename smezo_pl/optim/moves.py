@@ -101,7 +101,7 @@ class StepMoves:
 
 
 class Side:
-    """One side of a sample's perturbation: what a forward is to see (see `smezo_pl.optim.perturb.Write`)."""
+    """One side of a sample's perturbation: what a forward is to see (see `smezo_pl.optim.layerwise.Write`)."""
 
     def __init__(self, moves: StepMoves, sample: int, sign: float) -> None:
         self._moves, self._sample, self._sign = moves, sample, sign

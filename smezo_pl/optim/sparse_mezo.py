@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Any, Literal
 
@@ -13,22 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from smezo_pl.optim.arguments import check_group, check_integer, check_loss, float32, read_losses, some
+from smezo_pl.optim.arguments import check_group, check_integer, float32
+from smezo_pl.optim.forwards import Closure, Forwards
 from smezo_pl.optim.interrupts import deferred_interrupt
 from smezo_pl.optim.kernels import Kernel, KernelName, get_kernel
+from smezo_pl.optim.layerwise import Layerwise
 from smezo_pl.optim.masks import Mask, MaskRule
 from smezo_pl.optim.moves import StepMoves
 from smezo_pl.optim.noise import NOISE_SCHEME, Law
-from smezo_pl.optim.perturb import InPlace, Layerwise
 from smezo_pl.optim.replay import RecordedStep, check_recorded, coefficients, update_in_blocks
 from smezo_pl.optim.report import StepReport
 from smezo_pl.optim.scope import Patterns, as_patterns, check_tensor, matches, named, require_matches
 from smezo_pl.optim.selection import MaskStat, Member, Selection
 
 logger = logging.getLogger(__name__)
-
-Closure = Callable[[], "Tensor | float"]
-
 
 _COPIED = (
     *("num_samples", "seed", "max_skipped", "noise", "kernel", "_scope", "_given", "_steps_done", "_skipped"),
@@ -404,7 +401,9 @@ class SparseMeZO(Optimizer):
             raise TypeError("SparseMeZO.step needs a closure that runs the forward and returns the loss")
         started = perf_counter()
         self.prepare_masks()
-        losses, forward_seconds = self._forwards(closure)
+        forwards = Forwards(self.moves_at(self._steps_done), self._layerwise, self._kernel, self.say_once)
+        losses = forwards.losses(closure, self.num_samples)
+        self._copied_bytes = forwards.copied_bytes
         eps = self.param_groups[0]["eps"]
         gradients = tuple(float32((plus - minus) / (2.0 * eps)) for plus, minus in losses)
         skipped = not all(math.isfinite(value) for value in (*gradients, *(v for pair in losses for v in pair)))
@@ -422,7 +421,7 @@ class SparseMeZO(Optimizer):
             weight_decay=decay,
             skipped=skipped,
             refreshed=refreshed,
-            forward_seconds=forward_seconds,
+            forward_seconds=forwards.seconds,
             total_seconds=perf_counter() - started,
         )
         if self._skipped_in_row >= self.max_skipped:
@@ -498,64 +497,6 @@ class SparseMeZO(Optimizer):
     def mask_at(self, member: Member, step: int) -> Mask:
         """The mask of a tensor at a step, to be evaluated on its weights before the step."""
         return self._selection.mask(member, self.seed, step)
-
-    def _forwards(self, closure: Closure) -> tuple[tuple[tuple[float, float], ...], float]:
-        """Losses of both sides of every sample, and the seconds spent in the closure."""
-        seconds = 0.0
-        raw: list[Tensor | float] = []
-        with self._perturbations() as perturbed:
-            for sample in range(self.num_samples):
-                for sign in (1.0, -1.0):
-                    with perturbed(sample, sign) as clock:
-                        started = perf_counter()
-                        raw.append(check_loss(self._call(closure)))
-                        seconds += perf_counter() - started - clock()
-        values = read_losses(raw)
-        return tuple(zip(values[::2], values[1::2], strict=True)), seconds
-
-    def _call(self, closure: Closure) -> Tensor | float:
-        layerwise = self._layerwise
-        if layerwise is None or layerwise.watched_once:
-            return closure()
-        while True:
-            with layerwise.watched() as readings:
-                loss = closure()
-            moved = layerwise.settle(readings)
-            if not moved:
-                layerwise.watched_once = True
-                return loss
-            logger.info(
-                "attach: weights used outside their module's forward, held by an enclosing module: %s", some(moved)
-            )
-
-    @contextmanager
-    def _perturbations(self) -> Iterator[Callable[[int, float], Any]]:
-        """Gives ``perturbed(sample, sign)``, a context in which forwards see ``theta + sign * eps * m * z``."""
-        moves, layerwise = self.moves_at(self._steps_done), self._layerwise
-        if layerwise is not None:
-
-            @contextmanager
-            def inside(sample: int, sign: float) -> Iterator[Callable[[], float]]:
-                with layerwise.perturbed(moves.side(sample, sign)):
-                    yield lambda: layerwise.write_seconds
-
-            yield inside
-            return
-
-        in_place = InPlace([member.parameter for member in moves.members], self._kernel)
-        with in_place.selected(moves.mask):
-            self._copied_bytes = in_place.extra_bytes()
-            self.say_once(
-                f"in place: {self._copied_bytes / 2**20:.1f} MiB of copies of the active weights; attach(module) "
-                "needs only the largest layer"
-            )
-
-            @contextmanager
-            def around(sample: int, sign: float) -> Iterator[Callable[[], float]]:
-                with in_place.perturbed(moves.side(sample, sign).in_place):
-                    yield lambda: 0.0
-
-            yield around
 
     def _kernel(self, where: Tensor | torch.device) -> Kernel:
         device = where if isinstance(where, torch.device) else where.device

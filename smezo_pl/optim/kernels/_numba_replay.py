@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import cfunc, float32, int32, int64, njit, types, uint8, uint16, uint32, uint64
+from numba import cfunc, float32, int64, njit, types, uint8, uint16, uint32, uint64
 
 from smezo_pl.optim.kernels import _numba_passes
 from smezo_pl.optim.kernels._numba_formats import magnitude_of, nearest, stochastic, widen
@@ -43,19 +43,9 @@ from smezo_pl.optim.kernels._numba_words import (
     bits_of,
     fill_words,
     float_of,
-    root,
+    philox,
+    polar,
     wide_vectors,
-)
-from smezo_pl.optim.noise import (
-    ANGLE_CENTRE,
-    COS,
-    LOG,
-    LOG_2,
-    PHILOX_KEY_STEPS,
-    PHILOX_MULTIPLIERS,
-    PHILOX_ROUNDS,
-    SIN,
-    SQRT_HALF_BITS,
 )
 
 TILE = 16
@@ -70,12 +60,6 @@ REPLAY_MEMORY = MEMORY + 2048 + 2048 + 4096 + 4096 + 256 + TILE * (256 + 2048 + 
 # Loops of a fixed length: a vectorised loop of any other leaves a rest that runs one number at a time.
 _GROUPS, _WEIGHTS = 16, 16
 
-_L0, _L1, _L2, _L3, _L4, _L5, _L6 = (np.float32(c) for c in LOG)
-_S0, _S1, _S2, _S3 = (np.float32(c) for c in SIN)
-_C0, _C1, _C2, _C3 = (np.float32(c) for c in COS)
-_LOG_2, _ANGLE_CENTRE, _SQRT_HALF = np.float32(LOG_2), np.float32(ANGLE_CENTRE), np.uint32(SQRT_HALF_BITS)
-_M0, _M1 = (np.uint64(m) for m in PHILOX_MULTIPLIERS)
-_K0, _K1 = (np.uint64(k) for k in PHILOX_KEY_STEPS)
 _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _SIGN = np.uint32(1 << 31)
 
@@ -93,14 +77,8 @@ def _fill_some(words, groups, count, task, block, row):
         here = groups[begin : begin + _GROUPS]
         first, second = words[begin : begin + _GROUPS], words[128 + begin : 128 + begin + _GROUPS]
         for j in range(_GROUPS):
-            c0, c1, c2, c3 = (base + uint64(here[j])) & _LOW, high, step, sample
-            a, b = k0, k1
-            for _ in range(PHILOX_ROUNDS):
-                p0, p1 = (c0 & _LOW) * _M0, (c2 & _LOW) * _M1
-                c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ a, p1, (p0 >> _32) ^ c3 ^ b, p0
-                a, b = (a + _K0) & _LOW, (b + _K1) & _LOW
-            first[j] = (c0 & _LOW) | (c1 << _32)
-            second[j] = (c2 & _LOW) | (c3 << _32)
+            counter = (base + uint64(here[j])) & _LOW
+            first[j], second[j] = philox(counter, high, step, sample, k0, k1)
 
 
 @njit(nogil=True)
@@ -120,17 +98,7 @@ def _fill_some_normals(drawn, at, out, count, scale):
         for j in range(_WEIGHTS):
             half = uint32(uint32(here[j]) >> uint32(9))
             word = read[j]
-            n = uint32(bits_of(float32(int32(word & uint32(0xFFFFF))) + float32(0.5)) - _SQRT_HALF)
-            t = float_of(uint32(uint32(n & uint32(0x7FFFFF)) + _SQRT_HALF)) - float32(1.0)
-            s = t * t
-            p = ((_L6 * s + (_L5 * t + _L4)) * s + (_L3 * t + _L2)) * s + (_L1 * t + _L0)
-            radius = root(float32(int32(int32(int32(n) >> int32(23)) - int32(20))) * _LOG_2 + p * t)
-            v = float_of(uint32(uint32(uint32(word >> uint32(7)) & uint32(0x7FE000)) | uint32(0x3F800000)))
-            v -= _ANGLE_CENTRE
-            w = v * v
-            x = w * w
-            sine = ((_S3 * w + _S2) * x + (_S1 * w + _S0)) * v
-            cosine = (_C3 * w + _C2) * x + (_C1 * w + _C0)
+            radius, sine, cosine = polar(word)
             # C - S is C + (-S) to the last bit
             turned = float_of(uint32(bits_of(sine) ^ uint32(uint32(uint32(1) - half) << uint32(31))))
             z = uint32(bits_of(radius * (cosine + turned)) ^ uint32(uint32(word << half) & _SIGN))

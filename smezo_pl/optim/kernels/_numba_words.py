@@ -149,6 +149,35 @@ def _array_for(address, size, like):
     return lambda address, size, like: carray(_pointer(address), size, dtype)
 
 
+@njit(nogil=True, inline="always")
+def philox(c0, c1, c2, c3, k0, k1):
+    """The four words of a counter, two to a uint64; every argument is a 32-bit number in a uint64."""
+    for _ in range(PHILOX_ROUNDS):
+        p0, p1 = (c0 & _LOW) * _M0, (c2 & _LOW) * _M1
+        c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ k0, p1, (p0 >> _32) ^ c3 ^ k1, p0
+        k0, k1 = (k0 + _K0) & _LOW, (k1 + _K1) & _LOW
+    return (c0 & _LOW) | (c1 << _32), (c2 & _LOW) | (c3 << _32)
+
+
+@njit(nogil=True, inline="always")
+def polar(word):
+    """Radius of the two normals of a word, and sine and cosine of the part of their angle within an octant pair.
+
+    In the order of operations of `smezo_pl.optim.noise`.
+    """
+    n = uint32(bits_of(float32(int32(word & uint32(0xFFFFF))) + float32(0.5)) - _SQRT_HALF)
+    t = float_of(uint32(uint32(n & uint32(0x7FFFFF)) + _SQRT_HALF)) - float32(1.0)
+    s = t * t
+    p = ((_L6 * s + (_L5 * t + _L4)) * s + (_L3 * t + _L2)) * s + (_L1 * t + _L0)
+    radius = root(float32(int32(int32(int32(n) >> int32(23)) - int32(20))) * _LOG_2 + p * t)
+    v = float_of(uint32(uint32(uint32(word >> uint32(7)) & uint32(0x7FE000)) | uint32(0x3F800000))) - _ANGLE_CENTRE
+    w = v * v
+    x = w * w
+    sine = ((_S3 * w + _S2) * x + (_S1 * w + _S0)) * v
+    cosine = (_C3 * w + _C2) * x + (_C1 * w + _C0)
+    return radius, sine, cosine
+
+
 @njit(nogil=True)
 def _fill_groups(first, second, group, task, at):
     """Words of as many groups as ``first`` is long, from ``group`` on, two to a uint64.
@@ -160,14 +189,7 @@ def _fill_groups(first, second, group, task, at):
     step, sample = uint64(task[at + 3]), uint64(task[at + 4])
     high |= (group >> _32) << uint64(24)
     for j in range(GROUP_PART):
-        c0, c1, c2, c3 = (group + uint64(j)) & _LOW, high, step, sample
-        a, b = k0, k1
-        for _ in range(PHILOX_ROUNDS):
-            p0, p1 = (c0 & _LOW) * _M0, (c2 & _LOW) * _M1
-            c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ a, p1, (p0 >> _32) ^ c3 ^ b, p0
-            a, b = (a + _K0) & _LOW, (b + _K1) & _LOW
-        first[j] = (c0 & _LOW) | (c1 << _32)
-        second[j] = (c2 & _LOW) | (c3 << _32)
+        first[j], second[j] = philox((group + uint64(j)) & _LOW, high, step, sample, k0, k1)
 
 
 @njit(nogil=True)
@@ -200,20 +222,11 @@ def _fill_normals_ahead(words, out, scale, source, target, part):
 
 @njit(nogil=True)
 def _fill_normals(words, first, second, scale):
-    """``scale * z`` of `WORD_PART` words, in the order of operations of `smezo_pl.optim.noise`."""
+    """``scale * z`` of `WORD_PART` words."""
     wide_vectors()
     for j in range(WORD_PART):
         word = words[j]
-        n = uint32(bits_of(float32(int32(word & uint32(0xFFFFF))) + float32(0.5)) - _SQRT_HALF)
-        t = float_of(uint32(uint32(n & uint32(0x7FFFFF)) + _SQRT_HALF)) - float32(1.0)
-        s = t * t
-        p = ((_L6 * s + (_L5 * t + _L4)) * s + (_L3 * t + _L2)) * s + (_L1 * t + _L0)
-        radius = root(float32(int32(int32(int32(n) >> int32(23)) - int32(20))) * _LOG_2 + p * t)
-        v = float_of(uint32(uint32(uint32(word >> uint32(7)) & uint32(0x7FE000)) | uint32(0x3F800000))) - _ANGLE_CENTRE
-        w = v * v
-        x = w * w
-        sine = ((_S3 * w + _S2) * x + (_S1 * w + _S0)) * v
-        cosine = (_C3 * w + _C2) * x + (_C1 * w + _C0)
+        radius, sine, cosine = polar(word)
         z0 = uint32(bits_of(radius * (cosine - sine)) ^ uint32(word & _SIGN))
         z1 = uint32(bits_of(radius * (cosine + sine)) ^ uint32(uint32(word << uint32(1)) & _SIGN))
         first[j] = float_of(z0) * scale

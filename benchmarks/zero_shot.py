@@ -58,7 +58,7 @@ def measure(task: str, data: PromptDataModule, module: SparseMeZOModule, precisi
     fixed = bool(data.task.labels)
     return {
         "task": task,
-        "data": str(Path(data._origin["test"]).relative_to(Path(data._origin["test"]).parents[1])),
+        "data": "/".join(Path(data.origin("test")).parts[-2:]),
         "examples": len(examples),
         **{name.removeprefix("test/"): round(value, 4) for name, value in values.items()},
         "most_frequent_label": round(max(labels.values()) / len(examples), 4) if fixed else None,

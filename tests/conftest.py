@@ -223,6 +223,43 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "question": "What is it?",
             "answers": {"text": [f"{i}"], "answer_start": [6]},
         },
+        "drop": lambda i: {
+            "passage": f"It is {i}.",
+            "question": "What is it?",
+            "answers_spans": {"spans": [f"{i}"], "types": ["number"]},
+        },
+        "mnli": lambda i: {"premise": f"It is {i}.", "hypothesis": f"Not {i % 4}.", "label": i % 3},
+        "qnli": lambda i: {"question": f"Is it {i}?", "sentence": f"It is {i % 5}.", "label": i % 2},
+        "mrpc": lambda i: {"sentence1": f"It is {i}.", "sentence2": f"It was {i % 5}.", "label": i % 2},
+        "qqp": lambda i: {"question1": f"Is it {i}?", "question2": f"Was it {i % 5}?", "label": i % 2},
+        "cb": lambda i: {"premise": f"It is {i}.", "hypothesis": f"It was {i % 4}", "label": i % 3},
+        "wsc.fixed": lambda i: {
+            "text": f"The room {i} is good and it was great.",
+            "span1_text": "The room",
+            "span2_text": "it",
+            "label": i % 2,
+        },
+        "wic": lambda i: {"word": "room", "sentence1": f"room {i}", "sentence2": "a nice room", "label": i % 2},
+        "record": lambda i: {
+            "passage": f"The {i} and the {i + 1}.\n@highlight\nIt is good",
+            "query": "@placeholder is good",
+            "entities": [f"The {i}", f"the {i + 1}"],
+            "answers": [f"The {i}"],
+        },
+        "piqa": lambda i: {"goal": f"mean {i}", "sol1": "so", "sol2": f"not {i}", "label": i % 2},
+        "siqa": lambda i: {
+            "context": f"It was {i}.",
+            "question": "Because?",
+            "answerA": "so",
+            "answerB": "not",
+            "answerC": f"{i}",
+            "label": str(i % 3 + 1),
+        },
+        "aqua": lambda i: {
+            "question": f"What is {i} and 1?",
+            "options": [f"{letter}){i + place}" for place, letter in enumerate("ABCDE")],
+            "correct": "ABCDE"[i % 5],
+        },
     }
     for task, row in rows.items():
         (folder / task).mkdir()

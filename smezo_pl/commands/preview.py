@@ -70,7 +70,7 @@ def preview(data: PromptDataModule, split: SplitName = "train", examples: int = 
     for encoded in shown:
         where = encoded.example.where if encoded.example else f"row {encoded.index}"
         cut = f", {encoded.cut} tokens cut" if encoded.cut else ""
-        yield f"\n--- {split}, {where} of {data._origin[split]}{cut}"
+        yield f"\n--- {split}, {where} of {data.origin(split)}{cut}"
         yield _marked(data, encoded)
     yield "\n⟦ ⟧ scored tokens, a bar between two of them; * the right answer\n"
     yield from _lengths(data, ("train", "dev") if split != "test" else ("test",))

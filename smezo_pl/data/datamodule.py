@@ -1,8 +1,6 @@
 """The data side of a run: a task's examples, sampled as MeZO does, tokenised and batched."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,26 +9,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from smezo_pl.data.arguments import at_least, check_objective_or_reward, check_together, seed_in_range, task_of
 from smezo_pl.data.batch import PromptBatch
 from smezo_pl.data.budget import found_budget
-from smezo_pl.data.collate import Collate
-from smezo_pl.data.drawing import examples_of, k_of_each_class, usable, with_demonstrations
-from smezo_pl.data.encoding import Encoded, Encoder, padding_id
+from smezo_pl.data.draws import Drawn, Draws
+from smezo_pl.data.draws import SplitName as SplitName
+from smezo_pl.data.encoding import Encoded
 from smezo_pl.data.filling import BatchLimit
-from smezo_pl.data.free_text import stop_tokens
 from smezo_pl.data.loaders import evaluation_loader, train_loader
-from smezo_pl.data.masked import MaskedEncoder
-from smezo_pl.data.sampling import sample, sample_train_dev
-from smezo_pl.data.sources import Split, load_file, load_split
+from smezo_pl.data.making import collate_of, encoded_examples
+from smezo_pl.data.sources import load_split
 from smezo_pl.models import load_tokenizer
-from smezo_pl.tasks import Example, FreeText, Task, get_task, make_task, masked_form
-from smezo_pl.tasks.metrics import get_metric
-from smezo_pl.tasks.objectives import check_objective
-from smezo_pl.tasks.task import LOSSES, MASK
+from smezo_pl.tasks import Example, Task, masked_form
+from smezo_pl.tasks.task import MASK
 
 logger = logging.getLogger(__name__)
-
-SplitName = Literal["train", "dev", "test"]
 
 
 class PromptDataModule(pl.LightningDataModule):
@@ -116,63 +109,39 @@ class PromptDataModule(pl.LightningDataModule):
         calibration: Literal["none", "sfc", "icl_sfc"] = "none",
     ) -> None:
         super().__init__()
-        self.files: dict[SplitName, str | None] = {
-            "train": train_file,
-            "dev": dev_file,
-            "test": test_file,
-        }
-        self.task = _task(task, next(filter(None, self.files.values()), None), max_new_tokens)
-        for name in self.task.metrics:
-            get_metric(name, self.task)
-        if objective is not None and reward is not None:
-            raise ValueError(f"objective {objective!r} and reward {reward!r}: give one of them")
-        if reward is not None and "." not in reward:
-            raise ValueError(f"reward must be the import path of a function, module.function, got {reward!r}")
-        self.objective = objective or reward or self.task.objective
-        check_objective(self.objective, self.task)
-        if calibration not in ("none", "sfc", "icl_sfc"):
-            raise ValueError(f"calibration must be 'none', 'sfc' or 'icl_sfc', got {calibration!r}")
-        if calibration == "icl_sfc" and not num_demonstrations:
-            raise ValueError("calibration 'icl_sfc' is for demonstrations: give num_demonstrations, or take 'sfc'")
-        if bad_rows not in ("refuse", "skip"):
-            raise ValueError(f"bad_rows must be 'refuse' or 'skip', got {bad_rows!r}")
+        self.files: dict[SplitName, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
+        self.task = task_of(task, next(filter(None, self.files.values()), None), max_new_tokens)
+        self.objective = check_objective_or_reward(self.task, objective, reward)
+        check_together(
+            self.task,
+            sizes_given=num_train is not None or num_dev is not None,
+            k_shot=k_shot,
+            num_demonstrations=num_demonstrations,
+            calibration=calibration,
+            bad_rows=bad_rows,
+            eval_batch_size=eval_batch_size,
+        )
         self.bad_rows = bad_rows
-        if k_shot is not None:
-            _at_least("k_shot", k_shot, 1)
-            if not self.task.labels:
-                raise ValueError(f"k_shot {k_shot} needs classes, and task {self.task.name!r} has none")
-            if num_train is not None or num_dev is not None:
-                raise ValueError("k_shot takes the place of num_train and num_dev: give only one of them")
         self.k_shot = k_shot
-        self.num_demonstrations = _at_least("num_demonstrations", num_demonstrations, 0)
-        if demonstration_seed is not None and not 0 <= demonstration_seed < 2**32:
-            raise ValueError(f"demonstration_seed must be in [0, 2^32), got {demonstration_seed}")
+        self.num_demonstrations = at_least("num_demonstrations", num_demonstrations, 0)
         self.demonstration_seed = demonstration_seed
-        if calibration != "none" and self.task.calibration is None:
-            raise ValueError(f"task {self.task.name!r} has no prompt without content, so it cannot be calibrated")
+        if demonstration_seed is not None:
+            seed_in_range("demonstration_seed", demonstration_seed)
         self.calibration = calibration
         self.data_dir = data_dir
-        self.batch_size = _at_least("batch_size", batch_size, 1)
-        if isinstance(eval_batch_size, str) and eval_batch_size != "auto":
-            raise ValueError(f"eval_batch_size must be 'auto' or a number of at least 1, got {eval_batch_size!r}")
-        self.eval_batch_size: int | Literal["auto"] = (
-            "auto" if isinstance(eval_batch_size, str) else _at_least("eval_batch_size", eval_batch_size, 1)
-        )
-        self._limit: BatchLimit | None = None
-        self.num_train = _at_least("num_train", self.task.num_train if num_train is None else num_train, 1)
-        self.num_dev = _at_least("num_dev", self.task.num_dev if num_dev is None else num_dev, 0)
-        self.num_test = _at_least("num_test", self.task.num_test if num_test is None else num_test, 0)
-        if not 0 <= data_seed < 2**32:
-            raise ValueError(f"data_seed must be in [0, 2^32), got {data_seed}")
-        self.data_seed = data_seed
-        self.max_length = _at_least("max_length", max_length, 2)
-        self.num_workers = _at_least("num_workers", num_workers, 0)
+        self.batch_size = at_least("batch_size", batch_size, 1)
+        self.eval_batch_size: int | Literal["auto"] = eval_batch_size
+        self.num_train = at_least("num_train", self.task.num_train if num_train is None else num_train, 1)
+        self.num_dev = at_least("num_dev", self.task.num_dev if num_dev is None else num_dev, 0)
+        self.num_test = at_least("num_test", self.task.num_test if num_test is None else num_test, 0)
+        self.data_seed = seed_in_range("data_seed", data_seed)
+        self.max_length = at_least("max_length", max_length, 2)
+        self.num_workers = at_least("num_workers", num_workers, 0)
         self._given_tokenizer = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._examples: dict[SplitName, list[Example]] = {}
-        self._origin: dict[SplitName, str] = {}
+        self._drawn: dict[SplitName, Drawn] = {}
         self._encoded: dict[SplitName, list[Encoded]] = {}
-        self._stops: tuple[int, ...] | None = None
+        self._limit: BatchLimit | None = None
 
     # Tokenizer
 
@@ -181,7 +150,6 @@ class PromptDataModule(pl.LightningDataModule):
         if tokenizer is not self._tokenizer:
             self._tokenizer = tokenizer
             self._encoded.clear()
-            self._stops = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -237,7 +205,7 @@ class PromptDataModule(pl.LightningDataModule):
             )
         if masked and not self.task.is_masked:
             self.task = masked_form(self.task)
-            self._examples.clear()
+            self._drawn.clear()
             self._encoded.clear()
             logger.info("a masked language model: prompts of %s are %r", self.task.name, self.task.prompt)
         if masked and (self.num_demonstrations or self.calibration != "none"):
@@ -251,120 +219,43 @@ class PromptDataModule(pl.LightningDataModule):
         Args:
             split: ``"train"``, ``"dev"`` or ``"test"``.
         """
+        return self._draw(split).examples
+
+    def origin(self, split: SplitName) -> str:
+        """The file or data set that the examples of a split come from."""
+        return self._draw(split).origin
+
+    def _draw(self, split: SplitName) -> Drawn:
         if split not in ("train", "dev", "test"):
             raise ValueError(f"split must be one of train, dev, test, got {split!r}")
-        if split not in self._examples:
-            if split == "test":
-                self._draw_test()
-            else:
-                self._draw_train_and_dev()
-        return self._examples[split]
-
-    def _load(self, split: SplitName) -> Split:
-        """The rows that a split is drawn from: one's own file, else the task's data set."""
-        source = self.task.source
-        names = {
-            "train": source.train if source else "train",
-            "dev": (source.dev if source else None) or "validation",
-            "test": source.test if source else "test",
-        }
-        labelled = not (split == "test" and self._predicting)
-        if (file := self.files[split]) is not None:
-            return load_file(file, self.task, names[split], labelled)
-        if any(self.files.values()) or source is None:
-            raise ValueError(
-                f"{split} examples of task {self.task.name!r} need {split}_file: give one"
-                + (f" ({', '.join(f'{name}_file' for name, file in self.files.items() if file)} is given)")
-                * any(self.files.values())
+        if split not in self._drawn:
+            draws = Draws(
+                task=self.task,
+                files=self.files,
+                data_dir=self.data_dir,
+                sizes={"train": self.num_train, "dev": self.num_dev, "test": self.num_test},
+                seed=self.data_seed,
+                k_shot=self.k_shot,
+                bad_rows=self.bad_rows,
+                num_demonstrations=self.num_demonstrations,
+                demonstration_seed=self.demonstration_seed,
+                shown_without_content=self.calibration == "icl_sfc",
             )
-        return load_split(self.task, names[split], self.data_dir)
-
-    def _rows(self, data: Split, labelled: bool = True) -> list[int]:
-        return usable(self.task, data, labelled) if self.bad_rows == "skip" else list(range(len(data)))
-
-    def _draw_train_and_dev(self) -> None:
-        data = self._load("train")
-        rows = self._rows(data)
-        source = self.task.source
-        apart = self.files["dev"] is not None or (source is not None and source.dev is not None)
-        dev_data = self._load("dev") if apart else data
-        dev_rows = self._rows(dev_data) if apart else rows
-        if self.k_shot is not None:
-            labels = [example.label for example in examples_of(self.task, data, rows)]
-            train, dev = k_of_each_class(
-                labels, self.k_shot, self.task.labels, self.data_seed, data.origin, dev=not apart
-            )
-            if apart:
-                labels = [example.label for example in examples_of(self.task, dev_data, dev_rows)]
-                dev, _ = k_of_each_class(
-                    labels, self.k_shot, self.task.labels, self.data_seed, dev_data.origin, dev=False
-                )
-        elif apart:
-            train = sample(len(rows), self.num_train, self.data_seed, "training examples", data.origin)
-            dev = sample(len(dev_rows), self.num_dev, self.data_seed, "dev examples", dev_data.origin)
-        else:
-            train, dev = sample_train_dev(len(rows), self.num_train, self.num_dev, self.data_seed, data.origin)
-        self._make("train", data, [rows[place] for place in train])
-        self._make("dev", dev_data, [dev_rows[place] for place in dev])
-        if self.num_demonstrations:
-            self._demonstrate("dev", data)
-
-    def _draw_test(self) -> None:
-        data = self._load("test")
-        rows = self._rows(data, labelled=not self._predicting)
-        drawn = sample(len(rows), self.num_test, self.data_seed, "test examples", data.origin)
-        self._make("test", data, [rows[place] for place in drawn])
-        if self.num_demonstrations:
-            self._demonstrate("test", self._load("train"))
-
-    def _demonstrate(self, split: SplitName, data: Split) -> None:
-        self._examples[split] = with_demonstrations(
-            self._examples[split],
-            self.task,
-            data,
-            self.num_demonstrations,
-            self.demonstration_seed,
-            self._origin[split],
-            after=self.calibration == "icl_sfc",
-        )
-        logger.info("%s: %d demonstrations of %s before each", split, self.num_demonstrations, data.origin)
-
-    def _make(self, split: SplitName, data: Split, numbers: list[int]) -> None:
-        self._examples[split] = examples_of(self.task, data, numbers)
-        self._origin[split] = data.origin
-        unknown = [example for example in self._examples[split] if example.label < 0]
-        if unknown and (split != "test" or not self._predicting):
-            free = self.task.candidates
-            column = free.column if isinstance(free, FreeText) else self.task.label
-            raise ValueError(
-                f"{data.origin}, {unknown[0].where}: column {column!r} holds no"
-                f" {'answer' if self.task.is_free else 'label'} ({len(unknown)} such rows of {len(numbers)}),"
-                f" but {split} examples need one; bad_rows: skip leaves such rows out"
-            )
-        logger.info(
-            "%s: %d of %d rows of %s are %s examples (data_seed %d)",
-            self.task.name, len(numbers), len(data), data.origin, split, self.data_seed,
-        )  # fmt: skip
-
-    @property
-    def _predicting(self) -> bool:
-        return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+            predicting = self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+            self._drawn |= {"test": draws.test(predicting)} if split == "test" else draws.train_and_dev()
+        return self._drawn[split]
 
     def encoded(self, split: SplitName) -> list[Encoded]:
         """The examples of a split as tokens, in the order of :meth:`examples`."""
         if split not in self._encoded:
-            examples = self.examples(split)
-            if self.task.is_masked:
-                encoder = MaskedEncoder(self.tokenizer, self.max_length)
-                self._encoded[split] = encoder.encode(examples, self._origin[split])
-                return self._encoded[split]
-            free = self.task.candidates if isinstance(self.task.candidates, FreeText) else None
-            self._encoded[split] = Encoder(
+            self._encoded[split] = encoded_examples(
+                self.task,
+                self.examples(split),
+                self.origin(split),
                 self.tokenizer,
                 self.max_length,
-                free.max_new_tokens if free else 0,
                 calibrated=self.calibration != "none" and split != "train",
-            ).encode(examples, self._origin[split])
+            )
         return self._encoded[split]
 
     # Loaders
@@ -377,7 +268,7 @@ class PromptDataModule(pl.LightningDataModule):
         """
         if self.num_demonstrations:
             raise ValueError("num_demonstrations is for validate and test: in-context learning goes without training")
-        collate = self._collate(training=True)
+        collate = collate_of(self.task, self.tokenizer, self.objective, training=True)
         loader: DataLoader[PromptBatch] = train_loader(
             self.encoded("train"), collate, self.batch_size, self.data_seed, self.num_workers, *self._place()
         )
@@ -402,7 +293,7 @@ class PromptDataModule(pl.LightningDataModule):
         encoded = self.encoded(split)
         if not encoded:
             return []
-        collate = self._collate()
+        collate = collate_of(self.task, self.tokenizer, self.objective)
         if self._limit is None:
             if self.eval_batch_size == "auto":
                 self._limit = BatchLimit(tokens=found_budget(self.trainer, encoded, collate))
@@ -410,29 +301,9 @@ class PromptDataModule(pl.LightningDataModule):
                 self._limit = BatchLimit(rows=self.eval_batch_size)
         return evaluation_loader(encoded, collate, self._limit, self.num_workers, *self._place())
 
-    def _collate(self, training: bool = False) -> Collate:
-        loss = next((name for name in LOSSES if name == self.objective), self.task.objective)
-        reward = self.objective if training and self.objective not in LOSSES else None
-        labels = len(self.task.labels) if isinstance(self.task.candidates, Mapping) else 0
-        collate = Collate(
-            padding_id(self.tokenizer),
-            loss,
-            # A step of the lm objective reads no candidate but the right one.
-            right_only=training and loss == "lm" and (reward is None or self.task.is_free),
-            metrics=self.task.metrics,
-            num_labels=labels,
-            reward=reward,
-        )
-        free = self.task.candidates
-        if not isinstance(free, FreeText) or (training and reward is None):
-            return collate
-        if self._stops is None:
-            self._stops = stop_tokens(self.tokenizer, free.stop)
-        return replace(collate, max_new_tokens=free.max_new_tokens, stop_ids=self._stops, stop=free.stop)
-
     # Resume
 
-    def _drawn(self) -> dict[str, Any]:
+    def _batches(self) -> dict[str, Any]:
         return {
             "task": self.task.name,
             "data_seed": self.data_seed,
@@ -444,14 +315,14 @@ class PromptDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What decides which batches come: saved in checkpoints and compared on a resume."""
-        return self._drawn() if "train" in self._examples else {}
+        return self._batches() if "train" in self._drawn else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Say in the log if the run that is resumed had other batches."""
         if not state_dict or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         other = {
-            name: (state_dict.get(name), now) for name, now in self._drawn().items() if state_dict.get(name) != now
+            name: (state_dict.get(name), now) for name, now in self._batches().items() if state_dict.get(name) != now
         }
         if other:
             changes = ", ".join(f"{name} {then!r} -> {now!r}" for name, (then, now) in other.items())
@@ -462,22 +333,3 @@ class PromptDataModule(pl.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         """The number of processes and which of them this is."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-
-
-def _task(task: str | Mapping[str, Any] | Task, file: str | None, max_new_tokens: int | None) -> Task:
-    """The task of that name or of these keys, called after the file where it has no name."""
-    if isinstance(task, str):
-        task = get_task(task)
-    elif not isinstance(task, Task):
-        task = make_task(task, name=Path(file).stem if file else "own")
-    if max_new_tokens is None:
-        return task
-    if not isinstance(task.candidates, FreeText):
-        raise ValueError(f"max_new_tokens is for answers that the model writes, and task {task.name!r} has candidates")
-    return replace(task, candidates=replace(task.candidates, max_new_tokens=max_new_tokens))
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    if not value >= least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value

@@ -35,6 +35,10 @@ from smezo_pl.trajectory.writer import TrajectoryWriter
 from tests.trajectory.runs import Classifier, Examples, make_trainer, network
 
 STEPS = 30
+
+HUNG_SECONDS = 120.0
+"""When a forked process is taken for hung."""
+
 LAST, BEST, RECORD = "checkpoints/last.ckpt", "checkpoints/best.ckpt", "trajectory.smezo"
 
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], Callable[[], list[Callback]]]] = {
@@ -106,12 +110,11 @@ def warm_up(folder: Path) -> None:
         replay(folder / f"warm{i}", model)
 
 
-def forked(work: Callable[[], Any], seconds: float = 120.0, kill_after: float | None = None) -> tuple[int, str]:
+def forked(work: Callable[[], Any], kill_after: float | None = None) -> tuple[int, str]:
     """Do something in a process of its own.
 
     Args:
         work: What; its result is given to `json.dumps`.
-        seconds: When to take it for hung.
         kill_after: When to kill it, None for never.
 
     Returns:
@@ -136,7 +139,7 @@ def forked(work: Callable[[], Any], seconds: float = 120.0, kill_after: float | 
         finally:
             os._exit(status)
     os.close(write)
-    ends = time.monotonic() + (seconds if kill_after is None else kill_after)
+    ends = time.monotonic() + (HUNG_SECONDS if kill_after is None else kill_after)
     killer = threading.Timer(ends - time.monotonic(), os.kill, (pid, signal.SIGKILL))
     killer.start()
     with os.fdopen(read, encoding="utf-8") as file:
@@ -145,7 +148,7 @@ def forked(work: Callable[[], Any], seconds: float = 120.0, kill_after: float | 
     killer.cancel()
     code = os.waitstatus_to_exitcode(status)
     if code == -signal.SIGKILL and kill_after is None and time.monotonic() >= ends:
-        raise TimeoutError(f"a process took more than {seconds} s")
+        raise TimeoutError(f"a process took more than {HUNG_SECONDS} s")
     return code, said
 
 

@@ -153,9 +153,11 @@ def explained(path: Path, doing: str) -> Iterator[None]:
     """Turn SQLite's errors into ones that say what to do."""
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         text = str(error)
-        if "full" in text:
+        if isinstance(error, UnicodeDecodeError):  # SQLite quotes a damaged schema in its message
+            what = "the file is damaged"
+        elif "full" in text:
             what = (
                 "the disk is full. What was recorded before is intact: make space and resume from the last checkpoint"
             )
@@ -227,7 +229,7 @@ def _check_log(connection: sqlite3.Connection, path: Path) -> None:
             own = alone.execute(header).fetchall()
         finally:
             alone.close()
-    except sqlite3.Error:
+    except (sqlite3.Error, UnicodeDecodeError):
         return  # the file is damaged: what the log holds instead is checked row by row
     if own != connection.execute(header).fetchall():
         raise TrajectoryError(

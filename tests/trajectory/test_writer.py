@@ -398,3 +398,27 @@ def test_the_log_of_another_run_is_refused(path: Path, header: Header) -> None:
     path.with_name(path.name + "-shm").unlink(missing_ok=True)
     with pytest.raises(TrajectoryError, match="belongs to another run"):
         Trajectory.read(path)
+
+
+def test_a_damaged_schema_that_is_no_text_is_an_error_like_any_other(path: Path, header: Header) -> None:
+    """SQLite quotes it in its message, which Python then cannot decode."""
+    data = written(path, header).read_bytes()
+    harmed = data.replace(b"stepssteps", b"st\xf4psst\xf4ps").replace(b"CREATE TABLE steps", b"CREATE TABLX steps")
+    assert harmed.count(b"\xf4ps") >= 2
+    path.write_bytes(harmed)
+    with pytest.raises(TrajectoryError, match="the file is damaged"):
+        Trajectory.read(path, damaged=True)
+
+
+def test_what_the_log_holds_of_it_is_still_read(path: Path, header: Header) -> None:
+    writer = TrajectoryWriter.create(path, header)
+    for step in range(200):  # the file grows, so that the log holds the page of the schema
+        writer.append(row(step))
+    data, log = path.read_bytes(), path.with_name(path.name + "-wal").read_bytes()
+    writer.close()
+    harmed = data.replace(b"stepssteps", b"st\xf4psst\xf4ps").replace(b"CREATE TABLE steps", b"CREATE TABLX steps")
+    path.write_bytes(harmed)
+    path.with_name(path.name + "-wal").write_bytes(log)
+    path.with_name(path.name + "-shm").unlink(missing_ok=True)
+    assert harmed != data
+    assert Trajectory.read(path).next_step == 200

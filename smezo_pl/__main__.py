@@ -50,6 +50,11 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(2)
     try:
         import_module(verb.module).main(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `smezo show ... | head` has read enough; Python would complain once more when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if os.environ.get("SMEZO_TRACEBACK") or not _is_message(error):
             raise

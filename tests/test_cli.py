@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from smezo_pl import SparseMeZO, __version__, build, record
 from smezo_pl import __main__ as script
-from smezo_pl import __version__, build
 from smezo_pl.cli import main
 from smezo_pl.commands import VERBS
 from smezo_pl.parsing import suggestion
@@ -59,6 +60,19 @@ def test_misspelt_verb(capsys: pytest.CaptureFixture[str]) -> None:
         script.main(["fitt"])
     assert stop.value.code == 2
     assert "there is no verb 'fitt'; did you mean 'fit'?" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
+    """``smezo show RUN --json | head``."""
+    model = torch.nn.Linear(4, 4)
+    with record(SparseMeZO(model.named_parameters(), kernel="torch"), tmp_path / "trajectory.smezo", model):
+        pass
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "smezo_pl", "show", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_public_names_exist() -> None:

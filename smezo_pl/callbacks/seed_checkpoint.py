@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.trainer.states import TrainerFn
 
 from smezo_pl.callbacks.checkpoint_files import check_readable, serialised, write_whole
-from smezo_pl.callbacks.common import run_folder, zeroth_order_optimizer
+from smezo_pl.callbacks.common import zeroth_order_optimizer
+from smezo_pl.callbacks.last_and_best import LastAndBest, begin_epoch
 from smezo_pl.callbacks.run_record import earlier_record, open_record
 from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.anchors import write_anchor
@@ -24,7 +23,7 @@ from smezo_pl.trajectory.replaying import tensors_of
 log = logging.getLogger(__name__)
 
 
-class SeedCheckpoint(Checkpoint):
+class SeedCheckpoint(LastAndBest):
     """Records every step, and writes checkpoints without weights.
 
     In the run's folder (the logger's, or ``dirpath``) lie ``trajectory.smezo``, the record of the run, and
@@ -57,41 +56,18 @@ class SeedCheckpoint(Checkpoint):
         anchor_every_n_steps: int | None = None,
         fingerprints: bool = True,
     ) -> None:
-        super().__init__()
-        if not every_n_steps >= 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+        super().__init__(dirpath, every_n_steps, monitor, mode)
         if anchor_every_n_steps is not None and (anchor_every_n_steps < 1 or anchor_every_n_steps % every_n_steps):
             raise ValueError(
                 "anchor_every_n_steps must be a multiple of every_n_steps "
                 f"({every_n_steps}), got {anchor_every_n_steps}"
             )
-        self.dirpath, self.every_n_steps, self.monitor, self.mode = dirpath, every_n_steps, monitor, mode
         self.anchor_every_n_steps, self.fingerprints = anchor_every_n_steps, fingerprints
-        self.best_score: float | None = None
-        self.best_step: int | None = None
         self._recorder: Recorder | None = None
-        self._folder: Path | None = None
-        self._saved_step = self._marked_step = -1
+        self._marked_step = -1
         self._loaded: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ what Lightning asks for
-
-    @property
-    def state_key(self) -> str:
-        """One state whatever the arguments, so that a resumed run may change them."""
-        return type(self).__qualname__
-
-    @property
-    def best_model_path(self) -> str:
-        """Path of ``best.ckpt``, or nothing: for ``ckpt_path="best"``."""
-        return self._existing("best")
-
-    @property
-    def last_model_path(self) -> str:
-        """Path of ``last.ckpt``, or nothing."""
-        return self._existing("last")
 
     @property
     def record_path(self) -> Path | None:
@@ -109,12 +85,11 @@ class SeedCheckpoint(Checkpoint):
                 "check": writer.check.hex(),
                 "record": str(writer.path.absolute()),
             }
-        return {"best_score": self.best_score, "best_step": self.best_step, "monitor": self.monitor, "place": place}
+        return {**super().state_dict(), "place": place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        if state_dict["monitor"] == self.monitor:
-            self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+        super().load_state_dict(state_dict)
         self._loaded = state_dict["place"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -128,38 +103,19 @@ class SeedCheckpoint(Checkpoint):
         resume.restore(trainer)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._folder = Path(self.dirpath) if self.dirpath is not None else run_folder(trainer)
-        self._saved_step = self._marked_step = -1
+        folder, self._marked_step = self._find_folder(trainer), -1
         earlier = earlier_record(trainer, self._loaded)
         if trainer.is_global_zero:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             optimizer = zeroth_order_optimizer(trainer, self)
-            self._recorder = open_record(optimizer, pl_module, self._folder / FILE_NAME, earlier)
-            check_readable(self._checkpoint(trainer, self._folder))
+            self._recorder = open_record(optimizer, pl_module, folder / FILE_NAME, earlier)
+            check_readable(self._checkpoint(trainer, folder))
         if earlier is None:
             self._save(trainer)  # so that a run that ends before its first checkpoint can go on too
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write a checkpoint where one is due, unless a validation follows: it writes one when it is done."""
-        step = trainer.global_step
-        due = step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.is_last_batch
-        if due and not _validates_now(trainer):
-            self._save(trainer, in_epoch=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back the weights of a checkpoint without weights."""
         resume.restore(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write a checkpoint, and keep it as the best if it is."""
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or self._folder is None:
-            return
-        better = self._is_better(trainer)
-        if better:
-            self.best_step = trainer.global_step
-        self._save(trainer, also_best=better, in_epoch=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back the weights of a checkpoint without weights."""
@@ -197,18 +153,8 @@ class SeedCheckpoint(Checkpoint):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _is_better(self, trainer: Trainer) -> bool:
-        if self.monitor is None:
-            return False
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None:
-            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            raise ValueError(f"SeedCheckpoint: monitor={self.monitor!r} is no metric of this run; there are: {known}")
-        score = float(value)
-        if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
-            self.best_score = score
-            return True
-        return False
+    def _is_due(self, trainer: Trainer) -> bool:
+        return super()._is_due(trainer) or trainer.is_last_batch
 
     def _save(self, trainer: Trainer, also_best: bool = False, in_epoch: bool = False) -> None:
         if self._folder is None:
@@ -217,7 +163,7 @@ class SeedCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             checkpoint = self._checkpoint(trainer, self._folder)
             if in_epoch:
-                _begin_epoch(checkpoint)
+                begin_epoch(checkpoint)
             data = serialised(checkpoint)
         if self._recorder is not None:
             self._anchor(trainer.global_step)
@@ -262,23 +208,3 @@ class SeedCheckpoint(Checkpoint):
                 "record": os.path.relpath(writer.path, folder / "checkpoints"),
             }
         return checkpoint
-
-    def _existing(self, name: str) -> str:
-        path = self._folder / "checkpoints" / f"{name}.ckpt" if self._folder is not None else None
-        return str(path) if path is not None and path.is_file() else ""
-
-
-def _begin_epoch(checkpoint: dict[str, Any]) -> None:
-    """Let a checkpoint say that its epoch has begun.
-
-    In the epoch after a resume from an epoch's last batch Lightning 2.6 leaves that out, and a second resume from an
-    epoch's last batch would then count one epoch too few and read its examples again.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-    progress["ready"] = progress["started"] = progress["processed"] + 1
-
-
-def _validates_now(trainer: Trainer) -> bool:
-    """Whether Lightning validates after this batch."""
-    loop = trainer.fit_loop
-    return loop._data_fetcher is not None and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.trainer.states import TrainerFn
 
 from smezo_pl.callbacks.checkpoint_files import check_readable, serialised, write_whole
-from smezo_pl.callbacks.common import run_folder, validates_now
+from smezo_pl.callbacks.last_and_best import LastAndBest, begin_epoch
 
 
-class WeightCheckpoint(Checkpoint):
+class WeightCheckpoint(LastAndBest):
     """Writes ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt`` with everything that is learned.
 
     What `SeedCheckpoint` is to a zeroth-order run, with weights and AdamW's state in the file instead of a place in a
@@ -37,90 +34,27 @@ class WeightCheckpoint(Checkpoint):
         monitor: str | None = "val/loss",
         mode: Literal["min", "max"] = "min",
     ) -> None:
-        super().__init__()
-        if not every_n_steps >= 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        if mode not in ("min", "max"):
-            raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
-        self.dirpath, self.every_n_steps, self.monitor, self.mode = dirpath, every_n_steps, monitor, mode
-        self.best_score: float | None = None
-        self.best_step: int | None = None
-        self._folder: Path | None = None
-        self._saved_step = -1
-
-    @property
-    def state_key(self) -> str:
-        """One state whatever the arguments, so that a resumed run may change them."""
-        return type(self).__qualname__
-
-    @property
-    def best_model_path(self) -> str:
-        """Path of ``best.ckpt``, or nothing: for ``ckpt_path="best"``."""
-        return self._existing("best")
-
-    @property
-    def last_model_path(self) -> str:
-        """Path of ``last.ckpt``, or nothing."""
-        return self._existing("last")
-
-    def state_dict(self) -> dict[str, Any]:
-        """The best score so far."""
-        return {"best_score": self.best_score, "best_step": self.best_step, "monitor": self.monitor}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        if state_dict["monitor"] == self.monitor:
-            self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+        super().__init__(dirpath, every_n_steps, monitor, mode)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the folder, and write the checkpoint of a run that begins."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._folder = Path(self.dirpath) if self.dirpath is not None else run_folder(trainer)
-        self._saved_step = -1
+        self._find_folder(trainer)
         if trainer.global_step == 0 and trainer.optimizers:
             self._save(trainer)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write a checkpoint where one is due, unless a validation follows: it writes one when it is done."""
-        step = trainer.global_step
-        due = step % self.every_n_steps == 0 or step == trainer.max_steps
-        if due and not validates_now(trainer):
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write a checkpoint, and keep it as the best if it is."""
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or self._folder is None:
-            return
-        better = self._is_better(trainer)
-        if better:
-            self.best_step = trainer.global_step
-        self._save(trainer, also_best=better)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a last checkpoint."""
         if self._folder is not None and self._saved_step != trainer.global_step and trainer.optimizers:
             self._save(trainer)
 
-    def _is_better(self, trainer: Trainer) -> bool:
-        if self.monitor is None:
-            return False
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None:
-            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            raise ValueError(f"WeightCheckpoint: monitor={self.monitor!r} is no metric of this run; there are: {known}")
-        score = float(value)
-        if self.best_score is None or (score < self.best_score if self.mode == "min" else score > self.best_score):
-            self.best_score = score
-            return True
-        return False
-
-    def _save(self, trainer: Trainer, also_best: bool = False) -> None:
+    def _save(self, trainer: Trainer, also_best: bool = False, in_epoch: bool = False) -> None:
         if self._folder is None:
             return
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        if in_epoch:
+            begin_epoch(checkpoint)
         if trainer.is_global_zero:
             if self._saved_step < 0:
                 check_readable({name: value for name, value in checkpoint.items() if name != "state_dict"})
@@ -129,7 +63,3 @@ class WeightCheckpoint(Checkpoint):
                 write_whole(self._folder / "checkpoints" / name, data)
         self._saved_step = trainer.global_step
         trainer.strategy.barrier("WeightCheckpoint.save")
-
-    def _existing(self, name: str) -> str:
-        path = self._folder / "checkpoints" / f"{name}.ckpt" if self._folder is not None else None
-        return str(path) if path is not None and path.is_file() else ""

@@ -23,7 +23,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--out", required=True, help="file to write, for instance tune.safetensors")
     parser.add_argument("--step", type=int, default=None, help="how many steps of the run; all if left out")
     given = parser.parse_args(args[1:])
-    trajectory = load(given.run).upto(given.step)
+    trajectory = load(given.run, given.step)
     written = export(trajectory, given.out)
     each = written.size / max(1, len(trajectory.rows))
     print(f"{written.path}: {written.steps:,} steps, {written.size:,} bytes ({each:.1f} a step)")

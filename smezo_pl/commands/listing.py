@@ -23,31 +23,36 @@ def table(folder: Path, summaries: Sequence[dict[str, Any]]) -> str:
     lines = []
     for root, members in bases.items():
         name = members[0]["model"] or "given in Python"
-        lines.append(f"{name}: {members[0]['weights']:,} weights, fingerprint {root[:16]}")
+        dtypes = ", ".join(members[0]["dtypes"])
+        lines.append(f"{name}: {members[0]['weights']:,} weights, {dtypes}, fingerprint {root[:16]}")
         for facts in members:
             of, loss = facts["settings"].get, facts["loss"]
             moved = f"loss {loss['first']:.4f} -> {loss['last']:.4f}" if loss else "loss not kept"
             state = "being written" if facts["writing"] else "sound" if facts["sound"] else "DAMAGED"
+            mask = "dense" if of("mask") == "dense" else f"{of('mask')} {of('sparsity')}"
+            path = Path(facts["path"]).relative_to(folder)
             lines.append(
-                f"  {Path(facts['path']).relative_to(folder)}: {facts['steps']:,} steps, {of('mask')} "
-                f"{of('sparsity')}, lr {of('lr')}, seed {facts['seed']}, {moved}, {facts['bytes']:,} bytes, {state}"
+                f"  {path}: {facts['steps']:,} steps, {mask}, lr {of('lr')}, seed {facts['seed']}, {moved}, "
+                f"{facts['bytes']:,} bytes, {state}"
             )
     return "\n".join(lines)
 
 
-def readable(folder: Path, read: Any) -> list[Any]:
-    """What of a folder can be read; other safetensors files, such as anchors and models, are passed over.
+def readable(folder: Path, read: Any) -> tuple[list[Any], list[str]]:
+    """What of a folder can be read, and what is said of records that cannot.
+
+    Other safetensors files, such as anchors and models, are passed over.
 
     Raises:
-        TrajectoryError: If there is none.
+        TrajectoryError: If there is no record and no exported run.
     """
-    found = []
+    found, refused = [], []
     for path in found_below(folder):
         try:
             found.append(read(str(path)))
-        except TrajectoryError:
+        except TrajectoryError as error:
             if path.name == FILE_NAME:
-                raise
-    if not found:
+                refused.append(str(error))
+    if not found and not refused:
         raise TrajectoryError(f"{folder} and the folders in it hold no {FILE_NAME} and no exported run")
-    return found
+    return found, refused

@@ -24,4 +24,4 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--step", type=int, default=None, help="how many steps of the run; all if left out")
     add_arguments(parser)
     given = parser.parse_args(args[1:])
-    make_folder(load(given.run).upto(given.step), given)
+    make_folder(load(given.run, given.step), given)

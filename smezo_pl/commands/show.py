@@ -38,8 +38,14 @@ def main(args: Sequence[str]) -> None:
     given = parser.parse_args(args[1:])
     folder = Path(given.run[0])
     if len(given.run) == 1 and folder.is_dir() and not (folder / FILE_NAME).exists():
-        listed = [summary(trajectory) for trajectory in readable(folder, read)]
-        print(json.dumps({"runs": listed}, indent=2) if given.json else cleaned(table(folder, listed)))
+        found, refused = readable(folder, read)
+        listed = [summary(trajectory) for trajectory in found]
+        if given.json:
+            print(json.dumps({"runs": listed, "unreadable": refused}, indent=2))
+        else:
+            print(cleaned("\n".join([table(folder, listed), *refused]).strip()))
+        if refused or any(trajectory.damage for trajectory in found):
+            sys.exit(1)
         return
     trajectories = [read(path) for path in given.run]
     summaries = [summary(trajectory) for trajectory in trajectories]
@@ -107,7 +113,7 @@ def text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
         "model": f"{facts['model'] or 'given in Python'}: {facts['weights']:,} weights in {facts['tensors']} tensors, "
         + ", ".join(facts["dtypes"]),
         "made": f"{facts['created']} by smezo_pl {facts['versions'].get('smezo_pl')}, kernel {machine('kernel')}, "
-        f"{machine('threads')} threads of {machine('processor')}",
+        f"{machine('threads')} {'thread' if machine('threads') == 1 else 'threads'} of {machine('processor')}",
         "optimizer": f"mask {of('mask')} ({of('mask_update')}), sparsity {of('sparsity')}, lr {of('lr')}, "
         f"eps {of('eps')}, noise {facts['noise']}, seed {facts['seed']}, samples {facts['samples']}",
         "steps": f"{facts['steps']:,} ({facts['skipped']} skipped, {refreshes} mask refreshes){state}",
@@ -116,7 +122,9 @@ def text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
         lines["loss"] = f"{sparkline(trajectory.rows)}  {facts['loss']['first']:.4f} -> {facts['loss']['last']:.4f}"
     if facts["checkpoints"]:
         lines["checkpoints"] = f"last at step {facts['checkpoints'][-1]}, {len(facts['checkpoints'])} in all"
-    per_step = f", {facts['bytes'] / len(trajectory.rows):.1f} a step" if trajectory.rows else ""
+    # of a short run nearly all is the header
+    long = len(trajectory.rows) >= 1000
+    per_step = f", {facts['bytes'] / len(trajectory.rows):.1f} a step" if long else ""
     lines["size"] = f"{facts['bytes']:,} bytes{per_step}"
     if facts["sound"]:
         lines["sound"] = "yes, every step" + (", with a hash of the last weights" if facts["final_weights"] else "")

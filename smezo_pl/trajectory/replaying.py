@@ -61,7 +61,7 @@ def replay(
         TrajectoryError: If the record is damaged, of another model or of other starting weights, or the result is not
             what the run had.
     """
-    trajectory = (source if isinstance(source, Trajectory) else load(source)).upto(steps)
+    trajectory = source.upto(steps) if isinstance(source, Trajectory) else load(source, steps)
     tensors = tensors_of(trajectory.header, model, str(trajectory.path))
     check_start(trajectory.header, tensors, str(trajectory.path), force=force)
     optimizer = rebuild(trajectory.header, tensors, kernel)

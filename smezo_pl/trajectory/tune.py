@@ -67,7 +67,7 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
     Raises:
         TrajectoryError: If the record is damaged or does not reach that far, or the file cannot be written.
     """
-    trajectory = (source if isinstance(source, Trajectory) else load(source)).upto(steps)
+    trajectory = source.upto(steps) if isinstance(source, Trajectory) else load(source, steps)
     rows, path = trajectory.rows, Path(path)
     packed = {name: pieces.pack([getattr(row.rates, name) for row in rows]) for name in Rates._fields}
     root = _final_root(trajectory)
@@ -102,17 +102,19 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
     return Exported(path, trajectory.next_step, len(data), root is not None)
 
 
-def load(path: str | Path) -> Trajectory:
+def load(path: str | Path, steps: int | None = None) -> Trajectory:
     """Read and verify a record or an exported file, whichever it is.
 
     Args:
         path: A run's folder, its record, or an exported file.
+        steps: How many steps of the optimizer; None for all. A damaged record is read as far as this if it is sound
+            that far.
 
     Raises:
-        TrajectoryError: If it is neither, or damaged.
+        TrajectoryError: If it is neither, damaged, or does not reach that far.
     """
     path = locate(path)
-    return Trajectory.read(path) if is_record(path) else read_export(path)
+    return (Trajectory.read(path, damaged=steps is not None) if is_record(path) else read_export(path)).upto(steps)
 
 
 def read_export(path: Path) -> Trajectory:
@@ -125,7 +127,7 @@ def read_export(path: Path) -> Trajectory:
         TrajectoryError: If it is none, of a later format, or damaged.
     """
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise TrajectoryError(f"{path} has {path.stat().st_size} bytes: no exported run is that large")
+        raise TrajectoryError(f"{path} is no exported run: it has {path.stat().st_size:,} bytes, those a few a step")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}

@@ -44,7 +44,7 @@ def equal_after(resumed: Watch, straight: Watch) -> bool:
     """What the resumed run saw and logged is what the other one did at the same steps."""
     return all(
         getattr(resumed, kind)[step] == getattr(straight, kind)[step]
-        for kind in ("train", "val", "seen")
+        for kind in ("train", "val", "seen", "epochs")
         for step in getattr(resumed, kind)
     )
 
@@ -113,6 +113,7 @@ CONFIGURATIONS: dict[str, tuple[Callable[[], Classifier], Callable[[], list[Any]
         lambda: Classifier(mask="random", mask_update="constant"),
         lambda: [MaskRefresh(every_n_steps=6)],
     ),
+    "a part of the network": (lambda: Classifier(include=["0", "3.*"], exclude="0.bias", dense="3.bias"), list),
     "n-SPSA, rademacher": (lambda: Classifier(num_samples=2, noise="rademacher"), list),
     "a schedule": (lambda: Classifier(scheduler=lambda opt: CosineAnnealingLR(opt, 20), weight_decay=0.1), list),
 }
@@ -576,13 +577,52 @@ def test_so_it_is_with_another_number_of_workers(
     assert same(resumed.model, straight[1].model)
 
 
-def test_two_resumes_from_the_last_batch_of_an_epoch(straight: tuple[Path, Classifier, Watch], tmp_path: Path) -> None:
-    """Lightning then counts an epoch too few; the order of the examples must not follow it."""
-    seen = fit(tmp_path / "straight", Classifier(), max_steps=30, val_check_interval=5)
-    settings = {"max_steps": 30, "val_check_interval": 5}
-    run = tmp_path / "killed"
-    interrupted(run, Classifier(), 8, **settings)
-    interrupted(run, Classifier(), 17, ckpt_path=run / LAST, **settings)
-    watch = fit(run, Classifier(), ckpt_path=run / LAST, **settings)
-    assert min(watch.train) == 17
+# 8 batches an epoch: resumes from the last one of an epoch, with and without a validation there, and from elsewhere
+@pytest.mark.parametrize("validated", [4, 5])
+@pytest.mark.parametrize("killed", [(8, 16), (8, 17), (7, 16), (8, 16, 24), (9, 17, 24), (8, 13, 16, 27)], ids=str)
+def test_epochs_are_counted_through_any_resumes(tmp_path: Path, killed: tuple[int, ...], validated: int) -> None:
+    """Masks refreshed every second epoch: a wrong count, or another order of the examples, gives other weights."""
+    settings: dict[str, Any] = {"max_steps": 32, "val_check_interval": validated}
+    trained, resumed = Classifier(), Classifier()
+    seen = fit(tmp_path / "straight", trained, MaskRefresh(every_n_epochs=2), **settings)
+    run, ckpt_path = tmp_path / "killed", None
+    for step in killed:
+        interrupted(run, Classifier(), step, MaskRefresh(every_n_epochs=2), ckpt_path=ckpt_path, **settings)
+        ckpt_path = run / LAST
+    watch = fit(run, resumed, MaskRefresh(every_n_epochs=2), ckpt_path=ckpt_path, **settings)
+    assert max(seen.epochs.values()) == 3
+    assert min(watch.train) <= killed[-1] + 1
     assert equal_after(watch, seen)
+    assert [row.refresh for row in Trajectory.read(run).rows] == [
+        row.refresh for row in Trajectory.read(tmp_path / "straight").rows
+    ]
+    assert same(resumed.model, trained.model)
+
+
+def test_so_it_is_where_epochs_end_the_run(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": -1, "max_epochs": 4}
+    trained, resumed = Classifier(), Classifier()
+    seen = fit(tmp_path / "straight", trained, MaskRefresh(every_n_epochs=2), **settings)
+    run = tmp_path / "killed"
+    interrupted(run, Classifier(), 8, MaskRefresh(every_n_epochs=2), **settings)
+    interrupted(run, Classifier(), 16, MaskRefresh(every_n_epochs=2), ckpt_path=run / LAST, **settings)
+    watch = fit(run, resumed, MaskRefresh(every_n_epochs=2), ckpt_path=run / LAST, **settings)
+    assert max(seen.train) == max(watch.train) == 32
+    assert equal_after(watch, seen)
+    assert same(resumed.model, trained.model)
+
+
+def test_a_resume_on_another_machine_says_what_differs(
+    straight: tuple[Path, Classifier, Watch], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "smezo_pl.trajectory.resume")
+    interrupted(tmp_path, Classifier(), 14)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        resumed = Classifier()
+        fit(tmp_path, resumed, ckpt_path=tmp_path / LAST, max_steps=14)
+    finally:
+        torch.set_num_threads(before)
+    assert "the weights are exact, but the model's forward may differ in its last bits" in caplog.text
+    assert f"threads {before} then, {before + 1} now" in caplog.text

@@ -128,6 +128,23 @@ class TestListing:
         show.main(["show", str(tmp_path / "runs"), "--json"])
         assert len(json.loads(capsys.readouterr().out)["runs"]) == 3
 
+    def test_a_record_that_cannot_be_read_does_not_hide_the_others(
+        self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree(run, tmp_path / "b")
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "trajectory.smezo").write_bytes(b"something else")
+        with pytest.raises(SystemExit) as left:
+            show.main(["show", str(tmp_path)])
+        assert left.value.code == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1].startswith("  b/trajectory.smezo: 4 steps, small 0.8, lr 0.01, seed 0, loss")
+        assert lines[2].startswith(f"{tmp_path / 'a' / 'trajectory.smezo'}") and len(lines) == 3
+        with pytest.raises(SystemExit):
+            show.main(["show", str(tmp_path), "--json"])
+        listed = json.loads(capsys.readouterr().out)
+        assert len(listed["runs"]) == len(listed["unreadable"]) == 1
+
     def test_a_folder_without_any(self, tmp_path: Path) -> None:
         with pytest.raises(TrajectoryError, match=r"hold no trajectory\.smezo and no exported run"):
             show.main(["show", str(tmp_path)])

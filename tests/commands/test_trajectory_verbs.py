@@ -98,8 +98,15 @@ class TestShow:
             smezo("show", tmp_path / "copy")
         assert left.value.code == 1
         assert "up to step 4, which `smezo replay --step` can make; then step 4 is damaged" in capsys.readouterr().out
-        with pytest.raises(TrajectoryError, match=r"step 4 is damaged.*sound up to 4 steps"):
-            smezo("replay", tmp_path / "copy", "--out", tmp_path / "out")
+        for words in (("replay",), ("replay", "--step", "5"), ("export",), ("export", "--step", "5")):
+            with pytest.raises(TrajectoryError, match="step 4 is damaged"):
+                smezo(words[0], tmp_path / "copy", *words[1:], "--out", tmp_path / "out")
+        smezo("export", tmp_path / "copy", "--step", "4", "--out", tmp_path / "tune.safetensors")
+        smezo("apply", tmp_path / "tune.safetensors", "--out", tmp_path / "applied")
+        smezo("replay", tmp_path / "copy", "--step", "4", "--out", tmp_path / "out")
+        smezo("replay", run[0], "--step", "4", "--out", tmp_path / "right")
+        made = [load_model(tmp_path / name, dtype=torch.bfloat16)[0] for name in ("out", "applied", "right")]
+        assert same(made[0], made[2]) and same(made[1], made[2])
 
     def test_two_of_them(
         self, run: tuple[Path, Any], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -104,10 +104,12 @@ class Watch(Callback):
         self.train: dict[int, float] = {}
         self.val: dict[int, dict[str, float]] = {}
         self.seen: dict[int, list[float]] = {}
+        self.epochs: dict[int, int] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.train[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
         self.seen[trainer.global_step] = batch[0][:, 0].tolist()
+        self.epochs[trainer.global_step] = trainer.current_epoch
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
@@ -132,14 +134,13 @@ class KillAfter(Callback):
 
 
 def make_trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
-    settings = {"max_steps": 20, "val_check_interval": 4, "logger": False, **settings}
+    settings = {"max_steps": 20, "max_epochs": -1, "val_check_interval": 4, "logger": False, **settings}
     return Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        max_epochs=-1,
         callbacks=list(callbacks),
         **settings,
     )

@@ -209,7 +209,7 @@ def test_mutated_content_is_read_or_refused_cleanly(tune: Path) -> None:
 
 def test_a_file_that_is_too_large_is_not_opened(tune: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smezo_pl.trajectory.tune.MAX_FILE_BYTES", 100)
-    with pytest.raises(TrajectoryError, match="no exported run is that large"):
+    with pytest.raises(TrajectoryError, match="is no exported run: it has"):
         load(tune)
 
 

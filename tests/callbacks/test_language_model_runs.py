@@ -1,0 +1,89 @@
+"""Language models and their adapters in the Trainer, from a kill to an exported file, in a folder with an odd name."""
+
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule, apply
+from smezo_pl.callbacks import SeedCheckpoint
+from smezo_pl.models import add_adapter, load_model
+from smezo_pl.trajectory.replaying import tensors_of
+from smezo_pl.trajectory.tune import load
+from tests.trajectory.runs import KillAfter, KilledError, Watch, same
+
+LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}
+LAST = "checkpoints/last.ckpt"
+
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "LoRA": ({}, LORA),
+    "prefix": ({}, PREFIX),
+    "some tensors": ({"include": ["*self_attn*", "*norm*"], "exclude": "*o_proj*", "dense": "*norm*"}, None),
+    "all but some, a constant mask": ({"exclude": ["*embed*", "*lm_head*"], "mask_update": "constant"}, None),
+}
+
+
+def fit(module: SparseMeZOModule, folder: Path, *callbacks: Any, ckpt_path: Path | None = None) -> Watch:
+    watch = Watch()
+    trainer = Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        precision="bf16-true",
+        max_steps=10,
+        max_epochs=-1,
+        val_check_interval=4,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[watch, *callbacks, SeedCheckpoint(every_n_steps=3)],
+    )
+    data = PromptDataModule(task="demo", num_train=64, num_dev=8, batch_size=8)
+    watch_batches(watch)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return watch
+
+
+def watch_batches(watch: Watch) -> None:
+    """Batches of prompts instead of pairs of tensors."""
+
+    def seen(trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        watch.train[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
+        watch.seen[trainer.global_step] = batch.input_ids.flatten().tolist()
+
+    watch.on_train_batch_end = seen  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_killed_run_goes_on_and_its_file_makes_the_same_weights(
+    name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, adapter = RUNS[name]
+
+    def build() -> SparseMeZOModule:
+        return SparseMeZOModule(str(tiny_folder), partial(SparseMeZO, lr=1e-2, **settings), adapter=adapter)
+
+    trained, resumed, folder = build(), build(), tmp_path / "ein Lauf, größer ?#%"
+    seen = fit(trained, tmp_path / "straight")
+    with pytest.raises(KilledError):
+        fit(build(), folder, KillAfter(7))
+    watch = fit(resumed, folder, ckpt_path=folder / LAST)
+    assert min(watch.train) == 7 and max(watch.train) == 10
+    assert all(watch.train[step] == seen.train[step] and watch.seen[step] == seen.seen[step] for step in watch.train)
+    assert same(resumed.model, trained.model)
+
+    tune = folder / "tune größer.safetensors"
+    import_module("smezo_pl.commands.export").main(["export", str(folder), "--out", str(tune)])
+    model = load_model(tiny_folder, dtype=torch.bfloat16)[0]
+    model = model if adapter is None else add_adapter(model, adapter)
+    assert apply(model, tune).identical is True
+    assert same(model, trained.model)
+    assert tensors_of(load(tune).header, model, "").keys() == {n for n, _ in trained.model.named_parameters()}
+    import_module("smezo_pl.commands.apply").main(["apply", str(tune), "--out", str(folder / "model")])
+    assert "identical: every bit is as in the run" in capsys.readouterr().out
+    assert (folder / "model" / ("model" if adapter is None else "adapter_model")).with_suffix(".safetensors").is_file()

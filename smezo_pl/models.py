@@ -184,15 +184,20 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
         raise ValueError(
             f"adapter needs peft_type, one of {', '.join(sorted(types))}; got {adapter.get('peft_type')!r}"
         )
+    default = torch.get_default_dtype()
     try:
         settings = types[kind](**arguments)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # peft 0.21 asks transformers 5.23 by a name that it will drop in version 6.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             torch.manual_seed(seed)
+            # drawn in the network's dtype, so that they are the same inside a Trainer's precision and outside
+            torch.set_default_dtype(next(model.parameters()).dtype)
             wrapped: nn.Module = peft.get_peft_model(model, settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"adapter={dict(adapter)}: {error}") from error
+    finally:
+        torch.set_default_dtype(default)
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     logger.info("adapter %s: %s parameters are trained, the others are frozen", kind, f"{trained:,}")
     return wrapped.eval()

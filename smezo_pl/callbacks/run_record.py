@@ -67,6 +67,7 @@ def open_record(optimizer: SparseMeZO, module: LightningModule, path: Path, earl
         pretrained=getattr(module, "pretrained", None),
         revision=getattr(module, "revision", None),
         adapter=getattr(module, "adapter", None),
+        adapter_seed=getattr(module, "adapter_seed", 0),
     )
     return Recorder(optimizer, TrajectoryWriter.create(path, header), network)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, get_args
 
 from smezo_pl.optim.kernels import KernelName
+from smezo_pl.trajectory.adapters import recorded_adapter
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.fingerprint import model_tensors
 from smezo_pl.trajectory.header import Header
@@ -45,7 +45,7 @@ def make_folder(trajectory: Trajectory, given: argparse.Namespace) -> None:
     out = Path(given.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TrajectoryError(f"--out {out} exists and is not empty: give a new folder")
-    model, tokenizer = base_model(trajectory.header, given.model)
+    model, tokenizer = base_model(trajectory.header, given.model, str(trajectory.path))
     began = perf_counter()
     with progress_of(trajectory.header.first_step, trajectory.next_step) as progress:
         replay(trajectory, model, force=given.force, kernel=given.kernel, progress=progress, verify=False)
@@ -65,11 +65,11 @@ def make_folder(trajectory: Trajectory, given: argparse.Namespace) -> None:
         print(_difference(trajectory, given, model))
 
 
-def base_model(header: Header, name: str | None) -> tuple[Any, Any]:
+def base_model(header: Header, name: str | None, source: str) -> tuple[Any, Any]:
     """The starting weights in the dtype of the run, with its adapter if it had one, and the tokenizer.
 
     Raises:
-        TrajectoryError: If neither the command line nor the record names the model.
+        TrajectoryError: If neither the command line nor the record names the model, or its adapter is refused.
     """
     import torch
 
@@ -82,9 +82,9 @@ def base_model(header: Header, name: str | None) -> tuple[Any, Any]:
     for info in header.tensors:
         sizes[info.dtype] += prod(info.shape)
     dtype = getattr(torch, sizes.most_common(1)[0][0])
+    adapter = recorded_adapter(header, source)
     model, tokenizer = load_model(name, dtype=dtype, revision=header.model.get("revision"))
-    adapter = header.model.get("adapter")
-    return (model if adapter is None else add_adapter(model, json.loads(adapter))), tokenizer
+    return (model if adapter is None else add_adapter(model, adapter[0], seed=adapter[1])), tokenizer
 
 
 def _difference(trajectory: Trajectory, given: argparse.Namespace, model: nn.Module) -> str:
@@ -92,7 +92,7 @@ def _difference(trajectory: Trajectory, given: argparse.Namespace, model: nn.Mod
     made = trajectory.header.machine.get("kernel", "?")
     if given.force:
         return "not the run's weights: they start from others (--force)"
-    reference, _ = base_model(trajectory.header, given.model)
+    reference, _ = base_model(trajectory.header, given.model, str(trajectory.path))
     replay(trajectory, reference, kernel="torch", verify=False)
     pairs = zip(model_tensors(model).values(), model_tensors(reference).values(), strict=True)
     largest = max(float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel() and a.is_floating_point())

@@ -64,7 +64,7 @@ def main(args: Sequence[str]) -> None:
 def read(path: str) -> Trajectory:
     """A record with what is sound of it, or an exported file."""
     file = locate(path)
-    return Trajectory.read(file, damaged=True) if is_record(file) else load(file)
+    return Trajectory.read(file, damaged=True) if is_record(file) or file.name == FILE_NAME else load(file)
 
 
 def summary(trajectory: Trajectory) -> dict[str, Any]:

@@ -171,6 +171,7 @@ def describe(
     pretrained: str | None = None,
     revision: str | None = None,
     adapter: Mapping[str, Any] | None = None,
+    adapter_seed: int = 0,
 ) -> Header:
     """The header of a record that begins now (see `record`).
 
@@ -180,6 +181,7 @@ def describe(
         pretrained: Name of the starting weights.
         revision: Their revision.
         adapter: The PEFT adapter that was put on them, as `smezo_pl.SparseMeZOModule` takes it.
+        adapter_seed: Seed of the adapter's own starting weights.
 
     Raises:
         TrajectoryError: If the optimizer holds a parameter that the model does not, or masks of earlier weights.
@@ -219,6 +221,7 @@ def describe(
                 ("name", pretrained),
                 ("revision", revision),
                 ("adapter", None if adapter is None else json.dumps(dict(adapter))),
+                ("adapter_seed", None if adapter is None else str(adapter_seed)),
             )
             if value
         },

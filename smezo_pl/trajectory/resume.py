@@ -194,6 +194,17 @@ def find_record(path: Path, seed: Mapping[str, Any]) -> Trajectory:
     known = digest in {mark.facts.get("sha256") for mark in trajectory.marked("checkpoint")}
     if trajectory.header.run != run:
         raise TrajectoryError(f"{path} belongs to another run than {record}: put that run's {FILE_NAME} beside it")
+    if steps > trajectory.next_step:
+        left = trajectory.next_step - trajectory.header.first_step
+        raise TrajectoryError(
+            f"{path} is the checkpoint after {steps} steps, and {record} holds only {trajectory.next_step}: "
+            + (trajectory.damage or f"{record.name}-wal, the log beside it, is gone or damaged")
+            + (
+                f". `smezo replay --step {trajectory.next_step}` gives the weights so far"
+                if left
+                else ". No step is left"
+            )
+        )
     upto = trajectory.upto(steps)
     if not known or upto.check.hex() != check:
         raise TrajectoryError(

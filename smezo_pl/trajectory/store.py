@@ -40,7 +40,10 @@ def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
         TrajectoryError: If there is a file already, or the folder cannot be written.
     """
     if path.exists():
-        raise TrajectoryError(f"{path} is there already; a run appends to its own record only: choose another path")
+        raise TrajectoryError(
+            f"{path} is there already, and a run appends to its own record alone: go on with that run from its "
+            "checkpoint, or give this one another folder"
+        )
     part = path.with_name(path.name + ".part")
     with explained(path, "create"):
         try:
@@ -171,7 +174,9 @@ def explained(path: Path, doing: str) -> Iterator[None]:
                 "cannot): keep the run's folder on a local disk"
             )
         elif "malformed" in text or "not a database" in text:
-            what = "the file is damaged or no record; `smezo show` says up to which step it is sound"
+            what = "the file is damaged or no record"
+            if doing != "read":
+                what += "; `smezo show` says up to which step it is sound"
         else:
             what = "SQLite could not"
         raise TrajectoryError(f"{path}: cannot {doing} the record: {what} ({text})") from error

@@ -30,7 +30,7 @@ from smezo_pl.trajectory import pieces
 from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.header import MAX_HEADER_BYTES, Header, inflate
 from smezo_pl.trajectory.marks import Mark
-from smezo_pl.trajectory.reader import Trajectory, is_record, locate
+from smezo_pl.trajectory.reader import FILE_NAME, Trajectory, is_record, locate
 from smezo_pl.trajectory.rows import MAX_SAMPLES, Rates, StepRow
 
 KIND = "smezo_tune"
@@ -114,7 +114,9 @@ def load(path: str | Path, steps: int | None = None) -> Trajectory:
         TrajectoryError: If it is neither, damaged, or does not reach that far.
     """
     path = locate(path)
-    return (Trajectory.read(path, damaged=steps is not None) if is_record(path) else read_export(path)).upto(steps)
+    if is_record(path) or path.name == FILE_NAME:  # by its name even if its first page is damaged
+        return Trajectory.read(path, damaged=steps is not None).upto(steps)
+    return read_export(path).upto(steps)
 
 
 def read_export(path: Path) -> Trajectory:

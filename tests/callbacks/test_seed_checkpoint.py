@@ -411,6 +411,21 @@ class TestRefused:
         with pytest.raises(TrajectoryError, match="belongs to another run"):
             self.validate(Classifier())
 
+    def test_with_a_record_that_lost_its_end(self, tmp_path: Path) -> None:
+        whole = (self.folder / RECORD).read_bytes()
+        for change, message in (
+            ("DELETE FROM steps WHERE step >= 7", "holds only 7: .*--step 7` gives the weights so far"),
+            ("DELETE FROM steps", "holds only 0: .*No step is left"),
+            ("UPDATE steps SET data = zeroblob(9) WHERE step = 3", "holds only 3: step 3 is damaged: .*--step 3`"),
+        ):
+            (self.folder / RECORD).write_bytes(whole)
+            with sqlite3.connect(self.folder / RECORD) as connection:
+                connection.execute(change)
+                connection.execute("DELETE FROM marks")
+            connection.close()
+            with pytest.raises(TrajectoryError, match=f"is the checkpoint after 20 steps, and .* {message}"):
+                self.validate(Classifier())
+
     def test_with_a_record_that_went_another_way(self) -> None:
         early = self.folder / "checkpoints" / "early.ckpt"
         other = self.folder.parent / "other"

@@ -107,6 +107,9 @@ def test_a_file_that_is_no_export_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     with pytest.raises(TrajectoryError, match="is no safetensors file"):
         load(tmp_path / "text")
+    (tmp_path / "trajectory.smezo").write_text("hello")
+    with pytest.raises(TrajectoryError, match="the file is damaged or no record"):
+        load(tmp_path)
     with pytest.raises(TrajectoryError, match="no such file"):
         load(tmp_path / "nowhere")
 

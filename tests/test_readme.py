@@ -36,6 +36,16 @@ def test_another_kind_of_model_in_under_30_lines(tmp_path: Path, monkeypatch: py
     assert module.loss((x, y)).item() < 0.2 * y.square().mean().item()
 
 
+def test_a_record_in_any_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope = run("record")
+    assert capsys.readouterr().out.split()[1] == "True"
+    trained, again, early = ([p.tolist() for p in scope[n].parameters()] for n in ("model", "again", "early"))
+    assert trained == again != early
+
+
 OWN = dict(re.findall(r"<!-- test: own task, (.+?) -->\n```\w+\n(.*?)```", README, re.DOTALL))
 
 

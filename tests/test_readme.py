@@ -11,7 +11,7 @@ import pytest
 from smezo_pl.__main__ import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"<!-- test: (.+?) -->\n```python\n(.*?)```", README, re.DOTALL))
+BLOCKS = dict(re.findall(r"<!-- test: ([^>]+) -->\n```python\n(.*?)```", README, re.DOTALL))
 
 
 def run(name: str) -> dict[str, Any]:

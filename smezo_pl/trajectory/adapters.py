@@ -38,7 +38,7 @@ def recorded_adapter(header: Header, source: str) -> tuple[dict[str, Any], int] 
         return None
     try:
         adapter, seed = json.loads(text), int(header.model.get("adapter_seed", 0))
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         adapter, seed = None, 0
     if not isinstance(adapter, dict) or not 0 <= seed < 1 << 64:
         raise TrajectoryError(f"{source}: the adapter in the header is damaged: {text!s:.80}")

@@ -51,6 +51,7 @@ def test_what_a_file_may_not_ask_for_is_refused(adapter: Any, message: str) -> N
         recorded_adapter(header(adapter), "FILE")
 
 
-def test_a_seed_that_is_none() -> None:
+@pytest.mark.parametrize("seed", ["x", "-1", float("inf"), [], "9" * 5000])
+def test_a_seed_that_is_none(seed: Any) -> None:
     with pytest.raises(TrajectoryError, match="is damaged"):
-        recorded_adapter(header(LORA, adapter_seed="x"), "FILE")
+        recorded_adapter(header(LORA, adapter_seed=seed), "FILE")

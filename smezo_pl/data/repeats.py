@@ -54,8 +54,8 @@ def say_shared_texts(train: Sequence[Example], dev: Sequence[Example], train_ori
     shared = [example for example in dev if _texts(example) in trained]
     if shared:
         logger.warning(
-            "%d of %d dev examples have the text of a training example, so dev measures in part what was learnt by"
-            " heart; the first: %s, %s, trained on as %s, %s",
+            "%d of %d dev examples have the text of a training example and measure what was learnt by heart; the first:"
+            " %s, %s, trained on as %s, %s",
             len(shared), len(dev), dev_origin, shared[0].where, train_origin, trained[_texts(shared[0])],
         )  # fmt: skip
 

@@ -67,8 +67,8 @@ def test_dev_examples_that_are_trained_on(
     arguments: dict[str, Any] = {"tokenizer": tiny_tokenizer, "train_file": train, "dev_file": dev}
     PromptDataModule(KEYS, **arguments).setup("fit")
     assert said(caplog) == [
-        "1 of 3 dev examples have the text of a training example, so dev measures in part what was learnt by heart; the"
-        f" first: {dev}, line 2, trained on as {train}, line 4"
+        "1 of 3 dev examples have the text of a training example and measure what was learnt by heart; the first:"
+        f" {dev}, line 2, trained on as {train}, line 4"
     ]
     caplog.clear()
     PromptDataModule(KEYS, tokenizer=tiny_tokenizer, train_file=train).setup("fit")

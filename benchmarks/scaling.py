@@ -52,9 +52,14 @@ def point(hidden: int, layers: int, batch: int, length: int, options: argparse.N
     }
 
 
+def tick(value: int) -> str:
+    """A number of weights, rows or tokens, short."""
+    return f"{value / 1e9:.1f} B" if value >= 1e9 else f"{value / 1e6:.0f} M" if value >= 1e6 else str(value)
+
+
 def label_at(axis: Any, x: list[int]) -> None:
     """Label a logarithmic axis at the measured values alone."""
-    axis.set_xticks(x, [f"{value / 1e6:.0f} M" if value >= 1e6 else str(value) for value in x])
+    axis.set_xticks(x, [tick(value) for value in x])
     axis.set_xticks([], minor=True)
 
 

@@ -14,7 +14,7 @@ SMOLLM2 = $(BIN)/python -c "import importlib.util, pathlib; \
 .PHONY: help install quickstart test lint format pytest slow notebook clean
 
 help:
-	@echo "make quickstart   fine-tune SmolLM2-135M on the built-in demo task (CPU, about five minutes of training)"
+	@echo "make quickstart   fine-tune SmolLM2-135M on the built-in demo task (CPU, about four minutes of training)"
 	@echo "make test         ruff, mypy and the quick tests"
 	@echo "make slow         all tests, the slow ones too"
 	@echo "make lint format  ruff and mypy alone; ruff's own fixes"

@@ -59,9 +59,13 @@ def measured(module: SparseMeZOModule, data: PromptDataModule, split: str, rows:
     for start in range(0, len(encoded), rows):
         for answer in answers_of(module.model, collate(encoded[start : start + rows]), lambda: data.tokenizer):
             f1, em = squad_f1(answer.text, answer.references), squad_em(answer.text, answer.references)
-            right = list(dict.fromkeys(answer.references))
-            found[answer.index] = {"answer": answer.text, "right": right, "f1": round(f1, 4), "em": em}
+            found[answer.index] = {"answer": answer.text, "f1": round(f1, 4), "em": em}
     return [found[example.index] for example in data.examples(split)]  # type: ignore[arg-type]
+
+
+def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the results file keeps of the answers: no text of the data."""
+    return [{"f1": row["f1"], "em": row["em"]} for row in rows]
 
 
 def gain(before: list[float], after: list[float], passages: list[str]) -> dict[str, Any]:
@@ -191,7 +195,7 @@ def main() -> None:
     data.set_tokenizer(start.tokenizer)  # type: ignore[arg-type]
     if "before" not in result:
         start.configure_model()
-        result["before"] = measured(start, data, "test")
+        result["before"] = numbers(measured(start, data, "test"))
         write()
     print(f"before: F1 {mean(result['before'], 'f1')} of {held_out} held-out questions", flush=True)
     tuning = result.setdefault("tuning", {})
@@ -210,7 +214,7 @@ def main() -> None:
         name: gain([row[name] for row in result["before"]], [row[name] for row in after], passages)
         for name in ("f1", "em")
     }
-    result |= {"lr": lr, "steps": len(curve), "train_f1": curve, "after": after, "held_out": figures}
+    result |= {"lr": lr, "steps": len(curve), "train_f1": curve, "after": numbers(after), "held_out": figures}
     write()
     for name, figure in figures.items():
         print(

@@ -121,6 +121,8 @@ def stored(folder: Path) -> dict[str, Any]:
     runs = {}
     for result in results(folder):
         result = {**result, "model": Path(result["model"]).name}
+        if result["test"] is not None:
+            result["test"] = {**result["test"], "model": Path(result["test"]["model"]).name}
         runs[Path(result.pop("folder")).name] = result
     return runs
 

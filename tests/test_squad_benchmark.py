@@ -66,6 +66,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(
     for key in ("tuning", "lr", "train_f1", "before", "after", "held_out"):
         assert parts[key] == whole[key]
     assert whole["steps"] == len(whole["train_f1"]) == 8
+    assert {name for row in (*whole["before"], *whole["after"]) for name in row} == {"f1", "em"}  # no text of the data
     assert len(whole["after"]) == whole["held_out"]["f1"]["questions"] == 8  # that on the long passage is left out
     assert whole["held_out"]["f1"]["passages"] == 5
     assert whole["lr"] in (0.1, 0.2) and set(whole["tuning"]) == {"0.1", "0.2"}

@@ -40,10 +40,9 @@ import torch  # noqa: E402
 from common import machine, write_json  # noqa: E402
 
 from smezo_pl.commands import show  # noqa: E402
-from smezo_pl.trajectory.errors import TrajectoryError  # noqa: E402
-from smezo_pl.trajectory.header import Header  # noqa: E402
-from smezo_pl.trajectory.reader import Trajectory  # noqa: E402
-from smezo_pl.trajectory.tune import export, read_export  # noqa: E402
+from smezo_pl.trajectory.exports import export, read_export  # noqa: E402
+from smezo_pl.trajectory.header import Header, TrajectoryError  # noqa: E402
+from smezo_pl.trajectory.log import Trajectory  # noqa: E402
 from tests.trajectory import campaigns  # noqa: E402
 
 MEMORY_BOUND = 64 << 20

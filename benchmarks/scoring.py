@@ -33,14 +33,13 @@ from common import machine, print_table, smollm2, smollm2_file, write_json
 
 from smezo_pl import PromptDataModule
 from smezo_pl.data import Encoded
-from smezo_pl.data.budget import CPU_GENERATION_TOKENS
+from smezo_pl.data.batch import left_padded
 from smezo_pl.data.encoding import padding_id
-from smezo_pl.data.extras import left_padded
-from smezo_pl.data.filling import BatchLimit, fill
-from smezo_pl.data.forest import tree_size
-from smezo_pl.evaluation import scores_in_order
+from smezo_pl.data.loaders import CPU_GENERATION_TOKENS, BatchLimit, fill
+from smezo_pl.data.packing import tree_size
 from smezo_pl.models import load_tokenizer
-from smezo_pl.tasks.generation import generate
+from smezo_pl.scoring.evaluation import scores_in_order
+from smezo_pl.scoring.generation import generate
 
 TASKS = ("sst2", "copa", "boolq", "record", "multirc", "squad")
 FLOOR, GOAL = 2.5, 8.0

@@ -27,7 +27,7 @@ import yaml
 from common import smollm2_file
 
 from smezo_pl.commands.compare import compare
-from smezo_pl.sweeping.summary import table
+from smezo_pl.commands.tables import table
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 0

@@ -26,14 +26,12 @@ from common import machine, print_table, smollm2, smollm2_file, write_json
 from lightning.pytorch import Trainer
 
 from smezo_pl import PromptDataModule, SeedCheckpoint, SparseMeZO, SparseMeZOModule, export, replay
-from smezo_pl.trajectory.anchors import write_anchor
 from smezo_pl.trajectory.header import Header
-from smezo_pl.trajectory.reader import Trajectory
+from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.recorder import Recorder, describe, named_tensors
-from smezo_pl.trajectory.refresh import pack_thresholds
+from smezo_pl.trajectory.records import Rates, StepRow
 from smezo_pl.trajectory.resume import SEED_KEY
-from smezo_pl.trajectory.rows import Rates, StepRow
-from smezo_pl.trajectory.writer import TrajectoryWriter
+from smezo_pl.trajectory.snapshots import pack_thresholds, write_anchor
 
 # key: (at least, goal), and whether less is better
 LIMITS: dict[str, tuple[Any, Any, bool]] = {

@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer
 
 from smezo_pl import PromptDataModule, SparseMeZOModule
 from smezo_pl.tasks import TASKS
-from smezo_pl.trajectory.machine import machine, versions
+from smezo_pl.trajectory.fingerprint import machine, versions
 
 TEST_FILES = {"drop": "drop/contrast_set.parquet"}
 """Where a folder may hold another labelled set than the task's own test split."""

@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"smezo: error: there is no verb {words[0]!r}{hint} The verbs are {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
     try:
-        import_module(verb.module).main(words)
+        getattr(import_module(verb.module), verb.function)(words)
         sys.stdout.flush()
     except BrokenPipeError:
         # `smezo show ... | head` has read enough; Python would complain once more when it flushes at its end

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch import Tensor, nn
+
+from smezo_pl.data.batch import batch_weight
+from smezo_pl.optim.sparse_mezo import NonFiniteLossError
+
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
     from torch import nn
 
     from smezo_pl.optim import SparseMeZO
+
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +33,7 @@ class Method:
 
     Attributes:
         summary: What it does, in a few words.
-        order: 0 for forwards alone (`SparseMeZO`), 1 for backpropagation (`smezo_pl.first_order`), None for no
+        order: 0 for forwards alone (`SparseMeZO`), 1 for backpropagation (AdamW), None for no
             training.
         mask: The optimizer's mask, for order 0.
         adapter: The adapter where the configuration names none; ``peft_type`` is also what a given one must have.
@@ -118,3 +127,165 @@ def say(name: str | None, parameters: Iterable[tuple[str, nn.Parameter]], detail
         "method %s (%s): %s weights are learned, %s are frozen%s",
         *(name or "none", summary, f"{learned:,}", f"{frozen:,}", details),
     )
+
+
+MAX_SKIPPED = 20
+"""Steps in a row that may be skipped for a loss or gradient that is not finite, as in `SparseMeZO`."""
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """AdamW's settings, for the methods that need gradients.
+
+    Args:
+        lr: Learning rate, at least 0. None: the method's own, 1e-5 for full, 1e-4 for lora, 1e-2 for prefix and
+            linear-probe; starting points, to be tuned.
+        weight_decay: Decoupled weight decay, at least 0.
+        beta1: Decay of the mean of the gradients, in ``[0, 1)``.
+        beta2: Decay of the mean of their squares, in ``[0, 1)``.
+        eps: Added to the root of the latter, above 0.
+        gradient_clip: Largest norm of the gradient, above 0; None does not clip.
+        seed: Seed of an adapter's starting weights.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    lr: float | None = None
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    gradient_clip: float | None = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and not 0.0 <= self.lr < math.inf:
+            raise ValueError(f"first_order.lr must be in [0, inf), got {self.lr}")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"first_order.weight_decay must be in [0, inf), got {self.weight_decay}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"first_order.{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0.0 < self.eps < math.inf:
+            raise ValueError(f"first_order.eps must be in (0, inf), got {self.eps}")
+        if self.gradient_clip is not None and not self.gradient_clip > 0.0:
+            raise ValueError(f"first_order.gradient_clip must be above 0, or null for none, got {self.gradient_clip}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"first_order.seed must be in [0, 2^63), got {self.seed}")
+
+
+class Backpropagation:
+    """What a module trains by backpropagation with: an AdamW optimizer and its step.
+
+    The network stays in ``eval()`` mode as for the other methods, so there is no dropout. The weights are updated in
+    their own dtype: in bfloat16 an update below about 1/256 of a weight is lost by rounding, so ``full`` and ``prefix``
+    are better run in ``32-true`` or ``bf16-mixed``. LoRA's matrices (PEFT) and the probe's layer are float32 always.
+
+    Args:
+        method: ``full``, ``lora``, ``prefix`` or ``linear-probe``.
+        settings: AdamW's settings.
+
+    Attributes:
+        last_loss: The loss of the last step, before its update.
+        gradient_norm: The norm of its gradient, before clipping.
+        skipped_steps: Steps that changed nothing for a loss or gradient that was not finite.
+    """
+
+    def __init__(self, method: str, settings: FirstOrder) -> None:
+        self.method, self.settings = method, settings
+        self.lr = METHODS[method].lr if settings.lr is None else settings.lr
+        self.last_loss = self.gradient_norm = math.nan
+        self.skipped_steps = self._skipped_in_row = 0
+
+    def optimizer(self, network: nn.Module) -> torch.optim.AdamW:
+        """AdamW on the network's learned weights."""
+        learned = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        coarse = sorted({str(p.dtype).removeprefix("torch.") for _, p in learned if p.dtype.itemsize < 4})
+        if coarse:
+            logger.warning(
+                "AdamW updates weights in %s, where an update that is small beside its weight is rounded away: "
+                "32-true and bf16-mixed keep it",
+                " and ".join(coarse),
+            )
+        s = self.settings
+        return torch.optim.AdamW(learned, lr=self.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return {"optimizer": "AdamW", **asdict(self.settings), "lr": self.lr}
+
+    def step(self, module: LightningModule, parts: list[Any]) -> Tensor:
+        """One step on the parts of a batch, whose graphs are freed one by one.
+
+        Args:
+            module: A module in training, with a method ``loss`` that gives the mean loss of a part.
+            parts: The parts, weighted by example (``lm``: by token).
+
+        Returns:
+            The loss of the batch before the update, a float32 scalar.
+
+        Raises:
+            ValueError: If the loss has no gradient.
+            NonFiniteLossError: After `MAX_SKIPPED` steps in a row whose loss or gradient was not finite.
+        """
+        without = (
+            f"method {self.method!r} needs a loss with a gradient, and this objective has none: take a zeroth-order "
+            "method (s-mezo, mezo, r-mezo) or another objective"
+        )
+        if getattr(parts[0], "reward", None) is not None:
+            raise ValueError(without)
+        optimizer: Any = module.optimizers()
+        optimizer.zero_grad(set_to_none=True)
+        weights = [batch_weight(part) for part in parts]
+        losses = []
+        for part, weight in zip(parts, weights, strict=True):
+            loss = module.loss(part).float().reshape(()) * (weight / sum(weights))  # type: ignore[operator]
+            if not loss.requires_grad:
+                raise ValueError(without)
+            module.manual_backward(loss)
+            losses.append(loss.detach())
+        total = torch.stack(losses).sum()
+        learned = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(learned, self.settings.gradient_clip or math.inf)
+        self.last_loss, self.gradient_norm = torch.stack([total, norm.float()]).tolist()
+        sound = math.isfinite(self.last_loss) and math.isfinite(self.gradient_norm)
+        if not sound:
+            self._skip()
+            optimizer.zero_grad(set_to_none=True)  # AdamW passes over weights without a gradient
+        else:
+            self._skipped_in_row = 0
+        optimizer.step()  # also where nothing is done, as it counts the Trainer's steps
+        return total
+
+    def _skip(self) -> None:
+        self.skipped_steps += 1
+        self._skipped_in_row += 1
+        logger.warning("step skipped: loss %g, gradient norm %g", self.last_loss, self.gradient_norm)
+        if self._skipped_in_row >= MAX_SKIPPED:
+            raise NonFiniteLossError(
+                f"{MAX_SKIPPED} losses or gradients in a row were not finite (the last: loss {self.last_loss:g}, "
+                f"gradient norm {self.gradient_norm:g}): try a smaller lr (now {self.lr:g}) or another precision"
+            )
+
+
+def learned_only(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a module's state that are learned; all of them if nothing is frozen."""
+    parameters = dict(module.named_parameters())
+    if all(p.requires_grad for p in parameters.values()):
+        return dict(state)
+    return {name: tensor for name, tensor in state.items() if name in parameters and parameters[name].requires_grad}
+
+
+def check_learned(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse a state that lacks learned weights, as that of another method does.
+
+    Raises:
+        ValueError: Names the first few.
+    """
+    missing = [name for name, p in module.named_parameters() if p.requires_grad and name not in state]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} of the weights that this method learns ({', '.join(missing[:3])}, "
+            "...): it is of another method or model"
+        )

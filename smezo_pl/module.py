@@ -1,30 +1,191 @@
-"""The LightningModule: builds the optimizer, defines the closure, logs and scores."""
+"""What of a Trainer's settings does not go with a forward-only step: refused before anything is loaded."""
+
+from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from smezo_pl import training
-from smezo_pl.batches import batch_size, batch_weight, split_batch
 from smezo_pl.data import PromptBatch, PromptDataModule
-from smezo_pl.evaluation import batch_sums, generated, scores_of
-from smezo_pl.first_order import Backpropagation, FirstOrder, check_learned, learned_only
-from smezo_pl.linear_probe import LinearProbe
-from smezo_pl.methods import MethodName, adapter_of, method_of
-from smezo_pl.metrics import Sums, WeightedMeans
+from smezo_pl.data.batch import batch_size, batch_weight, split_batch
+from smezo_pl.methods import (
+    Backpropagation,
+    FirstOrder,
+    MethodName,
+    adapter_of,
+    check_learned,
+    learned_only,
+    method_of,
+    say,
+    use_mask,
+)
 from smezo_pl.models import add_adapter, kind_of, load_network, load_tokenizer
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.predictions import prediction_rows, written_rows
-from smezo_pl.tasks.scoring import calibrated, loss_of
-from smezo_pl.trainer_checks import check_trainer, silence_expected_warnings
+from smezo_pl.scoring.candidates import calibrated, loss_of
+from smezo_pl.scoring.evaluation import (
+    Sums,
+    WeightedMeans,
+    answers_of,
+    batch_sums,
+    generated,
+    prediction_rows,
+    scores_of,
+    written_rows,
+)
+from smezo_pl.scoring.linear_probe import LinearProbe
+from smezo_pl.strategies import ForwardDDPStrategy
+from smezo_pl.tasks.objectives import reward_of
 from smezo_pl.trajectory import resume
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed")
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse settings that would be ignored or go wrong.
+
+    It runs in ``configure_callbacks``, the one hook that comes before Lightning's own check of manual optimisation,
+    whose message knows nothing of micro-batches.
+
+    Raises:
+        MisconfigurationException: For gradient clipping, gradient accumulation, a precision that scales gradients or
+            quantises weights, or several processes without `ForwardDDPStrategy`.
+    """
+    if trainer.gradient_clip_val:
+        raise MisconfigurationException(
+            f"gradient_clip_val={trainer.gradient_clip_val}: there are no gradients to clip. Leave it out; for smaller "
+            "steps lower lr, for smaller memory set micro_batch_size in the model"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise MisconfigurationException(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: there are no gradients to accumulate. Set a "
+            "larger batch_size in the data and micro_batch_size in the model: the batch then runs in parts in one step"
+        )
+    check_precision(trainer.precision)
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, ForwardDDPStrategy):
+        raise MisconfigurationException(
+            f"{trainer.world_size} processes with {type(trainer.strategy).__name__}: it would wrap the network for "
+            "gradients or shard it, and replicas could drift apart. Use strategy='forward_ddp', or devices=1"
+        )
+
+
+def check_precision(precision: str | int) -> None:
+    """Refuse a precision in which a forward-only step does not hold.
+
+    Raises:
+        MisconfigurationException: If it is not one of `PRECISIONS`.
+    """
+    if precision == "16-mixed":
+        raise MisconfigurationException(
+            "precision='16-mixed' scales gradients, and there are none here: use 'bf16-mixed', '16-true' or 'bf16-true'"
+        )
+    if precision not in PRECISIONS:
+        raise MisconfigurationException(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def silence_expected_warnings(data_in_memory: bool) -> None:
+    """Drop the warnings of Lightning that take for a mistake what is meant to be so here, or are about itself.
+
+    Args:
+        data_in_memory: Whether batches are made of what is in memory, so that worker processes would gain nothing.
+    """
+    messages = [
+        # Both forwards must see the same function, so dropout is off.
+        r"Found \d+ module\(s\) in eval mode at the start of training",
+        # The module can validate; whether there is something to validate on is the caller's choice.
+        "You defined a `validation_step` but have no `val_dataloader`",
+        # Method zero-shot trains nothing.
+        "`LightningModule.configure_optimizers` returned `None`",
+        # Lightning 2.6 asks torch's pytree by a name that torch 2.13 deprecates.
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        # The weights after the step are the ones to keep: there is no other state to save in the middle of a step.
+        "Using ModelCheckpoint with manual optimization and every_n_train_steps",
+    ]
+    if data_in_memory:
+        messages.append(r"The '\w+_dataloader' does not have many workers")
+    for message in messages:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def build_optimizers(module: SparseMeZOModule) -> Any:
+    """The optimizer of the module's method on its network, attached, and the scheduler; None for zero-shot.
+
+    Raises:
+        TypeError: If the configured optimizer is another one.
+        MisconfigurationException: If several processes would train by backpropagation.
+    """
+    optimizer: torch.optim.Optimizer
+    if module.backpropagation is not None:
+        if module.trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"method {module.method!r} runs in one process, as nothing here adds up gradients over "
+                f"{module.trainer.world_size}: set devices=1"
+            )
+        optimizer = module.backpropagation.optimizer(module.model)
+        module.save_hyperparameters({"adamw": module.backpropagation.hyperparameters()})
+    elif not module.zeroth_order:
+        return None
+    else:
+        optimizer = module.build_optimizer(module.model.named_parameters())
+        if not isinstance(optimizer, SparseMeZO):
+            raise TypeError(f"optimizer must build a SparseMeZO, got {type(optimizer).__name__}, which needs gradients")
+        use_mask(optimizer, module.method)
+        if module.perturbation == "layerwise":
+            optimizer.attach(module.model)
+        module.save_hyperparameters({"sparse_mezo": optimizer.settings()})
+    return optimizer if module.build_scheduler is None else ([optimizer], [module.build_scheduler(optimizer)])
+
+
+def announce(module: SparseMeZOModule) -> None:
+    """Say what is trained, in what, and whether it can be replayed."""
+    logger.info("precision %s, perturbation %s, device %s", *_setting(module))
+    if module.method is not None:
+        details = "" if module.backpropagation is None else f", {module.backpropagation.hyperparameters()}"
+        say(module.method, module.model.named_parameters(), details)
+    if module.pretrained is None and module.zeroth_order:
+        logger.warning(
+            "no file holds the starting weights of this network: the record of the run can be replayed only if "
+            "they are saved, for instance by torch.save(module.model.state_dict(), 'start.pt') before fit"
+        )
+
+
+def _setting(module: SparseMeZOModule) -> tuple[Any, ...]:
+    return module.trainer.precision, module.perturbation if module.zeroth_order else "none", module.device
+
+
+def batch_loss(module: SparseMeZOModule, parts: list[Any]) -> Tensor:
+    """The module's loss over the parts of a batch and over all processes, weighted by example (``lm``: by token).
+
+    Returns:
+        A float32 scalar, the same bits on every process.
+    """
+    weights = [batch_weight(part) for part in parts]
+    weight = float(sum(weights))
+    if isinstance(parts[0], PromptBatch) and parts[0].reward is not None:
+        # Of all parts together, as an F1 of the whole is no mean of the parts' F1.
+        answers = [answer for part in parts for answer in answers_of(module.model, part, module.text_tokenizer)]
+        reward = reward_of(parts[0].reward, parts[0].num_labels)
+        total = torch.tensor(reward.loss(answers), dtype=torch.float32, device=module.device) * weight
+    else:
+        losses = [module.loss(part).float().reshape(()) * w for part, w in zip(parts, weights, strict=True)]
+        total = torch.stack(losses).sum()
+    if module.trainer.world_size == 1:
+        return total / weight
+    # Gathered and added in the order of ranks, where a reduction might add in another order on each process.
+    both = torch.stack([total, total.new_tensor(weight)])
+    total, overall = module.trainer.strategy.all_gather(both).sum(0).unbind()
+    return total / overall
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,8 +194,6 @@ if TYPE_CHECKING:
 else:
     # The command line knows names and paths; with nn.Module in the union, --help would list every module of torch.
     Pretrained = str
-
-logger = logging.getLogger(__name__)
 
 
 class SparseMeZOModule(LightningModule):
@@ -117,14 +276,14 @@ class SparseMeZOModule(LightningModule):
     # ------------------------------------------------------------------ the network
 
     @property
-    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer of ``pretrained``, loaded when first asked for; None for a ready network, until it is set."""
         if self._tokenizer is None and self.pretrained is not None:
             self._tokenizer = load_tokenizer(self.pretrained, revision=self.revision)
         return self._tokenizer
 
     @tokenizer.setter
-    def tokenizer(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
 
     @property
@@ -135,7 +294,7 @@ class SparseMeZOModule(LightningModule):
         source = network if self.pretrained is None else self.pretrained
         return source is not None and kind_of(source, revision=self.revision) == "masked"
 
-    def text_tokenizer(self) -> "PreTrainedTokenizerBase":
+    def text_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that answers are read with: the data module's, else the module's.
 
         Raises:
@@ -184,7 +343,7 @@ class SparseMeZOModule(LightningModule):
         if self.backpropagation is not None and "state_dict" in checkpoint:
             checkpoint["state_dict"] = learned_only(self, checkpoint["state_dict"])
 
-    def to(self, *args: Any, **kwargs: Any) -> "SparseMeZOModule":
+    def to(self, *args: Any, **kwargs: Any) -> SparseMeZOModule:
         """Move to a device; a loaded network keeps the dtypes it was loaded with.
 
         Lightning's ``*-true`` precisions cast everything, also the rotary frequencies, norms and adapters that
@@ -203,11 +362,11 @@ class SparseMeZOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer on the network's named parameters, attach it, and build the scheduler."""
-        return training.build_optimizers(self)
+        return build_optimizers(self)
 
     def on_fit_start(self) -> None:
         """Say what is trained, in what, and whether it can be replayed."""
-        training.announce(self)
+        announce(self)
 
     def on_train_start(self) -> None:
         """Bring back the weights of a checkpoint that holds none, and turn dropout off."""
@@ -245,14 +404,14 @@ class SparseMeZOModule(LightningModule):
         Returns:
             A float32 scalar, the same bits on every process.
         """
-        return training.batch_loss(self, parts)
+        return batch_loss(self, parts)
 
     # ------------------------------------------------------------------ evaluation
 
     def evaluate_batch(self, batch: Any) -> Sums:
         """Sums and weights of a batch's metrics by name; ``val/<name>`` is the sum of sums over the sum of weights.
 
-        For metrics that are no means, the batch's answers (`smezo_pl.metrics.Collected`).
+        For metrics that are no means, the batch's answers (`smezo_pl.scoring.evaluation.Collected`).
         """
         if not isinstance(batch, PromptBatch):
             weight = batch_weight(batch)

@@ -12,9 +12,8 @@ import yaml
 
 from smezo_pl import SparseMeZO, __version__, build, record
 from smezo_pl import __main__ as script
-from smezo_pl.cli import main
+from smezo_pl.cli import main, suggestion
 from smezo_pl.commands import VERBS
-from smezo_pl.parsing import suggestion
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,11 +16,10 @@ from lightning.pytorch import Trainer
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.callbacks import RunMetrics, SeedCheckpoint, WeightCheckpoint
 from smezo_pl.cli import main
-from smezo_pl.evaluation import scores_of
-from smezo_pl.first_order import FirstOrder
-from smezo_pl.linear_probe import LinearProbe
-from smezo_pl.methods import METHODS
+from smezo_pl.methods import METHODS, FirstOrder
 from smezo_pl.optim.sparse_mezo import NonFiniteLossError
+from smezo_pl.scoring.evaluation import scores_of
+from smezo_pl.scoring.linear_probe import LinearProbe
 from tests.trajectory.runs import KillAfter, KilledError
 
 QUIET: dict[str, Any] = {
@@ -352,7 +351,7 @@ def test_callbacks_of_zeroth_order_say_what_they_need(tiny_folder: Path, tmp_pat
 def test_several_processes_are_refused(tiny_folder: Path) -> None:
     from types import SimpleNamespace
 
-    from smezo_pl.training import build_optimizers
+    from smezo_pl.module import build_optimizers
 
     module = SimpleNamespace(backpropagation=object(), method="lora", trainer=SimpleNamespace(world_size=2))
     with pytest.raises(MisconfigurationException, match="method 'lora' runs in one process.*set devices=1"):

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
-from smezo_pl.batches import split_batch
+from smezo_pl.data.batch import split_batch
 from smezo_pl.models import load_network
-from smezo_pl.trainer_checks import check_precision
+from smezo_pl.module import check_precision
 
 QUIET = {
     "accelerator": "cpu",

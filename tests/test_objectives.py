@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import PreTrainedTokenizerFast
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
-from smezo_pl.batches import split_batch
 from smezo_pl.callbacks import PredictionWriter
-from smezo_pl.evaluation import answers_of
+from smezo_pl.data.batch import split_batch
 from smezo_pl.optim.sparse_mezo import NonFiniteLossError
+from smezo_pl.scoring.evaluation import answers_of
 from smezo_pl.tasks.metrics import METRICS
 from smezo_pl.tasks.text_metrics import squad_em, squad_f1
 

@@ -2,11 +2,10 @@
 
 from smezo_pl.callbacks.mask_refresh import MaskRefresh
 from smezo_pl.callbacks.monitor import ZerothOrderMonitor
-from smezo_pl.callbacks.prediction_writer import PredictionWriter
 from smezo_pl.callbacks.run_metrics import RunMetrics
-from smezo_pl.callbacks.score_writer import ScoreWriter
 from smezo_pl.callbacks.seed_checkpoint import SeedCheckpoint
 from smezo_pl.callbacks.weight_checkpoint import WeightCheckpoint
+from smezo_pl.callbacks.writers import PredictionWriter, ScoreWriter
 
 __all__ = [
     "MaskRefresh",

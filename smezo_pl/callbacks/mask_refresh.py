@@ -7,8 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from smezo_pl.callbacks.common import log_scalars, zeroth_order_optimizer
-from smezo_pl.callbacks.masks import churn, density, sampled_names
+from smezo_pl.callbacks.common import churn, density, log_scalars, sampled_names, zeroth_order_optimizer
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from smezo_pl.batches import batch_size
-from smezo_pl.callbacks.common import figure_writers, log_scalars, zeroth_order_optimizer
+from smezo_pl.callbacks.common import churn, density, figure_writers, log_scalars, sampled_names, zeroth_order_optimizer
 from smezo_pl.callbacks.figures import density_figure, gradient_figure
-from smezo_pl.callbacks.masks import churn, density, sampled_names
+from smezo_pl.data.batch import batch_size
 from smezo_pl.optim import SparseMeZO, StepReport
 
 QUANTILES = (0.1, 0.5, 0.9)

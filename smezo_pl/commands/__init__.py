@@ -10,12 +10,14 @@ class Verb(NamedTuple):
     """A verb of the command line.
 
     Attributes:
-        module: Module with a function ``main(args)``, given the arguments with the verb in front.
+        module: Module of its function ``main(args)``, given the arguments with the verb in front.
         summary: What it does, in one line.
+        function: Name of the function in the module.
     """
 
     module: str
     summary: str
+    function: str = "main"
 
 
 VERBS = {
@@ -30,10 +32,14 @@ VERBS = {
     ),
     "show": Verb("smezo_pl.commands.show", "what a run is, how far it is, and whether its record is sound"),
     "replay": Verb(
-        "smezo_pl.commands.replay", "the weights of any step of a run, from its record, as a Hugging Face folder"
+        "smezo_pl.commands.weights",
+        "the weights of any step of a run, from its record, as a Hugging Face folder",
+        "replay_main",
     ),
     "evaluate": Verb("smezo_pl.commands.evaluate", "the validation curve of a run after the fact, from its record"),
-    "export": Verb("smezo_pl.commands.export", "a whole fine-tune in one small file"),
-    "apply": Verb("smezo_pl.commands.apply", "an exported fine-tune on its base model, as a Hugging Face folder"),
+    "export": Verb("smezo_pl.commands.weights", "a whole fine-tune in one small file", "export_main"),
+    "apply": Verb(
+        "smezo_pl.commands.weights", "an exported fine-tune on its base model, as a Hugging Face folder", "apply_main"
+    ),
 }
 """All verbs, in the order of ``smezo --help``."""

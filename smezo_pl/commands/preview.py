@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from smezo_pl.data import Encoded, PromptDataModule
-from smezo_pl.data.datamodule import SplitName
+from smezo_pl.data.splits import SplitName
 
 _LONGEST_SHOWN = 1500
 """Characters of a prompt that are shown; of a longer one its beginning and its end."""

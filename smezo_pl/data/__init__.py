@@ -1,12 +1,10 @@
 """From a task's data set to batches: sources, sampling, tokens, loaders."""
 
-from smezo_pl.data.batch import PromptBatch as PromptBatch
-from smezo_pl.data.collate import Collate as Collate
-from smezo_pl.data.datamodule import PromptDataModule as PromptDataModule
-from smezo_pl.data.demo import demo_rows as demo_rows
-from smezo_pl.data.encoding import Encoded as Encoded
-from smezo_pl.data.encoding import Encoder as Encoder
-from smezo_pl.data.encoding import padding_id as padding_id
+from smezo_pl.data.batch import PromptBatch
+from smezo_pl.data.collate import Collate
+from smezo_pl.data.datamodule import PromptDataModule
+from smezo_pl.data.demo import demo_rows
+from smezo_pl.data.encoding import Encoded, Encoder, padding_id
 
 __all__ = [
     "Collate",

@@ -1,21 +1,82 @@
-"""A batch of examples as tensors: rows that the model reads, and the places where candidates are scored."""
+"""What a batch holds beside the rows that are scored: prompts to generate after, prompts without content."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smezo_pl.data.extras import Calibration, GenerationPrompts
 from smezo_pl.tasks.task import Loss
+
+
+@dataclass
+class GenerationPrompts:
+    """N prompts that answers are generated after.
+
+    Attributes:
+        input_ids: int64 ``[N, P]``, padded on the left.
+        attention_mask: int64 ``[N, P]``, 0 on padding.
+        max_new_tokens: Most tokens of an answer.
+        stop_ids: Tokens that end an answer.
+        stop: Texts that end an answer.
+        pad_id: The token that fills rows up.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    pad_id: int
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> GenerationPrompts:
+        """The same with every tensor changed."""
+        return replace(self, input_ids=change(self.input_ids), attention_mask=change(self.attention_mask))
+
+    def take(self, examples: Tensor) -> GenerationPrompts:
+        """The prompts of these numbers, without needless padding."""
+        mask = self.attention_mask[examples]
+        cut = mask.shape[1] - int(mask.sum(1).max())
+        return replace(self, input_ids=self.input_ids[examples, cut:], attention_mask=mask[:, cut:])
+
+
+@dataclass
+class Calibration:
+    """The candidates after prompts without content; those that are the same for several examples stand once.
+
+    Attributes:
+        batch: What is scored.
+        candidate: int64 ``[K]``, for each candidate of the batch that it belongs to the one of ``batch``.
+    """
+
+    batch: PromptBatch
+    candidate: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Calibration:
+        """The same with every tensor changed."""
+        return Calibration(self.batch.map(change), change(self.candidate))
+
+    def take(self, candidates: Tensor) -> Calibration:
+        """The same for these candidates."""
+        return replace(self, candidate=self.candidate[candidates])
+
+
+def left_padded(rows: list[tuple[int, ...]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Tokens as rows of one length, and where they are not padding: both int64 ``[R, T]``."""
+    width = max(map(len, rows))
+    input_ids = torch.tensor([(pad_id,) * (width - len(row)) + row for row in rows])
+    start = torch.tensor([width - len(row) for row in rows]).unsqueeze(1)
+    return input_ids, (torch.arange(width).unsqueeze(0) >= start).long()
 
 
 @dataclass
 class PromptBatch:
     """N examples with K candidates in R rows of T tokens; S tokens are scored, predicted at P places.
 
-    A row holds a tree of tokens in depth-first order (`smezo_pl.data.forest`): a passage, the prompts that begin with
+    A row holds a tree of tokens in depth-first order (`smezo_pl.data.packing`): a passage, the prompts that begin with
     it, and after each prompt its candidates but their last tokens, which are never needed as input. What texts begin
     with alike stands there once. A row of a single text is the text. Rows are filled up on the right, where a causal
     model never looks.
@@ -97,7 +158,7 @@ class PromptBatch:
         """The number of rows that a forward reads."""
         return self.input_ids.shape[0]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "PromptBatch":
+    def map(self, change: Callable[[Tensor], Tensor]) -> PromptBatch:
         """The same batch with every tensor changed."""
         changed: dict[str, Any] = {}
         for field in fields(self):
@@ -108,11 +169,11 @@ class PromptBatch:
                 changed[field.name] = value.map(change)
         return replace(self, **changed)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptBatch":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PromptBatch:
         """The batch on another device."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> "PromptBatch":
+    def pin_memory(self) -> PromptBatch:
         """The batch in page-locked memory, from which copies to a GPU need not wait."""
         return self.map(Tensor.pin_memory)
 
@@ -145,7 +206,7 @@ class PromptBatch:
         tokens = self.input_ids[rows].gather(1, order)
         return tokens.masked_fill(place[:width] >= lengths.unsqueeze(1), 0), lengths
 
-    def split(self, micro_batch_size: int) -> "list[PromptBatch]":
+    def split(self, micro_batch_size: int) -> list[PromptBatch]:
         """Parts of at most ``micro_batch_size`` examples each, of similar length, without needless padding.
 
         The shortest examples come first. No example is in two parts, so sums over the parts are sums over the batch. A
@@ -161,7 +222,7 @@ class PromptBatch:
         order = self.attention_mask.sum(1)[self.example_row].argsort(stable=True)
         return [self._take(part) for part in torch.split(order, micro_batch_size)]
 
-    def _take(self, examples: Tensor) -> "PromptBatch":
+    def _take(self, examples: Tensor) -> PromptBatch:
         """The examples of these numbers, in this order."""
         rank = torch.full_like(self.labels, -1)
         rank[examples] = torch.arange(len(examples), device=rank.device)
@@ -226,3 +287,69 @@ def _sorted_members(rank: Tensor) -> Tensor:
     """Places of the non-negative ranks, by rank and then by place."""
     order = rank.argsort(stable=True)
     return order[rank[order] >= 0]
+
+
+def batch_size(batch: Any) -> int:
+    """Number of examples: of prompts, or the first dimension of the first tensor in nested containers.
+
+    Raises:
+        TypeError: If the batch holds no tensor.
+    """
+    if isinstance(batch, PromptBatch):
+        return len(batch)
+    for tensor in _tensors(batch):
+        if tensor.ndim:
+            return tensor.shape[0]
+    raise TypeError(f"cannot tell the number of examples in a batch of type {type(batch).__name__}: it holds no tensor")
+
+
+def batch_weight(batch: Any) -> int:
+    """What a batch's mean loss is a mean over: answer tokens for prompts with the ``lm`` objective, else examples."""
+    if isinstance(batch, PromptBatch) and batch.objective == "lm" and batch.reward is None:
+        return batch.answer_tokens
+    return batch_size(batch)
+
+
+def split_batch(batch: Any, micro_batch_size: int | None) -> list[Any]:
+    """Parts of at most ``micro_batch_size`` examples; the batch itself if None.
+
+    Prompts are sorted by length. Of other batches every tensor in (nested) tuples, lists and dicts is cut along its
+    first dimension; what is not a tensor, or has no dimension, is in every part.
+
+    Raises:
+        TypeError: If the batch holds no tensor.
+        ValueError: If its tensors do not agree in their first dimension.
+    """
+    if micro_batch_size is None:
+        return [batch]
+    if isinstance(batch, PromptBatch):
+        return list(batch.split(micro_batch_size))
+    size = batch_size(batch)
+    sizes = {tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"micro_batch_size={micro_batch_size}: the batch's tensors differ in their first dimension "
+            f"({sorted(sizes)}), so it cannot be split by example"
+        )
+    return [_cut(batch, start, start + micro_batch_size) for start in range(0, size, micro_batch_size)]
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        return [tensor for part in batch for tensor in _tensors(part)]
+    return []
+
+
+def _cut(batch: Any, start: int, stop: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[start:stop] if batch.ndim else batch
+    if isinstance(batch, Mapping):
+        return {key: _cut(value, start, stop) for key, value in batch.items()}
+    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        parts = [_cut(value, start, stop) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # type: ignore[call-arg]
+    return batch

@@ -1,6 +1,8 @@
-"""The data side of a run: a task's examples, sampled as MeZO does, tokenised and batched."""
+"""Checks of the data module's arguments, each with what is allowed."""
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,19 +11,150 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from smezo_pl.data.arguments import at_least, check_objective_or_reward, check_together, seed_in_range, task_of
 from smezo_pl.data.batch import PromptBatch
-from smezo_pl.data.budget import found_budget
-from smezo_pl.data.draws import Drawn, Draws
-from smezo_pl.data.draws import SplitName as SplitName
-from smezo_pl.data.encoding import Encoded
-from smezo_pl.data.filling import BatchLimit
-from smezo_pl.data.loaders import evaluation_loader, train_loader
-from smezo_pl.data.making import collate_of, encoded_examples
+from smezo_pl.data.collate import Collate
+from smezo_pl.data.encoding import Encoded, Encoder, MaskedEncoder, padding_id, stop_tokens
+from smezo_pl.data.loaders import BatchLimit, evaluation_loader, found_budget, train_loader
 from smezo_pl.data.sources import load_split
+from smezo_pl.data.splits import Drawn, Draws, SplitName
 from smezo_pl.models import load_tokenizer
-from smezo_pl.tasks import Example, Task, masked_form
-from smezo_pl.tasks.task import MASK
+from smezo_pl.tasks import Example, FreeText, Task, get_task, make_task, masked_form
+from smezo_pl.tasks.metrics import get_metric
+from smezo_pl.tasks.objectives import check_objective
+from smezo_pl.tasks.task import LOSSES, MASK
+
+
+def task_of(task: str | Mapping[str, Any] | Task, file: str | None, max_new_tokens: int | None) -> Task:
+    """The task of that name or of these keys, called after the file where it has no name.
+
+    Raises:
+        ValueError: For an unknown name, wrong keys, a metric that does not fit, or answers that are not written.
+    """
+    if isinstance(task, str):
+        task = get_task(task)
+    elif not isinstance(task, Task):
+        task = make_task(task, name=Path(file).stem if file else "own")
+    if max_new_tokens is not None:
+        if not isinstance(task.candidates, FreeText):
+            raise ValueError(
+                f"max_new_tokens is for answers that the model writes, and task {task.name!r} has candidates"
+            )
+        task = replace(task, candidates=replace(task.candidates, max_new_tokens=max_new_tokens))
+    for name in task.metrics:
+        get_metric(name, task)
+    return task
+
+
+def check_objective_or_reward(task: Task, objective: str | None, reward: str | None) -> str:
+    """What a step goes by: the objective, the reward's import path, or the task's own loss.
+
+    Raises:
+        ValueError: If both are given, or what is given does not exist or does not fit the task.
+    """
+    if objective is not None and reward is not None:
+        raise ValueError(f"objective {objective!r} and reward {reward!r}: give one of them")
+    if reward is not None and "." not in reward:
+        raise ValueError(f"reward must be the import path of a function, module.function, got {reward!r}")
+    chosen = objective or reward or task.objective
+    check_objective(chosen, task)
+    return chosen
+
+
+def check_together(
+    task: Task,
+    *,
+    sizes_given: bool,
+    k_shot: int | None,
+    num_demonstrations: int,
+    calibration: str,
+    bad_rows: str,
+    eval_batch_size: int | str,
+) -> None:
+    """Refuse arguments that are unknown or do not go with each other or the task, with a ``ValueError``."""
+    if calibration not in ("none", "sfc", "icl_sfc"):
+        raise ValueError(f"calibration must be 'none', 'sfc' or 'icl_sfc', got {calibration!r}")
+    if calibration == "icl_sfc" and not num_demonstrations:
+        raise ValueError("calibration 'icl_sfc' is for demonstrations: give num_demonstrations, or take 'sfc'")
+    if calibration != "none" and task.calibration is None:
+        raise ValueError(f"task {task.name!r} has no prompt without content, so it cannot be calibrated")
+    if bad_rows not in ("refuse", "skip"):
+        raise ValueError(f"bad_rows must be 'refuse' or 'skip', got {bad_rows!r}")
+    if k_shot is not None:
+        at_least("k_shot", k_shot, 1)
+        if not task.labels:
+            raise ValueError(f"k_shot {k_shot} needs classes, and task {task.name!r} has none")
+        if sizes_given:
+            raise ValueError("k_shot takes the place of num_train and num_dev: give only one of them")
+    if not isinstance(eval_batch_size, str):
+        at_least("eval_batch_size", eval_batch_size, 1)
+    elif eval_batch_size != "auto":
+        raise ValueError(f"eval_batch_size must be 'auto' or a number of at least 1, got {eval_batch_size!r}")
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """The value, or a ``ValueError`` that names the argument."""
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def seed_in_range(name: str, value: int) -> int:
+    """The seed, or a ``ValueError`` that names the argument."""
+    if not 0 <= value < 2**32:
+        raise ValueError(f"{name} must be in [0, 2^32), got {value}")
+    return value
+
+
+def encoded_examples(
+    task: Task,
+    examples: Sequence[Example],
+    origin: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    calibrated: bool = False,
+) -> list[Encoded]:
+    """The examples as tokens, in their order.
+
+    Args:
+        task: The task that they are of.
+        examples: The examples.
+        origin: Where they come from, for messages.
+        tokenizer: The tokenizer.
+        max_length: Most tokens of a prompt and a candidate together.
+        calibrated: Whether prompts without content are encoded too.
+    """
+    if task.is_masked:
+        return MaskedEncoder(tokenizer, max_length).encode(examples, origin)
+    new_tokens = task.candidates.max_new_tokens if isinstance(task.candidates, FreeText) else 0
+    return Encoder(tokenizer, max_length, new_tokens, calibrated=calibrated).encode(examples, origin)
+
+
+def collate_of(task: Task, tokenizer: PreTrainedTokenizerBase, objective: str, training: bool = False) -> Collate:
+    """What makes batches of a task's encoded examples.
+
+    Args:
+        task: The task.
+        tokenizer: The tokenizer.
+        objective: A loss, a metric or a reward. Where nothing is trained, the loss stays one.
+        training: Whether the batches are for training steps.
+    """
+    loss = next((name for name in LOSSES if name == objective), task.objective)
+    reward = objective if training and objective not in LOSSES else None
+    free = task.candidates
+    collate = Collate(
+        padding_id(tokenizer),
+        loss,
+        # A step of the lm objective reads no candidate but the right one.
+        right_only=training and loss == "lm" and (reward is None or task.is_free),
+        metrics=task.metrics,
+        num_labels=len(task.labels) if isinstance(free, Mapping) else 0,
+        reward=reward,
+    )
+    if not isinstance(free, FreeText) or (training and reward is None):
+        return collate
+    stops = stop_tokens(tokenizer, free.stop)
+    return replace(collate, max_new_tokens=free.max_new_tokens, stop_ids=stops, stop=free.stop)
+
 
 logger = logging.getLogger(__name__)
 

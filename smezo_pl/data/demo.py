@@ -1,16 +1,172 @@
-"""The demo set: synthetic sentences of praise and blame, made by a small grammar of this package.
-
-It is synthetic: nobody said these sentences of anything. It is there so that a first run needs no download. Its test
-sentences use none of the training sentences' words of judgement and speak partly of other things, so what a model
-gains on them is not a list of words learnt by heart.
-"""
+"""The words of the synthetic demo set. No word or phrase of judgement is in two of the three splits."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from smezo_pl.data.demo_words import VOCABULARIES, Vocabulary
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What one split is made of.
+
+    Attributes:
+        things: A kind of thing and what can be judged about it.
+        praise: Positive adjectives.
+        blame: Negative adjectives.
+        praised: Positive sentences without any adjective of judgement.
+        blamed: Negative ones.
+        preferred: Comparisons in favour.
+        outdone: Comparisons against.
+    """
+
+    things: dict[str, tuple[str, ...]]
+    praise: tuple[str, ...]
+    blame: tuple[str, ...]
+    praised: tuple[str, ...]
+    blamed: tuple[str, ...]
+    preferred: tuple[str, ...]
+    outdone: tuple[str, ...]
+
+
+TRAIN = Vocabulary(
+    things={
+        "film": ("acting", "plot", "ending", "soundtrack", "dialogue"),
+        "restaurant": ("soup", "service", "menu", "bread", "dessert"),
+        "hotel": ("room", "breakfast", "view", "staff", "bathroom"),
+        "phone": ("screen", "battery", "camera", "keyboard", "speaker"),
+        "novel": ("opening", "style", "hero", "last chapter", "translation"),
+        "album": ("singing", "guitar", "production", "first song", "cover"),
+    },
+    praise=(
+        "superb", "delightful", "brilliant", "outstanding", "charming", "lovely", "impressive", "excellent",
+        "enjoyable", "splendid", "beautiful", "remarkable", "pleasant", "fantastic", "perfect", "elegant",
+        "first-rate", "refreshing", "memorable", "flawless", "graceful", "gorgeous", "clever", "masterful",
+    ),
+    blame=(
+        "awful", "dreadful", "dull", "disappointing", "poor", "annoying", "horrible", "lousy",
+        "boring", "shoddy", "unpleasant", "tedious", "clumsy", "frustrating", "miserable", "ugly",
+        "third-rate", "sloppy", "forgettable", "pathetic", "hopeless", "painful", "stupid", "lifeless",
+    ),
+    praised=(
+        "I told all my friends about this {thing}.",
+        "We came home from the {thing} with big smiles.",
+        "I wish I could experience this {thing} for the first time again.",
+        "The {aspect} made my day.",
+        "Everyone around me loved the {aspect}.",
+        "Whoever is responsible for the {aspect} deserves a prize.",
+        "This {thing} was worth every penny.",
+        "I could not stop praising the {aspect}.",
+    ),
+    blamed=(
+        "I warned all my friends about this {thing}.",
+        "We came home from the {thing} in a bad mood.",
+        "I wish I had never heard of this {thing}.",
+        "The {aspect} ruined my day.",
+        "Everyone around me hated the {aspect}.",
+        "Whoever is responsible for the {aspect} should apologise.",
+        "This {thing} was a waste of money.",
+        "I could not stop complaining about the {aspect}.",
+    ),
+    preferred=(
+        "The {aspect} is better than in any other {thing} I know.",
+        "No {thing} has ever pleased me more.",
+        "This {thing} sets the standard for all others.",
+        "It has been years since I liked any {thing} this much.",
+    ),
+    outdone=(
+        "The {aspect} is worse than in any other {thing} I know.",
+        "No {thing} has ever annoyed me more.",
+        "This {thing} is the worst of its kind.",
+        "It has been years since I disliked any {thing} this much.",
+    ),
+)  # fmt: skip
+
+VALIDATION = Vocabulary(
+    things={
+        "film": ("story", "editing", "cast"),
+        "restaurant": ("salad", "waiter", "coffee"),
+        "museum": ("exhibition", "guided tour", "gift shop"),
+        "laptop": ("touchpad", "display", "fan"),
+    },
+    praise=(
+        "wonderful", "marvellous", "stunning", "inspiring", "exquisite", "satisfying", "amazing", "admirable",
+        "magical", "terrific", "captivating", "polished",
+    ),
+    blame=(
+        "abysmal", "tiresome", "unbearable", "irritating", "wretched", "ridiculous", "depressing", "appalling",
+        "useless", "bland", "careless", "disgusting",
+    ),
+    praised=(
+        "I keep thinking back to the {aspect} with joy.",
+        "My whole family still raves about this {thing}.",
+        "The {aspect} brightened the whole week.",
+        "The {aspect} put me in high spirits.",
+    ),
+    blamed=(
+        "I keep thinking back to the {aspect} with anger.",
+        "My whole family still grumbles about this {thing}.",
+        "The {aspect} spoiled the whole week.",
+        "The {aspect} gave me a headache.",
+    ),
+    preferred=(
+        "Of all I have tried, this {thing} is at the top of my list.",
+        "The {aspect} surpassed that of every {thing} before.",
+    ),
+    outdone=(
+        "Of all I have tried, this {thing} is at the bottom of my list.",
+        "The {aspect} fell behind that of every {thing} before.",
+    ),
+)  # fmt: skip
+
+TEST = Vocabulary(
+    things={
+        "novel": ("narrator", "pacing", "humour"),
+        "hotel": ("bed", "garden", "reception"),
+        "concert": ("sound", "opening act", "venue"),
+        "course": ("teacher", "homework", "textbook"),
+        "video game": ("tutorial", "world map", "final level"),
+        "bakery": ("bread", "apple cake", "seating"),
+    },
+    praise=(
+        "magnificent", "fabulous", "phenomenal", "heartwarming", "sublime", "rewarding", "incredible", "dazzling",
+        "exceptional", "joyful", "thrilling", "glorious", "uplifting", "fascinating", "lively", "spectacular",
+    ),
+    blame=(
+        "atrocious", "abominable", "dismal", "pointless", "repulsive", "laughable", "worthless", "dreary",
+        "inept", "gloomy", "insufferable", "shabby", "horrendous", "mind-numbing", "infuriating", "disastrous",
+    ),
+    praised=(
+        "I have already booked this {thing} for next year.",
+        "The {aspect} exceeded all my hopes.",
+        "I was grateful for the {aspect}.",
+        "This {thing} left us glowing with happiness.",
+        "I would happily recommend this {thing} to anyone.",
+        "The {aspect} had us cheering.",
+    ),
+    blamed=(
+        "I have already asked this {thing} for a refund.",
+        "The {aspect} failed in every way.",
+        "I was ashamed of the {aspect}.",
+        "This {thing} left us shaking our heads in disbelief.",
+        "I would not recommend this {thing} to anyone.",
+        "The {aspect} had us yawning.",
+    ),
+    preferred=(
+        "I cannot wait to come back to this {thing}.",
+        "I have never come across a finer {thing}.",
+        "The {aspect} outshines every other that I have known.",
+    ),
+    outdone=(
+        "I will never come back to this {thing}.",
+        "I have never come across a sorrier {thing}.",
+        "The {aspect} is inferior to every other that I have known.",
+    ),
+)  # fmt: skip
+
+VOCABULARIES: dict[str, Vocabulary] = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
+
 
 SIZES = {"train": 2000, "validation": 500, "test": 1000}
 """Sentences of each split, half of them positive."""

@@ -1,19 +1,81 @@
-"""The order in which examples reach the model, and the data loaders that keep it."""
+"""Evaluation batches: neighbours together, alike in length, filled up to a limit."""
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
+import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from smezo_pl.data.batch import PromptBatch
-from smezo_pl.data.collate import Collate
+from smezo_pl.data.collate import Collate, group
 from smezo_pl.data.encoding import Encoded
-from smezo_pl.data.filling import BatchLimit, fill
-from smezo_pl.data.sampling import permutation
+from smezo_pl.data.packing import tree_size
+from smezo_pl.data.splits import permutation
+
+
+@dataclass(frozen=True)
+class BatchLimit:
+    """How much a forward may read in evaluation.
+
+    Args:
+        rows: Most texts, a candidate that does not begin another counting as one; no limit if None.
+        tokens: Most tokens, padding included; no limit if None.
+    """
+
+    rows: int | None = None
+    tokens: int | None = None
+
+
+def fill(examples: Sequence[Encoded], limit: BatchLimit) -> list[list[int]]:
+    """Numbers of the examples of each batch, the batches with the longest rows first.
+
+    Examples that share a row (`group`) are in one batch, unless they are more than the limit. A single
+    example with more than that is a batch of its own.
+    """
+    units = [unit for members in group(examples, limit.tokens) for unit in _within(examples, members, limit.rows)]
+    lengths = [_row_length(examples, unit) for unit in units]
+    batches: list[list[int]] = []
+    rows = texts = width = 0
+    # Longest first: too little memory shows at once, and the progress bar's time left is never too short.
+    for number in sorted(range(len(units)), key=lambda number: -lengths[number]):
+        more = sum(examples[member].rows for member in units[number])
+        full = (limit.rows is not None and texts + more > limit.rows) or (
+            limit.tokens is not None and (rows + 1) * width > limit.tokens
+        )
+        if not batches or full:
+            batches.append([])
+            rows, texts, width = 0, 0, lengths[number]
+        batches[-1] += units[number]
+        rows, texts = rows + 1, texts + more
+    return batches
+
+
+def _within(examples: Sequence[Encoded], members: list[int], rows: int | None) -> list[list[int]]:
+    """A group cut where it holds more texts than a batch may."""
+    units: list[list[int]] = []
+    texts = 0
+    for member in members:
+        more = examples[member].rows
+        if not units or (rows is not None and texts + more > rows):
+            units.append([])
+            texts = 0
+        units[-1].append(member)
+        texts += more
+    return units
+
+
+def _row_length(examples: Sequence[Encoded], members: list[int]) -> int:
+    if len(members) == 1:
+        return examples[members[0]].tokens
+    shared = (examples[m].prompt + tokens[:-1] for m in members for tokens in examples[m].candidates)
+    return tree_size([*shared, *(examples[m].prompt for m in members)])
+
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +207,7 @@ class EpochIterator(Iterator[int]):
 
 
 class LengthSampler(DistributedSampler[Any]):
-    """Batches of example numbers, the longest rows first, filled up to a limit (`smezo_pl.data.filling`).
+    """Batches of example numbers, the longest rows first, filled up to a limit (`fill`).
 
     Each example is in one batch of one process; all processes have equally many batches.
 
@@ -278,3 +340,81 @@ class _CollateAny:
 
     def __call__(self, examples: Encoded | list[Encoded]) -> PromptBatch:
         return self.collate([examples] if isinstance(examples, Encoded) else examples)
+
+
+CPU_TOKENS = 1024
+"""Tokens of a forward on a CPU: the matrices are large enough to be worth it, and the activations of a layer still lie
+in its caches. Half or twice as many are read about as quickly; memory is no concern."""
+
+CPU_GENERATION_TOKENS = 16384
+"""The same where answers are generated: all rows together read the weights once for every further token."""
+
+_FIRST, _MOST = 2048, 1 << 18
+
+
+def found_budget(trainer: pl.Trainer | None, examples: Sequence[Encoded], collate: Collate) -> int:
+    """The most tokens of a forward for the Trainer's module, by trying it on these examples; the same on every process.
+
+    Args:
+        trainer: The Trainer, whose module is on its device; without one the CPU's number is taken.
+        examples: The examples that will be scored.
+        collate: Makes their batches.
+    """
+    module: Any = getattr(trainer, "lightning_module", None)
+    on_cpu = CPU_GENERATION_TOKENS if collate.max_new_tokens else CPU_TOKENS
+    if trainer is None or module is None:
+        return token_budget(torch.device("cpu"), lambda tokens: tokens, on_cpu)
+
+    def trial(tokens: int) -> int:
+        numbers = fill(examples, BatchLimit(tokens=tokens))[0]
+        batch = collate([examples[number] for number in numbers]).to(module.device)
+        with torch.no_grad(), trainer.precision_plugin.val_step_context():
+            module.evaluate_batch(batch)
+        return batch.input_ids.numel()
+
+    budget = token_budget(module.device, trial, on_cpu)
+    if trainer.world_size == 1:
+        return budget
+    return int(trainer.strategy.all_gather(torch.tensor(budget, device=module.device)).min())
+
+
+def token_budget(device: torch.device, trial: Callable[[int], int], on_cpu: int = CPU_TOKENS) -> int:
+    """The most tokens of a forward for `device`; the log says how it was chosen.
+
+    On a CPU it is a stated number. Elsewhere forwards of twice as many tokens each are tried until memory runs out or
+    the data does.
+
+    Args:
+        device: Where the model is.
+        trial: Runs the batch that needs most under a limit of so many tokens, and gives the tokens it held.
+        on_cpu: The number for a CPU.
+
+    Raises:
+        torch.OutOfMemoryError: If not even the first trial fits.
+    """
+    if device.type == "cpu":
+        logger.info("eval_batch_size auto: %d tokens a forward, which suits a CPU's caches", on_cpu)
+        return on_cpu
+    fits, asked = 0, _FIRST
+    while asked <= _MOST:
+        try:
+            held = trial(asked)
+        except torch.OutOfMemoryError:
+            _empty_cache(device)
+            if not fits:
+                raise
+            logger.info("eval_batch_size auto: %d tokens a forward; %d did not fit on %s", fits, asked, device)
+            return fits
+        fits = asked
+        if held <= asked // 2:
+            # All that there is was in it.
+            break
+        asked *= 2
+    _empty_cache(device)
+    logger.info("eval_batch_size auto: %d tokens a forward on %s, all that was tried fits", fits, device)
+    return fits
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

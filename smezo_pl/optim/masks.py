@@ -1,11 +1,13 @@
-"""Which weights of a tensor take part: mask rules, as small values that a kernel evaluates inside its fused pass."""
+"""Which weights of a tensor are active: the mask rules and their thresholds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, isinf
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from smezo_pl.optim.noise import Stream
@@ -63,3 +65,130 @@ class Mask:
 
 
 DENSE = Mask("dense")
+
+
+Histogram = Callable[[Tensor, int, "int | None"], Tensor]
+"""``histogram(theta, shift, prefix)``: counts of ``(code >> shift) & 0xffff`` over the elements with
+``code >> 16 == prefix``, or over all of them when ``prefix`` is None (see `smezo_pl.optim.kernels`)."""
+
+_INFINITY_CODE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80}
+_FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """A magnitude between two distinct magnitudes of a tensor.
+
+    Attributes:
+        value: ``h``; the weights with ``|theta| <= h`` are the ``at_most`` smallest. ``inf`` when no finite value parts
+            the tensor.
+        at_most: Number of weights with ``|theta| <= value``.
+        numel: Number of weights of the tensor.
+        magnitudes: How many distinct magnitudes were told apart, at least; 1 means the tensor cannot be parted.
+    """
+
+    value: float
+    at_most: int
+    numel: int
+    magnitudes: int
+
+
+def find_threshold(theta: Tensor, rank: int, histogram: Histogram, *, leave_one: bool = False) -> Threshold:
+    """Find the threshold below which the number of weights is nearest to ``rank``.
+
+    Tied magnitudes (quantised or pruned weights) stay together, so the number may differ from ``rank``; of two equally
+    near ones the smaller is taken. ``h`` lies midway between two neighbouring distinct magnitudes, so that a weight on
+    either side does not change sides by one rounding.
+
+    Args:
+        theta: Flat tensor, float32, bfloat16, float16 or float64. NaN are left out.
+        rank: Wanted number of weights at or below the threshold, in ``[0, numel]``.
+        histogram: Counts of codes, from a kernel.
+        leave_one: Whether some weight must stay above the threshold (for the rule ``large``).
+
+    Returns:
+        The threshold, with what it selects.
+    """
+    numel = theta.numel()
+    if theta.dtype == torch.float64:
+        return _from_sorted(theta, rank, leave_one)
+    infinity = _INFINITY_CODE[theta.dtype]
+    if theta.dtype == torch.float32:
+        upper = histogram(theta, 16, None)[: infinity + 1].tolist()
+        # NaN share the topmost bucket with infinity: only the code with no lower bits is a number
+        upper[infinity] = int(histogram(theta, 0, infinity)[0]) if upper[infinity] else 0
+        codes, cumulative = _expand_around(theta, rank, upper, histogram, infinity)
+    else:
+        counts = histogram(theta, 0, None)[: infinity + 1].cpu()
+        present = torch.nonzero(counts).flatten()
+        codes, cumulative = present.tolist(), torch.cumsum(counts[present], 0).tolist()
+    if not codes:
+        return Threshold(inf, numel, numel, 0)
+    pick = min(range(len(codes)), key=lambda j: abs(cumulative[j] - rank))
+    if leave_one and pick == len(codes) - 1 and len(codes) > 1:
+        pick -= 1
+    if pick == len(codes) - 1:
+        return Threshold(inf, cumulative[pick], numel, len(codes))
+    low, high = (_magnitude(codes[j], theta.dtype) for j in (pick, pick + 1))
+    return Threshold(_between(low, high), cumulative[pick], numel, len(codes))
+
+
+def _expand_around(
+    theta: Tensor, rank: int, upper: list[int], histogram: Histogram, infinity: int
+) -> tuple[list[int], list[int]]:
+    """Codes and cumulative counts of the bucket that holds ``rank`` and of its two neighbours."""
+    buckets = [b for b, count in enumerate(upper) if count]
+    if not buckets:
+        return [], []
+    below = 0
+    position = len(buckets) - 1
+    for j, bucket in enumerate(buckets):
+        if below + upper[bucket] >= rank:
+            position = j
+            break
+        below += upper[bucket]
+    else:
+        below -= upper[buckets[-1]]
+    first = max(position - 1, 0)
+    start = below - (upper[buckets[first]] if first < position else 0)
+    codes: list[int] = []
+    cumulative: list[int] = []
+    for bucket in buckets[first : position + 2]:
+        counts = histogram(theta, 0, bucket).cpu()
+        if bucket == infinity:
+            counts = counts[:1]
+        present = torch.nonzero(counts).flatten()
+        codes += [(bucket << 16) | low for low in present.tolist()]
+        cumulative += (torch.cumsum(counts[present], 0) + start).tolist()
+        start = cumulative[-1]
+    return codes, cumulative
+
+
+def _from_sorted(theta: Tensor, rank: int, leave_one: bool) -> Threshold:
+    """The same for float64, the dtype of references, by a sort of the one tensor."""
+    magnitudes, counts = torch.unique(theta[~theta.isnan()].abs(), return_counts=True)
+    if not len(magnitudes):
+        return Threshold(inf, theta.numel(), theta.numel(), 0)
+    cumulative = torch.cumsum(counts, 0).tolist()
+    pick = min(range(len(cumulative)), key=lambda j: abs(cumulative[j] - rank))
+    if leave_one and pick == len(cumulative) - 1 and len(cumulative) > 1:
+        pick -= 1
+    if pick == len(cumulative) - 1:
+        return Threshold(inf, cumulative[pick], theta.numel(), len(cumulative))
+    low, high = magnitudes[pick].item(), magnitudes[pick + 1].item()
+    middle = low + (high - low) / 2
+    return Threshold(middle if middle < high else low, cumulative[pick], theta.numel(), len(cumulative))
+
+
+def _magnitude(code: int, dtype: torch.dtype) -> float:
+    if dtype == torch.float32:
+        return float(torch.tensor([code], dtype=torch.int32).view(torch.float32).item())
+    return float(torch.tensor([code], dtype=torch.int16).view(dtype).item())
+
+
+def _between(low: float, high: float) -> float:
+    """A float32 in ``[low, high)``, the middle where there is one: kernels compare in float32."""
+    if isinf(high):
+        return _FLOAT32_MAX
+    middle = float(torch.tensor((low + high) / 2, dtype=torch.float32).item())
+    return middle if middle < high else low

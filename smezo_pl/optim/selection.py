@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smezo_pl.optim.arguments import some
 from smezo_pl.optim.kernels import Kernel
-from smezo_pl.optim.masks import DENSE, WORD_RANGE, Mask
+from smezo_pl.optim.masks import DENSE, WORD_RANGE, Mask, find_threshold
 from smezo_pl.optim.noise import Stream
-from smezo_pl.optim.scope import check_tensor
-from smezo_pl.optim.thresholds import find_threshold
+from smezo_pl.optim.parameters import check_tensor, some
 
 logger = logging.getLogger(__name__)
 

@@ -12,18 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from smezo_pl.optim.arguments import check_group, check_integer, float32
-from smezo_pl.optim.forwards import Closure, Forwards
-from smezo_pl.optim.interrupts import deferred_interrupt
 from smezo_pl.optim.kernels import Kernel, KernelName, get_kernel
-from smezo_pl.optim.layerwise import Layerwise
 from smezo_pl.optim.masks import Mask, MaskRule
-from smezo_pl.optim.moves import StepMoves
 from smezo_pl.optim.noise import NOISE_SCHEME, Law
-from smezo_pl.optim.replay import RecordedStep, check_recorded, coefficients, update_in_blocks
-from smezo_pl.optim.report import StepReport
-from smezo_pl.optim.scope import Patterns, as_patterns, check_tensor, matches, named, require_matches
+from smezo_pl.optim.parameters import (
+    Patterns,
+    as_patterns,
+    check_group,
+    check_integer,
+    check_tensor,
+    float32,
+    matches,
+    named,
+    require_matches,
+)
+from smezo_pl.optim.perturbation.directions import StepMoves
+from smezo_pl.optim.perturbation.forwards import Closure, Forwards, deferred_interrupt
+from smezo_pl.optim.perturbation.layerwise import Layerwise
 from smezo_pl.optim.selection import MaskStat, Member, Selection
+from smezo_pl.optim.step import RecordedStep, StepReport, check_recorded, coefficients, update_in_blocks
 
 logger = logging.getLogger(__name__)
 

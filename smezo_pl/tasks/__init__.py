@@ -2,23 +2,10 @@
 
 from difflib import get_close_matches
 
+from smezo_pl.tasks.builtin import DEMO, GLUE, MASKED, QA, READING, SUPERGLUE, TOPICS, masked_form
 from smezo_pl.tasks.custom import make_task as make_task
-from smezo_pl.tasks.demo import DEMO
-from smezo_pl.tasks.example import Example as Example
-from smezo_pl.tasks.example import make_example as make_example
-from smezo_pl.tasks.glue import GLUE
-from smezo_pl.tasks.labels import ExampleError as ExampleError
-from smezo_pl.tasks.masked import MASKED as MASKED
-from smezo_pl.tasks.masked import masked_form as masked_form
-from smezo_pl.tasks.qa import QA
-from smezo_pl.tasks.reading import READING
-from smezo_pl.tasks.superglue import SUPERGLUE
-from smezo_pl.tasks.task import FreeText as FreeText
-from smezo_pl.tasks.task import ListCandidates as ListCandidates
-from smezo_pl.tasks.task import Loss as Loss
-from smezo_pl.tasks.task import Source as Source
-from smezo_pl.tasks.task import Task as Task
-from smezo_pl.tasks.topics import TOPICS
+from smezo_pl.tasks.example import Example, ExampleError, make_example
+from smezo_pl.tasks.task import FreeText, ListCandidates, Loss, Source, Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (*DEMO, *GLUE, *SUPERGLUE, *TOPICS, *QA, *READING)}
 """The built-in tasks by name."""

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from smezo_pl.tasks.task import LOSSES, FreeText, ListCandidates, Task
-from smezo_pl.tasks.template import Template
+from smezo_pl.tasks.task import LOSSES, FreeText, ListCandidates, Task, Template
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from smezo_pl.tasks.answers import Answered
-from smezo_pl.tasks.metrics import METRICS, get_metric
+from smezo_pl.tasks.metrics import METRICS, Answered, get_metric
 from smezo_pl.tasks.task import LOSSES, Task
 
 logger = logging.getLogger(__name__)

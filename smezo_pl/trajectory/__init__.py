@@ -10,10 +10,10 @@ starting weights and the record come the weights of any step, to the last bit, w
 A finished run is exported to one safetensors file (`export`), which `apply` makes a trained model of.
 """
 
-from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.reader import Trajectory
+from smezo_pl.trajectory.exports import export, load
+from smezo_pl.trajectory.header import TrajectoryError
+from smezo_pl.trajectory.log import Trajectory
 from smezo_pl.trajectory.recorder import Recorder, record
 from smezo_pl.trajectory.replaying import Applied, apply, replay
-from smezo_pl.trajectory.tune import export, load
 
 __all__ = ["Applied", "Recorder", "Trajectory", "TrajectoryError", "apply", "export", "load", "record", "replay"]

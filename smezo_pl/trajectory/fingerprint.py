@@ -1,22 +1,23 @@
-"""A name for the bits of a model: one hash a tensor and one over all of them.
-
-A tensor's hash covers its dtype, its shape and its elements in row-major order. The elements are hashed in chunks of
-`CHUNK` bytes and the chunks' digests once more, so chunks can be worked on by several threads and a tensor on an
-accelerator is copied a chunk at a time.
-"""
+"""What identifies the start of a run: its weights and its machine."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from smezo_pl import __version__
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
 
 CHUNK = 1 << 24
 """Bytes hashed at a time. Part of the definition: another value gives other hashes."""
@@ -94,3 +95,39 @@ def _hash_chunk(chunk: Tensor) -> bytes:
 def _combine(tensor: Tensor, chunk_digests: Iterable[bytes]) -> bytes:
     head = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".encode()
     return hashlib.sha256(head + b"".join(chunk_digests)).digest()
+
+
+_PACKAGES = ("torch", "lightning", "transformers", "datasets", "peft", "numba", "triton", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, of Python and of what a run depends on, where it is installed."""
+    found = {"smezo_pl": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Device, processor, threads and vector instructions: what the last bits of a forward may depend on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+    }

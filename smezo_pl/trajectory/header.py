@@ -1,8 +1,4 @@
-"""What a record says once: which run this is, what it starts from and how its steps are made.
-
-The header is one JSON object, deflated. It is read with bounds on its size and on every number in it, so a file from a
-stranger costs no more than a few megabytes to refuse.
-"""
+"""The one exception of this package that a user is meant to read."""
 
 from __future__ import annotations
 
@@ -10,14 +6,19 @@ import base64
 import json
 import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from typing import Any, get_args
 
 from smezo_pl.optim.masks import MASK_RULES
 from smezo_pl.optim.noise import NOISE_SCHEME, Law
-from smezo_pl.trajectory.errors import TrajectoryError
 from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE
+
+
+class TrajectoryError(RuntimeError):
+    """A record that cannot be written, read or applied: which file, what was found, what can be done."""
+
 
 FORMAT = 1
 """Version of the record's format. A reader takes every version up to its own."""
@@ -260,3 +261,61 @@ def _check(header: Header) -> None:
                 raise ValueError("a group's thresholds and names differ in number")
             if any(h is not None and (isinstance(h, bool) or not isinstance(h, int | float)) for h in group.thresholds):
                 raise ValueError("a threshold is no number")
+
+
+_LORA = (
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("bias", "fan_in_fan_out", "use_rslora", "use_dora", "init_lora_weights", "modules_to_save"),
+)
+_PREFIX = ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size")
+
+# PEFT has others that import a module or run code of the hub by a name (megatron_core, tokenizer_kwargs, adapters).
+HARMLESS: Mapping[str, tuple[str, ...]] = {"LORA": _LORA, "PREFIX_TUNING": _PREFIX}
+"""Arguments that are taken from a record, for each type of adapter."""
+
+MOST = 1 << 14
+"""Largest rank, number of virtual tokens or width that is taken from a record."""
+
+
+def recorded_adapter(header: Header, source: str) -> tuple[dict[str, Any], int] | None:
+    """The adapter of a run and the seed of its starting weights; None for a run without one.
+
+    Args:
+        header: The record's header.
+        source: The file, for messages.
+
+    Raises:
+        TrajectoryError: If the record is damaged there, or names what a file may not ask for.
+    """
+    text = header.model.get("adapter")
+    if text is None:
+        return None
+    try:
+        adapter, seed = json.loads(text), int(header.model.get("adapter_seed", 0))
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        adapter, seed = None, 0
+    if not isinstance(adapter, dict) or not 0 <= seed < 1 << 64:
+        raise TrajectoryError(f"{source}: the adapter in the header is damaged: {text!s:.80}")
+    kind = str(adapter.get("peft_type", "")).upper()
+    known = HARMLESS.get(kind, ())
+    odd = sorted(str(key) for key in adapter if key not in (*known, "peft_type", "task_type"))
+    if not known or odd:
+        what = f"arguments {', '.join(odd):.80}" if known else f"the type {kind:.40}"
+        raise TrajectoryError(
+            f"{source}: the run has an adapter with {what}, and from a file only {', '.join(HARMLESS)} with plain "
+            "arguments are built: make the starting network in Python and give it to smezo_pl.apply or smezo_pl.replay"
+        )
+    for key, value in adapter.items():
+        plain = value is None or isinstance(value, bool | int | float | str) or _is_list(value)
+        large = isinstance(value, int | float) and not abs(value) <= MOST
+        if not plain or large:
+            raise TrajectoryError(f"{source}: the adapter's {key} cannot be {value!s:.80}")
+    if not isinstance(adapter.get("init_lora_weights", True), bool) and adapter["init_lora_weights"] != "gaussian":
+        raise TrajectoryError(
+            f"{source}: the adapter's init_lora_weights cannot be {adapter['init_lora_weights']!s:.80}"
+        )
+    return adapter, seed
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= MOST and all(isinstance(item, str | int) for item in value)

@@ -13,15 +13,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from smezo_pl.optim.kernels import get_kernel
-from smezo_pl.optim.scope import matches
-from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE, fingerprint, model_tensors, root_digest
-from smezo_pl.trajectory.header import GroupInfo, Header, TensorInfo
-from smezo_pl.trajectory.machine import machine, versions
-from smezo_pl.trajectory.reader import Trajectory
-from smezo_pl.trajectory.refresh import pack_thresholds
-from smezo_pl.trajectory.rows import Rates, StepRow
-from smezo_pl.trajectory.writer import TrajectoryWriter
+from smezo_pl.optim.parameters import matches
+from smezo_pl.trajectory.fingerprint import (
+    TENSOR_DIGEST_SIZE,
+    fingerprint,
+    machine,
+    model_tensors,
+    root_digest,
+    versions,
+)
+from smezo_pl.trajectory.header import GroupInfo, Header, TensorInfo, TrajectoryError
+from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
+from smezo_pl.trajectory.records import Rates, StepRow, pack_thresholds
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -14,17 +14,16 @@ from torch import nn
 
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.kernels import KernelName, get_kernel
-from smezo_pl.optim.replay import RecordedStep
-from smezo_pl.trajectory.errors import TrajectoryError
+from smezo_pl.optim.step import RecordedStep
+from smezo_pl.trajectory.exports import load
 from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE, fingerprint, model_tensors, root_digest
-from smezo_pl.trajectory.header import Header
-from smezo_pl.trajectory.reader import Trajectory
-from smezo_pl.trajectory.refresh import unpack_thresholds
-from smezo_pl.trajectory.rows import StepRow
-from smezo_pl.trajectory.tune import load
+from smezo_pl.trajectory.header import Header, TrajectoryError
+from smezo_pl.trajectory.log import Trajectory
+from smezo_pl.trajectory.records import StepRow, unpack_thresholds
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 log = logging.getLogger(__name__)
 

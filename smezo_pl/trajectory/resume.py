@@ -22,13 +22,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.trajectory.anchors import load_anchor, nearest_anchor
-from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.fingerprint import fingerprint, root_digest
-from smezo_pl.trajectory.header import Header
-from smezo_pl.trajectory.machine import machine
-from smezo_pl.trajectory.reader import FILE_NAME, Trajectory
+from smezo_pl.trajectory.fingerprint import fingerprint, machine, root_digest
+from smezo_pl.trajectory.header import Header, TrajectoryError
+from smezo_pl.trajectory.log import FILE_NAME, Trajectory
 from smezo_pl.trajectory.replaying import check_shapes, matches_run, replay, replay_rows, tensors_of
+from smezo_pl.trajectory.snapshots import load_anchor, nearest_anchor
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -155,7 +153,7 @@ def refuse_unrestored(module: LightningModule, checkpoint: Mapping[str, Any]) ->
     if trainer is None or not isinstance(trainer.strategy.checkpoint_io, SeedCheckpointIO):
         raise TrajectoryError(
             "this checkpoint holds no weights, they come back by replay: give it to the Trainer (fit, validate, test "
-            "or predict with ckpt_path=...), or make a model of it with smezo_pl.trajectory.replay"
+            "or predict with ckpt_path=...), or make a model of it with smezo_pl.replay"
         )
 
 

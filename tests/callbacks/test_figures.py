@@ -1,7 +1,6 @@
 import pytest
 
-from smezo_pl.callbacks.curve import Curve
-from smezo_pl.callbacks.figures import curve_figure, density_figure, gradient_figure
+from smezo_pl.callbacks.figures import Curve, curve_figure, density_figure, gradient_figure
 from smezo_pl.optim import MaskStat
 
 

@@ -11,10 +11,10 @@ from lightning.pytorch import Trainer
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule, apply
 from smezo_pl.callbacks import SeedCheckpoint
-from smezo_pl.first_order import FirstOrder
+from smezo_pl.methods import FirstOrder
 from smezo_pl.models import add_adapter, load_model
+from smezo_pl.trajectory.exports import load
 from smezo_pl.trajectory.replaying import tensors_of
-from smezo_pl.trajectory.tune import load
 from tests.trajectory.runs import KillAfter, KilledError, Watch, same
 
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -81,12 +81,12 @@ def test_a_killed_run_goes_on_and_its_file_makes_the_same_weights(
     assert same(resumed.model, trained.model)
 
     tune = folder / "tune größer.safetensors"
-    import_module("smezo_pl.commands.export").main(["export", str(folder), "--out", str(tune)])
+    import_module("smezo_pl.commands.weights").export_main(["export", str(folder), "--out", str(tune)])
     model = load_model(tiny_folder, dtype=torch.bfloat16)[0]
     model = model if adapter is None else add_adapter(model, adapter, seed=3)
     assert apply(model, tune).identical is True
     assert same(model, trained.model)
     assert tensors_of(load(tune).header, model, "").keys() == {n for n, _ in trained.model.named_parameters()}
-    import_module("smezo_pl.commands.apply").main(["apply", str(tune), "--out", str(folder / "model")])
+    import_module("smezo_pl.commands.weights").apply_main(["apply", str(tune), "--out", str(folder / "model")])
     assert "identical: every bit is as in the run" in capsys.readouterr().out
     assert (folder / "model" / ("model" if adapter is None else "adapter_model")).with_suffix(".safetensors").is_file()

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from smezo_pl.callbacks import MaskRefresh
-from smezo_pl.callbacks import masks as module
-from smezo_pl.callbacks.masks import churn, density, sampled_names, selected
+from smezo_pl.callbacks import common as module
+from smezo_pl.callbacks.common import churn, density, sampled_names, selected
 from smezo_pl.optim import SparseMeZO
 from tests.trajectory.runs import Classifier, fit, network
 

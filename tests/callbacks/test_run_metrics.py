@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from smezo_pl.callbacks import RunMetrics
-from smezo_pl.callbacks.curve import MOST_POINTS, Curve
+from smezo_pl.callbacks.figures import MOST_POINTS, Curve
 from tests.trajectory.runs import (
     Classifier,
     Examples,

@@ -13,10 +13,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint, checkpoint_files, seed_checkpoint
+from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint, seed_checkpoint
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.reader import Trajectory
+from smezo_pl.trajectory import files as checkpoint_files
+from smezo_pl.trajectory.header import TrajectoryError
+from smezo_pl.trajectory.log import Trajectory
 from smezo_pl.trajectory.replaying import replay
 from tests.trajectory.runs import (
     Classifier,

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from smezo_pl import PromptDataModule, build
-from smezo_pl.callbacks.replay_to import ReplayTo
 from smezo_pl.cli import main
-from smezo_pl.commands import evaluate, export, show
+from smezo_pl.commands import evaluate, show
+from smezo_pl.commands.evaluate import ReplayTo
+from smezo_pl.commands.weights import export_main
 from smezo_pl.trajectory import TrajectoryError
-from smezo_pl.trajectory.reader import Trajectory
+from smezo_pl.trajectory.log import Trajectory
 from tests.test_cli import words
 from tests.trajectory.runs import Classifier, Examples, fit, make_trainer
 
@@ -54,7 +55,7 @@ def test_other_data_and_the_test_split(run: Path, tmp_path: Path) -> None:
 
 
 def test_an_exported_run_with_a_configuration(run: Path, tmp_path: Path) -> None:
-    export.main(["export", str(run), "--out", str(tmp_path / "tune.safetensors")])
+    export_main(["export", str(run), "--out", str(tmp_path / "tune.safetensors")])
     with pytest.raises(TrajectoryError, match=r"config\.yaml: there is no such file; say --config FILE"):
         evaluate.main(["evaluate", str(tmp_path / "tune.safetensors"), "--every", "4"])
     evaluate.main(
@@ -113,7 +114,7 @@ class TestListing:
     def test_by_what_they_start_from(self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         shutil.copytree(run, tmp_path / "runs" / "a")
         fit(tmp_path / "runs" / "b", Classifier(), max_steps=4)
-        export.main(["export", str(run), "--out", str(tmp_path / "runs" / "tune.safetensors")])
+        export_main(["export", str(run), "--out", str(tmp_path / "runs" / "tune.safetensors")])
         (tmp_path / "runs" / "model.safetensors").write_bytes(b"something else")
         capsys.readouterr()
         show.main(["show", str(tmp_path / "runs")])

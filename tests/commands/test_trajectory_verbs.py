@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 import torch
 
+from smezo_pl.commands import VERBS
 from smezo_pl.models import add_adapter, load_model
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory import TrajectoryError
-from smezo_pl.trajectory.reader import Trajectory
+from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.recorder import Recorder, describe, record
-from smezo_pl.trajectory.writer import TrajectoryWriter
 from tests.trajectory.runs import same
 
 STEPS = 6
 
 
 def smezo(*words: str | Path) -> None:
-    import_module(f"smezo_pl.commands.{words[0]}").main([str(word) for word in words])
+    verb = VERBS[words[0]]
+    getattr(import_module(verb.module), verb.function)([str(word) for word in words])
 
 
 def train(

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl import PromptDataModule, SparseMeZOModule
 from smezo_pl.data import Collate
-from smezo_pl.data.budget import CPU_GENERATION_TOKENS, CPU_TOKENS, found_budget, token_budget
+from smezo_pl.data.loaders import CPU_GENERATION_TOKENS, CPU_TOKENS, found_budget, token_budget
 from smezo_pl.module import SparseMeZOModule as Module
 
 GPU = torch.device("meta")
@@ -80,13 +80,13 @@ def test_the_modules_own_evaluation_is_what_is_tried(
         return token_budget(GPU, trial)
 
     monkeypatch.setattr(Module, "evaluate_batch", evaluate_batch)
-    monkeypatch.setattr("smezo_pl.data.budget.token_budget", budget)
-    monkeypatch.setattr("smezo_pl.data.budget._FIRST", 128)
+    monkeypatch.setattr("smezo_pl.data.loaders.token_budget", budget)
+    monkeypatch.setattr("smezo_pl.data.loaders._FIRST", 128)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    with caplog.at_level(logging.INFO, "smezo_pl.data.budget"):
+    with caplog.at_level(logging.INFO, "smezo_pl.data.loaders"):
         trainer.validate(module, data, verbose=False)
         tried = len(sizes)
         trainer.test(module, data, verbose=False)
-    said = [record.message for record in caplog.records if record.name == "smezo_pl.data.budget"]
+    said = [record.message for record in caplog.records if record.name == "smezo_pl.data.loaders"]
     assert said == ["eval_batch_size auto: 256 tokens a forward; 512 did not fit on meta"]
     assert len([size for size in sizes if size > 256]) == 1 and len(sizes) > tried

@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl.data import PromptBatch, PromptDataModule
-from smezo_pl.data.sampling import permutation, sample_train_dev
+from smezo_pl.data.splits import permutation, sample_train_dev
+from smezo_pl.scoring.candidates import candidate_scores, model_logits, predictions
 from smezo_pl.tasks import Source, Task
-from smezo_pl.tasks.scoring import candidate_scores, model_logits, predictions
 
 pytestmark = pytest.mark.filterwarnings(
     # Lightning: on machines with more cores. Making a batch of text needs no worker.

@@ -3,8 +3,7 @@ from collections import Counter
 
 import pytest
 
-from smezo_pl.data.demo import KINDS, SIZES, demo_rows
-from smezo_pl.data.demo_words import VOCABULARIES
+from smezo_pl.data.demo import KINDS, SIZES, VOCABULARIES, demo_rows
 from smezo_pl.tasks import get_task
 
 SPLITS = ("train", "validation", "test")

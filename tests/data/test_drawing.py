@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl.data import PromptDataModule
-from smezo_pl.data.drawing import k_of_each_class
+from smezo_pl.data.splits import k_of_each_class
+from smezo_pl.scoring.candidates import calibrated, candidate_scores, model_logits, score_table
 from smezo_pl.tasks import Task, make_task
-from smezo_pl.tasks.scoring import calibrated, candidate_scores, model_logits, score_table
 
 KEYS = {"prompt": "{text} It was", "candidates": {0: " bad", 1: " good"}, "calibration": "It was"}
 

@@ -7,8 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smezo_pl.data.files import read_csv, read_json_lines, read_tsv
-from smezo_pl.data.sources import load_file
+from smezo_pl.data.sources import load_file, read_csv, read_json_lines, read_tsv
 from smezo_pl.tasks import Task, make_task
 
 Write = Callable[[str, str | bytes], Path]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from smezo_pl.data import Encoded
-from smezo_pl.data.forest import common_prefix, pack, tree_size
-from smezo_pl.data.grouping import LEAST_SHARED, group
+from smezo_pl.data.collate import LEAST_SHARED, group
+from smezo_pl.data.packing import common_prefix, pack, tree_size
 
 
 @pytest.mark.parametrize("one", [(), (1,), (1, 2, 3), (1, 2, 4), (1, 2, 3, 4, 5), (2,)])

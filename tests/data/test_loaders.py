@@ -5,9 +5,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from smezo_pl.data import Collate, Encoded
-from smezo_pl.data.filling import BatchLimit
-from smezo_pl.data.loaders import EpochSampler, LengthSampler, evaluation_loader, train_loader
-from smezo_pl.data.sampling import permutation
+from smezo_pl.data.loaders import BatchLimit, EpochSampler, LengthSampler, evaluation_loader, train_loader
+from smezo_pl.data.splits import permutation
 
 
 def make(count: int, rows: int = 1) -> list[Encoded]:

@@ -3,7 +3,7 @@ import logging
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from smezo_pl.data.masked import MaskedEncoder
+from smezo_pl.data.encoding import MaskedEncoder
 from smezo_pl.tasks import Example
 from tests.data.made_tokenizers import masking_tokenizer, word_tokenizer
 

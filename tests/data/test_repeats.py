@@ -10,8 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from smezo_pl.data import PromptDataModule
-from smezo_pl.data.repeats import say_repeated_ids
 from smezo_pl.data.sources import Split
+from smezo_pl.data.splits import say_repeated_ids
 
 KEYS = {"prompt": "{text} It was", "candidates": {0: " bad", 1: " good"}}
 
@@ -22,7 +22,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and r.name.endswith("repeats")]
+    return [
+        r.getMessage()
+        for r in caplog.records
+        if r.levelno >= logging.WARNING and r.funcName in ("say_repeated_ids", "say_shared_texts")
+    ]
 
 
 def test_repeated_ids_of_a_file(

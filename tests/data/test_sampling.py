@@ -3,7 +3,7 @@ import logging
 import numpy as np
 import pytest
 
-from smezo_pl.data.sampling import permutation, sample, sample_train_dev
+from smezo_pl.data.splits import permutation, sample, sample_train_dev
 
 
 def test_the_draw_is_that_of_numpys_seeded_permutation() -> None:

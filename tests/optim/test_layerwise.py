@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from smezo_pl.optim import SparseMeZO, layerwise
+from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim.perturbation import layerwise
 from tests.optim.networks import Attention, FunctionalHead, ReturnsItsWeight, TiedLanguageModel, build, loss_closure
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.optim.replay import RecordedStep
+from smezo_pl.optim.step import RecordedStep
 
 
 def parameters(dtype: torch.dtype) -> list[tuple[str, nn.Parameter]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smezo_pl.optim.kernels import get_kernel
-from smezo_pl.optim.thresholds import find_threshold
+from smezo_pl.optim.masks import find_threshold
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from smezo_pl.tasks.answers import Answered, gathered
-from smezo_pl.tasks.metrics import METRICS
+from smezo_pl.tasks.metrics import METRICS, Answered, gathered
 from smezo_pl.tasks.objectives import Reward
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from smezo_pl.tasks.template import FILTERS, Template
+from smezo_pl.tasks.task import FILTERS, Template
 
 
 def test_columns_are_named_once_in_order() -> None:

@@ -25,13 +25,13 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint, checkpoint_files
+from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint
 from smezo_pl.optim import selection
-from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.reader import Trajectory
+from smezo_pl.trajectory import files as checkpoint_files
+from smezo_pl.trajectory.exports import export, load
+from smezo_pl.trajectory.header import TrajectoryError
+from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.replaying import replay
-from smezo_pl.trajectory.tune import export, load
-from smezo_pl.trajectory.writer import TrajectoryWriter
 from tests.trajectory.runs import Classifier, Examples, make_trainer, network
 
 STEPS = 30
@@ -454,7 +454,7 @@ def cheat(path: Path, header: dict[str, Any] | None, noise: random.Random) -> No
     """Write an exported file with another header, or with bytes of its own header changed, sealed as if by a writer."""
     from safetensors.numpy import load_file, save
 
-    from smezo_pl.trajectory import tune
+    from smezo_pl.trajectory import exports as tune
 
     arrays = load_file(path)
     with tune.safe_open(path, framework="numpy") as file:

@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.trajectory.adapters import recorded_adapter
-from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.header import Header
+from smezo_pl.trajectory.header import Header, TrajectoryError, recorded_adapter
 from smezo_pl.trajectory.recorder import describe
 from tests.trajectory.runs import network
 

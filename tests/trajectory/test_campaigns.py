@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.header import Header
-from smezo_pl.trajectory.reader import Trajectory
-from smezo_pl.trajectory.tune import export, read_export
-from smezo_pl.trajectory.writer import TrajectoryWriter
+from smezo_pl.trajectory.exports import export, read_export
+from smezo_pl.trajectory.header import Header, TrajectoryError
+from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from tests.trajectory import campaigns
 
 pytestmark = [

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from smezo_pl.trajectory import apply, replay
+from smezo_pl.trajectory.exports import EXPORT_FORMAT
 from smezo_pl.trajectory.header import FORMAT
-from smezo_pl.trajectory.reader import Trajectory
-from smezo_pl.trajectory.tune import EXPORT_FORMAT
+from smezo_pl.trajectory.log import Trajectory
 from tests.trajectory.campaigns import digest_of
 from tests.trajectory.runs import network
 

@@ -9,8 +9,7 @@ import pytest
 
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory import header as module
-from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.header import Header
+from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.recorder import describe
 from tests.trajectory.runs import network
 

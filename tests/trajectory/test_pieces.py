@@ -4,7 +4,8 @@ import random
 import pytest
 import torch
 
-from smezo_pl.trajectory.pieces import pack, unpack
+from smezo_pl.trajectory.exports import pack_columns as pack
+from smezo_pl.trajectory.exports import unpack_columns as unpack
 
 STEPS = 20_000
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from smezo_pl.optim import NonFiniteLossError, SparseMeZO
-from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.reader import Trajectory
+from smezo_pl.trajectory.header import TrajectoryError
+from smezo_pl.trajectory.log import Trajectory
 from smezo_pl.trajectory.recorder import record
 from smezo_pl.trajectory.replaying import replay as replay_with
 from tests.trajectory.runs import examples, loss_of, network, recorded_run, same

@@ -4,8 +4,15 @@ import struct
 
 import pytest
 
-from smezo_pl.trajectory.refresh import pack_thresholds, unpack_thresholds
-from smezo_pl.trajectory.rows import Rates, StepRow, check_of, pack_row, unpack_row
+from smezo_pl.trajectory.records import (
+    Rates,
+    StepRow,
+    check_of,
+    pack_row,
+    pack_thresholds,
+    unpack_row,
+    unpack_thresholds,
+)
 
 KEY = b"0" * 32
 RATES = Rates((1e-6, 3e-5), (0.0, 0.1), (1e-3, 1e-3), (0.8, 0.5))

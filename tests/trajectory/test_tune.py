@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from smezo_pl.trajectory import TrajectoryError, apply, export, load
-from smezo_pl.trajectory.reader import Trajectory
-from smezo_pl.trajectory.rows import Rates, StepRow
-from smezo_pl.trajectory.tune import KIND, _seal
+from smezo_pl.trajectory.exports import KIND, _seal
+from smezo_pl.trajectory.log import Trajectory
+from smezo_pl.trajectory.records import Rates, StepRow
 from tests.trajectory.runs import network, recorded_run, same
 
 
@@ -211,7 +211,7 @@ def test_mutated_content_is_read_or_refused_cleanly(tune: Path) -> None:
 
 
 def test_a_file_that_is_too_large_is_not_opened(tune: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smezo_pl.trajectory.tune.MAX_FILE_BYTES", 100)
+    monkeypatch.setattr("smezo_pl.trajectory.exports.MAX_FILE_BYTES", 100)
     with pytest.raises(TrajectoryError, match="is no exported run: it has"):
         load(tune)
 

@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.trajectory import store
-from smezo_pl.trajectory import writer as module
-from smezo_pl.trajectory.errors import TrajectoryError
-from smezo_pl.trajectory.header import Header
-from smezo_pl.trajectory.reader import Trajectory
+from smezo_pl.trajectory import database as store
+from smezo_pl.trajectory import log as module
+from smezo_pl.trajectory.header import Header, TrajectoryError
+from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.recorder import describe
-from smezo_pl.trajectory.rows import Rates, StepRow
-from smezo_pl.trajectory.writer import TrajectoryWriter
+from smezo_pl.trajectory.records import Rates, StepRow
 from tests.trajectory.runs import network
 
 RATES = Rates((1e-3,), (0.0,), (1e-3,), (0.8,))
@@ -114,9 +112,7 @@ def test_a_second_writer_is_refused(path: Path, header: Header) -> None:
         writer.append(row(0))
         with pytest.raises(TrajectoryError, match=f"written by another run .process {os.getpid()}."):
             TrajectoryWriter.resume(path)
-        code = (
-            "import sys; from smezo_pl.trajectory.writer import TrajectoryWriter; TrajectoryWriter.resume(sys.argv[1])"
-        )
+        code = "import sys; from smezo_pl.trajectory.log import TrajectoryWriter; TrajectoryWriter.resume(sys.argv[1])"
         other = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
         assert "is being written by another run" in other.stderr
         writer.append(row(1))
@@ -205,7 +201,7 @@ def test_a_file_system_that_cannot_lock_is_named(path: Path, header: Header, mon
     def refuse(handle: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("smezo_pl.trajectory.locking._lock", refuse)
+    monkeypatch.setattr("smezo_pl.trajectory.database._lock", refuse)
     with pytest.raises(TrajectoryError, match=r"this file system cannot lock .No locks available.*local disk"):
         TrajectoryWriter.create(path, header)
     assert not path.exists()

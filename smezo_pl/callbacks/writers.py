@@ -1,0 +1,156 @@
+"""Writers of predictions and scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from smezo_pl.callbacks.common import run_folder
+from smezo_pl.data import PromptDataModule
+from smezo_pl.trajectory.files import write_whole
+from smezo_pl.trajectory.fingerprint import machine, versions
+
+log = logging.getLogger(__name__)
+
+
+class PredictionWriter(Callback):
+    """Writes what ``predict`` gives, one JSON object an example, in the order of the data.
+
+    A line holds ``index`` (row of the data set), ``prompt`` and ``candidates`` (as text, from a `PromptDataModule`),
+    ``scores`` (mean log-probability of each candidate), ``prediction`` and ``label`` (number of a candidate, the latter
+    null where it is unknown): what ``predict_step`` returns, and the text. Where the model writes the answer itself,
+    ``prediction`` is that text, beside ``references``, the right ones, and there are no candidates and scores.
+
+    Args:
+        path: File to write; by default ``predictions.jsonl`` in the run's folder.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self._rows: list[dict[str, Any]] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with nothing."""
+        self._rows = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep a batch's rows.
+
+        Raises:
+            TypeError: If the module's ``predict_step`` gives something else.
+        """
+        if not isinstance(outputs, list) or not all(isinstance(row, dict) and "index" in row for row in outputs):
+            raise TypeError(
+                "PredictionWriter needs a predict_step that returns a list of dicts, one an example, with 'index'; "
+                f"got {type(outputs).__name__}"
+            )
+        self._rows.extend(outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the rows of all processes, each example once."""
+        gathered: list[Any] = [self._rows]
+        if trainer.world_size > 1:
+            gathered = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, self._rows)
+        rows = {row["index"]: row for part in gathered for row in part}
+        self._rows = []
+        if not trainer.is_global_zero:
+            return
+        path = Path(self.path) if self.path is not None else run_folder(trainer) / "predictions.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            for row in _with_text(rows, getattr(trainer, "datamodule", None)):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        log.info("%d predictions are in %s", len(rows), path)
+
+
+def _with_text(rows: dict[int, dict[str, Any]], data: Any) -> list[dict[str, Any]]:
+    """Rows in the order of the data, with prompts and candidates where the data module has them as text."""
+    if not isinstance(data, PromptDataModule):
+        return [row for _, row in sorted(rows.items())]
+    return [
+        {
+            "index": example.index,
+            "prompt": example.prompt,
+            # A free answer has no candidates to choose from; what was right stands in `references`.
+            **({"candidates": list(example.candidates)} if "scores" in rows[example.index] else {}),
+            **{key: value for key, value in rows[example.index].items() if key != "index"},
+        }
+        for example in data.examples("test")
+        if example.index in rows
+    ]
+
+
+class ScoreWriter(Callback):
+    """Writes ``validate.json`` or ``test.json`` in the run's folder when the measurement is done.
+
+    It holds ``task``, ``split``, ``model``, ``method``, ``checkpoint`` (null: as pretrained), ``metrics`` by name,
+    ``examples``, ``data_seed``, ``seconds``, ``precision``, ``versions`` and ``machine``.
+
+    Args:
+        path: File to write; by default by the verb's name in the run's folder.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self._began = perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        self._began = perf_counter()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin."""
+        self._began = perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, unless it was a validation within ``fit``."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._write(trainer, pl_module, "validate", "dev")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write."""
+        self._write(trainer, pl_module, "test", "test")
+
+    def _write(self, trainer: Trainer, module: Any, verb: str, split: str) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        data = getattr(trainer, "datamodule", None)
+        task = getattr(data, "task", None)
+        prefix = "val/" if verb == "validate" else "test/"
+        values = {n.removeprefix(prefix): float(v) for n, v in trainer.callback_metrics.items() if n.startswith(prefix)}
+        examples = getattr(data, "examples", None)
+        result = {
+            "task": str(getattr(task, "name", task)) if task is not None else None,
+            "split": split,
+            "model": getattr(module, "pretrained", None) or type(getattr(module, "model", module)).__name__,
+            "method": getattr(module, "method", None),
+            "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+            "metrics": values,
+            "examples": len(examples(split)) if examples is not None else None,
+            "data_seed": getattr(data, "data_seed", None),
+            "seconds": round(perf_counter() - self._began, 2),
+            "precision": str(trainer.precision),
+            "versions": versions(),
+            "machine": machine(module.device),
+        }
+        path = Path(self.path) if self.path is not None else run_folder(trainer) / f"{verb}.json"
+        write_whole(path, (json.dumps(result, indent=2) + "\n").encode())
+        log.info("the measurement is in %s", path)

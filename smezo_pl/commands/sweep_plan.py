@@ -1,0 +1,280 @@
+"""The runs of a sweep: its grid, a folder and a state for each."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Point = dict[str, Any]
+"""A value for each key of a grid, keys in dots."""
+
+_SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+def read_yaml(path: str | Path) -> Any:
+    """A YAML file, in which ``1e-4`` is a number, as everywhere on the command line.
+
+    Raises:
+        ValueError: If there is no such file, or it is no YAML (with the line).
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    try:
+        return _numbers(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 takes ``1e-4`` for a string, as it has no dot."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+
+
+def read_grid(path: str | Path) -> list[Point]:
+    """The points of a grid file.
+
+    The file holds a mapping of keys to lists of values, of which every combination is a point; or a list of such
+    mappings, whose points follow each other. Several keys with commas between them change together: a value is for all
+    of them, or a list of as many values.
+
+    Raises:
+        ValueError: Names the file, the key, and what is allowed.
+    """
+    content = read_yaml(path)
+    grids = content if isinstance(content, list) else [content]
+    points: list[Point] = []
+    for number, grid in enumerate(grids, 1):
+        where = str(path) if len(grids) == 1 else f"{path}, grid {number}"
+        if not isinstance(grid, Mapping) or not grid:
+            raise ValueError(f"{where} must map keys such as model.optimizer.lr to lists of values, got {grid!r}")
+        for point in _product(grid, where):
+            if point not in points:
+                points.append(point)
+    return points
+
+
+def _product(grid: Mapping[Any, Any], where: str) -> list[Point]:
+    choices: list[list[Point]] = []
+    seen: set[str] = set()
+    for given, values in grid.items():
+        keys = [key.strip() for key in str(given).split(",")]
+        for key in keys:
+            if not key or key in seen:
+                raise ValueError(f"{where}: key {given!r} {'is there twice' if key else 'has an empty part'}")
+            seen.add(key)
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{where}: {given!r} must be a list with at least one value, got {values!r}")
+        choices.append([_together(keys, value, where, given) for value in values])
+    return [{key: value for part in parts for key, value in part.items()} for parts in product(*choices)]
+
+
+def _together(keys: Sequence[str], value: Any, where: str, given: Any) -> Point:
+    if len(keys) == 1:
+        return {keys[0]: value}
+    values = value if isinstance(value, list) else [value] * len(keys)
+    if len(values) != len(keys):
+        raise ValueError(f"{where}: {given!r} names {len(keys)} keys, and {value!r} holds {len(values)} values")
+    return dict(zip(keys, values, strict=True))
+
+
+def with_point(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
+    """A copy of a configuration with the values of a point.
+
+    Raises:
+        ValueError: If a key leads through something that has no keys.
+    """
+    config = copy.deepcopy(dict(base))
+    for key, value in point.items():
+        node = config
+        *path, last = key.split(".")
+        for part in path:
+            if part not in node or node[part] is None:
+                node[part] = {}
+            node = node[part]
+            if not isinstance(node, dict):
+                raise ValueError(f"key {key!r}: {part!r} is {node!r} in the base configuration and has no keys")
+            if "class_path" in node:
+                node = node.setdefault("init_args", {})
+        node[last] = copy.deepcopy(value)
+    return config
+
+
+def is_seed(key: str) -> bool:
+    """Whether runs that differ in this key alone are repetitions of each other."""
+    last = key.rpartition(".")[2]
+    return last == "seed_everything" or last == "seed" or last.endswith("_seed")
+
+
+def short_names(points: Sequence[Point]) -> dict[str, str]:
+    """A short name for each key: its last part, with as much before it as tells it from the others."""
+    keys = list(dict.fromkeys(key for point in points for key in point))
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        for length in range(1, len(parts) + 1):
+            name = ".".join(parts[-length:])
+            if sum(other == name or other.endswith("." + name) for other in keys) == 1:
+                break
+        names[key] = name
+    return names
+
+
+def run_name(point: Point, names: Mapping[str, str]) -> str:
+    """The folder of a point: ``method=lora,lr=0.0001``."""
+    words = []
+    for key, value in point.items():
+        text = re.sub(r"[^\w.+-]+", "-", str(value)) or "empty"
+        words.append(f"{names[key]}={text}")
+    return ",".join(words)
+
+
+State = Literal["new", "interrupted", "fitted", "finished"]
+"""How far a run is; ``fitted``: its test is still to come."""
+
+CONFIG = "run.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        name: Its folder's name.
+        folder: Where it writes.
+        point: The grid's values.
+        config: The whole configuration.
+        test: The checkpoint that is scored on the test set after training, or None.
+    """
+
+    name: str
+    folder: Path
+    point: Point
+    config: dict[str, Any]
+    test: Literal["best", "last"] | None = None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that an interrupted run goes on from, if it has come to one."""
+        path = self.folder / "checkpoints" / "last.ckpt"
+        return path if path.is_file() else None
+
+    @property
+    def tested_checkpoint(self) -> Path | None:
+        """The checkpoint for the test set: the best if asked for and there is one (there was a validation)."""
+        best = self.folder / "checkpoints" / "best.ckpt"
+        return best if self.test == "best" and best.is_file() else self.checkpoint
+
+    @property
+    def test_result(self) -> Path:
+        """Where the measurement on the test set is written."""
+        return self.folder / "test" / "test.json"
+
+    @property
+    def state(self) -> State:
+        """How far it is."""
+        if (self.folder / "metrics.json").is_file():
+            return "fitted" if self.test is not None and not self.test_result.is_file() else "finished"
+        return "interrupted" if self.checkpoint is not None else "new"
+
+    @property
+    def without_seeds(self) -> Point:
+        """The grid's values other than seeds: equal for runs that repeat each other."""
+        return {key: value for key, value in self.point.items() if not is_seed(key)}
+
+    @property
+    def seeds(self) -> Point:
+        """The grid's seeds."""
+        return {key: value for key, value in self.point.items() if is_seed(key)}
+
+    def result(self) -> dict[str, Any] | None:
+        """``metrics.json``, with ``test`` as an entry where it was measured; None before the run is done."""
+        try:
+            result: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+            if self.test_result.is_file():
+                result["test"] = json.loads(self.test_result.read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return result
+
+
+def plan(
+    base: Mapping[str, Any],
+    points: Sequence[Point],
+    out: Path,
+    test: Literal["best", "last"] | None = None,
+) -> list[Run]:
+    """The runs of a grid, in its order.
+
+    Args:
+        base: The configuration that all share.
+        points: The grid.
+        out: The sweep's folder.
+        test: The checkpoint that is scored on the test set after training, or None.
+
+    Raises:
+        ValueError: If a key cannot be set, two points have one name, or a folder holds a run with other settings.
+    """
+    names = short_names(points)
+    runs: dict[str, Run] = {}
+    for point in points:
+        name = run_name(point, names)
+        if name in runs:
+            raise ValueError(f"two points of the grid have the same name {name!r}: {runs[name].point} and {point}")
+        config = with_point(base, point)
+        trainer = config.setdefault("trainer", {})
+        trainer["logger"] = {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {
+                "save_dir": str(out),
+                "name": name,
+                "version": "",
+                "default_hp_metric": False,
+                "flush_secs": 10,
+            },
+        }
+        trainer.setdefault("enable_progress_bar", False)
+        runs[name] = Run(name, out / name, point, config, test)
+        _check_same(runs[name])
+    return list(runs.values())
+
+
+def _check_same(run: Run) -> None:
+    file = run.folder / CONFIG
+    if not file.is_file():
+        return
+    there = yaml.safe_load(file.read_text(encoding="utf-8"))
+    now = yaml.safe_load(dumped(run.config))
+    for tree in (there, now):
+        tree["trainer"].pop("logger")
+    changes = _changes(there, now)
+    if changes:
+        raise ValueError(
+            f"{run.folder} holds a run with other settings ({'; '.join(changes)}): give another --out, or remove it"
+        )
+
+
+def dumped(config: Mapping[str, Any]) -> str:
+    """A configuration as YAML."""
+    text: str = yaml.safe_dump(dict(config), sort_keys=False)
+    return text
+
+
+def _changes(there: Any, now: Any, key: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*there, *now])
+        return [change for k in keys for change in _changes(there.get(k), now.get(k), f"{key}.{k}".lstrip("."))]
+    return [] if there == now else [f"{key}: {there!r} there, {now!r} now"]

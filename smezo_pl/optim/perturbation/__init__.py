@@ -1,0 +1,1 @@
+"""How a forward sees the perturbed weights ``theta + eps * m * z``: layer by layer, or in place."""

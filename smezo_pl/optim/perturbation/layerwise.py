@@ -1,0 +1,405 @@
+"""Memory for perturbed copies: allocated once, handed out and taken back in the order modules nest."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
+
+from smezo_pl.optim.perturbation.reads import Reading, ReadWatch, is_compiled, nearest_holder
+
+_ALIGNMENT = 64
+"""Elements. Keeps every copy on the 64-byte boundary that torch's own allocations have."""
+
+
+class ScratchStack:
+    """A stack of buffers for each dtype and device.
+
+    Modules run nested, so the copy made last is released first. The stack grows to the largest sum of copies held at
+    one time, which is the largest single module when no module with parameters of its own encloses another.
+    """
+
+    def __init__(self) -> None:
+        self._chunks: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        self._used: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        self._views: dict[tuple[torch.dtype, torch.device, int, int, torch.Size], Tensor] = {}
+        self._storages: set[int] = set()
+
+    def reserve(self, dtype: torch.dtype, device: torch.device, numel: int) -> None:
+        """Make the first chunk large enough for ``numel`` elements, before anything is taken."""
+        key = (dtype, device)
+        chunks = self._chunks.setdefault(key, [])
+        if not chunks or chunks[0].numel() < numel:
+            chunks[:] = [_buffer(numel, dtype, device)]
+            self._used[key] = [0]
+            self._views.clear()
+            self._storages = self._addresses()
+
+    def take(self, like: Tensor) -> tuple[Tensor, int]:
+        """A contiguous buffer of the shape of ``like``, and the number of its chunk for `release`."""
+        key = (like.dtype, like.device)
+        chunks, used = self._chunks.setdefault(key, []), self._used.setdefault(key, [])
+        size = padded(like.numel())
+        for number, chunk in enumerate(chunks):
+            if used[number] + size <= chunk.numel():
+                break
+        else:
+            number = len(chunks)
+            chunks.append(_buffer(size, like.dtype, like.device))
+            used.append(0)
+            self._storages = self._addresses()
+        start = used[number]
+        used[number] += size
+        place = (*key, number, start, like.shape)
+        view = self._views.get(place)
+        if view is None:  # kept: a model has few shapes, and making a view takes as long as perturbing a small tensor
+            with torch.inference_mode(False):
+                view = self._views[place] = chunks[number][start : start + like.numel()].view(like.shape)
+        return view, number
+
+    def release(self, buffer: Tensor, number: int) -> None:
+        """Take back the buffer that was taken last from chunk ``number``."""
+        self._used[buffer.dtype, buffer.device][number] -= padded(buffer.numel())
+
+    def release_all(self) -> None:
+        """Take back whatever is out, after an interrupted forward."""
+        for used in self._used.values():
+            used[:] = [0] * len(used)
+
+    def holds(self, address: int) -> bool:
+        """Whether a storage at that address is one of the chunks."""
+        return address in self._storages
+
+    def _addresses(self) -> set[int]:
+        return {chunk.untyped_storage().data_ptr() for chunks in self._chunks.values() for chunk in chunks}
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(chunk.numel() * chunk.element_size() for chunks in self._chunks.values() for chunk in chunks)
+
+
+def padded(numel: int) -> int:
+    """Elements that a buffer of ``numel`` elements occupies."""
+    return -(-numel // _ALIGNMENT) * _ALIGNMENT
+
+
+def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A tensor made in inference mode could not be written outside of it.
+    with torch.inference_mode(False):
+        return torch.empty(numel, dtype=dtype, device=device)
+
+
+ROW_COST = 1 << 11
+"""Weights that a pass perturbs in the time that one row of an embedding costs: blocks of noise at both of its ends."""
+
+
+class Write(Protocol):
+    """Makes perturbed copies."""
+
+    def whole(self, parameter: nn.Parameter, out: Tensor) -> None:
+        """Put the perturbed weights into ``out``, which has the shape of the parameter."""
+        ...
+
+    def rows(self, parameter: nn.Parameter, rows: Tensor, out: Tensor) -> None:
+        """Put the perturbed rows of these numbers into ``out``."""
+        ...
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A place where a module keeps a parameter: ``owner._parameters[name]``."""
+
+    owner: nn.Module
+    name: str
+    parameter: nn.Parameter
+
+
+@dataclass(slots=True)
+class _Holding:
+    """What a running module holds perturbed."""
+
+    depth: int = 0
+    taken: list[tuple[_Slot, Tensor, int]] = field(default_factory=list)
+
+
+class _Hook:
+    """A forward hook that a copy of the module does not inherit: copied or pickled, it does nothing."""
+
+    def __init__(self, target: Layerwise | None, action: str) -> None:
+        self._target = weakref.ref(target) if target is not None else None
+        self._action = action
+
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        target = self._target() if self._target is not None else None
+        return getattr(target, self._action)(module, *args) if target is not None else None
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return _Hook(None, self._action)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, self._action)
+
+
+class Layerwise:
+    """Gives every module perturbed copies of its own parameters while it runs.
+
+    A forward pre-hook fills a scratch buffer and puts it into the module's parameter slots; a forward hook puts the
+    untouched parameters back. The weights themselves are never written, so they are exact in every dtype, and the extra
+    memory is the largest single module. A parameter that is read outside its module's forward is found by `watched`
+    and from then on held by the nearest running module that contains it.
+
+    Args:
+        module: The network. It must contain every parameter, and must not be compiled.
+        parameters: The parameters to perturb, by name.
+
+    Raises:
+        ValueError: If the module does not hold a parameter, or is compiled.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.module = module
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._slots: dict[int, list[_Slot]] = {}
+        for path, owner in module.named_modules():
+            if is_compiled(owner):
+                raise ValueError(
+                    f"attach: module {path or type(owner).__name__!r} is compiled by torch.compile, whose graph keeps "
+                    "the weights it was traced with; attach the module that was compiled, or do not attach (in place)"
+                )
+            for name, parameter in owner._parameters.items():
+                if parameter is not None and id(parameter) in self._names:
+                    self._slots.setdefault(id(parameter), []).append(_Slot(owner, name, parameter))
+        missing = [name for key, name in self._names.items() if key not in self._slots]
+        if missing:
+            raise ValueError(
+                f"attach: {type(module).__name__} does not hold {len(missing)} of the optimizer's {len(self._names)} "
+                f"parameters, among them {missing[0]!r}; attach the module whose parameters the optimizer was given"
+            )
+        # which slots a module fills while it runs; a weight used elsewhere moves to an ancestor's list
+        self._held_by: dict[nn.Module, list[_Slot]] = {}
+        for slots in self._slots.values():
+            for slot in slots:
+                self._held_by.setdefault(slot.owner, []).append(slot)
+        self._links = [(parent, name, child) for parent in module.modules() for name, child in parent._modules.items()]
+        self._holdings: dict[nn.Module, _Holding] = {}
+        self._scratch = ScratchStack()
+        self._reserved = False
+        self._write: Write | None = None
+        self._watch: ReadWatch | None = None
+        self._handles: dict[nn.Module, tuple[RemovableHandle, RemovableHandle]] = {}
+        self.watched_once = False
+        self.write_seconds = 0.0
+        for owner in self._held_by:
+            self._hook(owner)
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
+        self._handles.clear()
+
+    def extra_bytes(self) -> int:
+        """Bytes of scratch allocated so far."""
+        return self._scratch.nbytes()
+
+    @contextmanager
+    def perturbed(self, write: Write) -> Iterator[None]:
+        """Forwards inside the block run on the copies that ``write`` makes."""
+        self._check_structure()
+        self._reserve()
+        self._write, self.write_seconds = write, 0.0
+        try:
+            yield
+        finally:
+            self._write = None
+            self._put_all_back()
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Reading]]:
+        """Inside `perturbed`, notice weights that are read unperturbed; `settle` takes the result."""
+        watch = ReadWatch(slot.parameter for slots in self._slots.values() for slot in slots[:1])
+        self._watch = watch
+        try:
+            with watch.active():
+                yield watch.readings
+        finally:
+            self._watch = None
+
+    def settle(self, readings: Iterable[Reading]) -> list[str]:
+        """Let an ancestor hold each weight that was read unperturbed.
+
+        Returns:
+            Names of the weights that moved; the forward must run again. Empty when nothing was read unperturbed.
+
+        Raises:
+            RuntimeError: If no running module can hold a weight.
+        """
+        moved = []
+        contained = set(self.module.modules())
+        for reading in readings:
+            name = self._names[id(reading.parameter)]
+            slots = self._slots[id(reading.parameter)]
+            holder = nearest_holder(reading, (slot.owner for slot in slots), contained.__contains__)
+            already = holder is not None and any(
+                s.parameter is reading.parameter for s in self._held_by.get(holder, ())
+            )
+            if holder is None or already:
+                raise RuntimeError(
+                    f"parameter {name!r} is read by {reading.operator} outside the forward of any module that holds "
+                    "it, so a layer-by-layer perturbation would miss it; use the in-place perturbation (do not call "
+                    "attach) or leave the parameter out with exclude"
+                )
+            inside = set(holder.modules())
+            for slot in slots:
+                if slot.owner in inside:
+                    self._held_by[slot.owner] = [s for s in self._held_by.get(slot.owner, []) if s is not slot]
+            self._reserved = False
+            self._held_by.setdefault(holder, []).extend(slot for slot in slots if slot.owner in inside)
+            self._hook(holder)
+            moved.append(name)
+        return moved
+
+    def _hook(self, module: nn.Module) -> None:
+        if module not in self._handles:
+            self._handles[module] = (
+                module.register_forward_pre_hook(_Hook(self, "_enter")),
+                module.register_forward_hook(_Hook(self, "_leave"), always_call=True),
+            )
+
+    def _reserve(self) -> None:
+        if self._reserved:
+            return
+        self._reserved = True
+        sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+        for slots in self._held_by.values():
+            module_sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+            for parameter in {id(slot.parameter): slot.parameter for slot in slots}.values():
+                key = (parameter.dtype, parameter.device)
+                module_sizes[key] = module_sizes.get(key, 0) + padded(parameter.numel())
+            for key, size in module_sizes.items():
+                sizes[key] = max(sizes.get(key, 0), size)
+        for (dtype, device), size in sizes.items():
+            self._scratch.reserve(dtype, device, size)
+
+    def _check_structure(self) -> None:
+        for parent, name, child in self._links:
+            if parent._modules.get(name) is not child:
+                raise RuntimeError(
+                    f"module {name!r} of {type(parent).__name__} was replaced after attach; call attach again"
+                )
+        for slots in self._slots.values():
+            for slot in slots:
+                if slot.owner._parameters.get(slot.name) is not slot.parameter:
+                    raise RuntimeError(
+                        f"parameter {self._names[id(slot.parameter)]!r} was replaced in its module after attach; "
+                        "build the optimizer again from today's parameters"
+                    )
+
+    def _enter(self, module: nn.Module, args: Any) -> Any:
+        write = self._write
+        if write is None:
+            return None
+        holding = self._holdings.setdefault(module, _Holding())
+        holding.depth += 1
+        if holding.depth > 1:
+            return None
+        if self._watch is not None:
+            self._watch.paused = True
+        started = perf_counter()
+        if type(module) is nn.Embedding and (rows := self._rows(module, args)) is not None:
+            args = self._enter_rows(holding, self._held_by[module][0], rows, write)
+        else:
+            args = None
+            self._enter_whole(holding, module, write)
+        self.write_seconds += perf_counter() - started
+        if self._watch is not None:
+            self._watch.paused = False
+        return args
+
+    def _rows(self, module: nn.Embedding, args: Any) -> tuple[Tensor, Tensor] | None:
+        """The rows of an embedding that a batch looks up, and the batch counted in them, where that saves work."""
+        slots, weight = self._held_by[module], module.weight
+        plain = len(slots) == 1 and slots[0].parameter is weight and len(args) == 1 and isinstance(args[0], Tensor)
+        # any other pre-hook could look at the weight or the indices; unique() would make a GPU wait for the host
+        alone = len(module._forward_pre_hooks) == 1 and module.max_norm is None and weight.device.type == "cpu"
+        if not (plain and alone) or weight.shape[1] % 8:
+            return None
+        rows, inverse = torch.unique(args[0], return_inverse=True)
+        if rows.numel() == 0 or rows.numel() * ROW_COST >= weight.numel():
+            return None
+        # an index out of range is left to the embedding's own error
+        return None if rows[0] < 0 or rows[-1] >= weight.shape[0] else (rows, inverse)
+
+    def _enter_rows(self, holding: _Holding, slot: _Slot, rows: tuple[Tensor, Tensor], write: Write) -> tuple[Tensor]:
+        table = torch.empty(rows[0].numel(), slot.parameter.shape[1], dtype=slot.parameter.dtype)
+        write.rows(slot.parameter, rows[0], table)
+        copy = nn.Parameter(table, requires_grad=slot.parameter.requires_grad)
+        holding.taken.append((slot, copy, -1))
+        slot.owner._parameters[slot.name] = copy
+        return (rows[1],)
+
+    def _enter_whole(self, holding: _Holding, module: nn.Module, write: Write) -> None:
+        copies: dict[int, Tensor] = {}
+        for slot in self._held_by[module]:
+            if slot.owner._parameters[slot.name] is not slot.parameter:
+                continue  # an enclosing module holds it already
+            copy = copies.get(id(slot.parameter))
+            number = -1
+            if copy is None:
+                buffer, number = self._scratch.take(slot.parameter)
+                write.whole(slot.parameter, buffer)
+                # torch.matmul folds or not by requires_grad, also under no_grad: the copy must look like the original
+                copy = nn.Parameter(buffer, requires_grad=slot.parameter.requires_grad)
+                copies[id(slot.parameter)] = copy
+            holding.taken.append((slot, copy, number))
+            slot.owner._parameters[slot.name] = copy  # type: ignore[assignment]
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        holding = self._holdings.get(module)
+        if holding is None or holding.depth == 0:
+            return None
+        holding.depth -= 1
+        if holding.depth:
+            return None
+        if holding.taken:
+            output = self._own_memory(output)
+        self._put_back(holding)
+        return output
+
+    def _put_back(self, holding: _Holding) -> None:
+        while holding.taken:
+            slot, copy, number = holding.taken.pop()
+            slot.owner._parameters[slot.name] = slot.parameter
+            if number >= 0:
+                self._scratch.release(copy, number)
+
+    def _put_all_back(self) -> None:
+        for holding in self._holdings.values():
+            holding.depth = 0
+            while holding.taken:
+                slot, _, _ = holding.taken.pop()
+                slot.owner._parameters[slot.name] = slot.parameter
+        self._holdings.clear()
+        self._scratch.release_all()
+
+    def _own_memory(self, output: Any) -> Any:
+        """The output with a copy of whatever lies in the scratch: a module may return a weight, or a view of one."""
+        holds = self._scratch.holds
+
+        def owned(value: Tensor) -> Tensor:
+            try:
+                address = value.untyped_storage().data_ptr()
+            except (RuntimeError, NotImplementedError):
+                return value
+            return value.clone() if holds(address) else value
+
+        return owned(output) if isinstance(output, Tensor) else tree_map_only(Tensor, owned, output)

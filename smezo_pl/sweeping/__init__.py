@@ -1,1 +1,0 @@
-"""Many runs from one configuration and a grid of values: enumerated, run one by one, resumed, summed up."""

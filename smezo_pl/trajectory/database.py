@@ -1,0 +1,356 @@
+"""The SQLite file of a record: its tables, how it is opened, and what SQLite's errors mean for a run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from smezo_pl.trajectory.header import FORMAT, TrajectoryError
+
+APPLICATION_ID = int.from_bytes(b"SMZO", "big")
+
+# Pages of 1 KiB: five tables and the header of a small model fit in a few of them, and a commit writes one.
+_PAGE_SIZE = 1024
+
+_MAX_VALUE_BYTES = 1 << 26
+
+_TABLES = {
+    "header": "CREATE TABLE header (id INTEGER PRIMARY KEY, data BLOB NOT NULL, digest BLOB NOT NULL)",
+    "steps": "CREATE TABLE steps (step INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+    "refreshes": "CREATE TABLE refreshes (step INTEGER PRIMARY KEY, data BLOB NOT NULL)",
+    "marks": "CREATE TABLE marks (id INTEGER PRIMARY KEY, steps INTEGER NOT NULL, data BLOB NOT NULL)",
+}
+
+
+def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
+    """Make a new record, open for writing. At every moment there is no file of that name, or one with its header.
+
+    Args:
+        path: The file.
+        header: The header's bytes.
+        digest: Their check.
+
+    Raises:
+        TrajectoryError: If there is a file already, or the folder cannot be written.
+    """
+    if path.exists():
+        raise TrajectoryError(
+            f"{path} is there already, and a run appends to its own record alone: go on with that run from its "
+            "checkpoint, or give this one another folder"
+        )
+    part = path.with_name(path.name + ".part")
+    with explained(path, "create"):
+        try:
+            remove(part)
+            connection = _connect(part, "rwc")
+            connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
+            connection.execute("BEGIN")
+            for statement in _TABLES.values():
+                connection.execute(statement)
+            connection.execute("INSERT INTO header VALUES (0, ?, ?)", (header, digest))
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
+            connection.execute("COMMIT")
+            connection.close()
+            os.replace(part, path)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise TrajectoryError(f"{path}: {path.parent} cannot be written ({error.strerror})") from error
+    return open_to_append(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a record with all that SQLite keeps beside it; nothing happens where nothing is.
+
+    What lies beside goes first: SQLite would take the log of a file that is gone for that of the next one of its name.
+    """
+    for suffix in ("-wal", "-shm", "-journal", ""):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def move(path: Path, target: Path) -> None:
+    """Give a record another name, with the log that belongs to it."""
+    for suffix in ("-wal", ""):
+        if path.with_name(path.name + suffix).exists():
+            shutil.copyfile(path.with_name(path.name + suffix), target.with_name(target.name + suffix))
+    remove(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries are on the disk: a file that was renamed keeps its new name in a power cut."""
+    if os.name == "nt":  # Windows has no handle for a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_to_append(path: Path) -> sqlite3.Connection:
+    """Open an existing record for writing.
+
+    Raises:
+        TrajectoryError: If it is missing, no record, of a later format, or cannot be written.
+    """
+    with explained(path, "open"):
+        connection = _connect(path, "rw")
+        _check_schema(connection, path)
+        _make_durable(connection, path)
+    return connection
+
+
+@contextmanager
+def open_to_read(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a record for reading, also while another process writes it or where nothing can be written.
+
+    All that is read within the context is one consistent state.
+
+    Raises:
+        TrajectoryError: If it is missing, no record or of a later format.
+    """
+    if not path.is_file():
+        raise TrajectoryError(f"{path}: there is no such file")
+    with tempfile.TemporaryDirectory() if not _can_share(path) else _nothing() as folder, explained(path, "read"):
+        connection = _connect(_copy(path, Path(folder)) if folder else path, "ro")
+        try:
+            connection.execute("PRAGMA query_only = ON")
+            connection.execute("BEGIN")
+            _check_schema(connection, path)
+            if _log(path).exists():
+                _check_log(connection, path)
+            yield connection
+        finally:
+            connection.close()
+
+
+def close(connection: sqlite3.Connection) -> None:
+    """Close after writing: the file is left complete in itself, without a log beside it, unless a reader is at it."""
+    try:
+        connection.execute("PRAGMA busy_timeout = 500")
+        with suppress(sqlite3.OperationalError):
+            connection.execute("PRAGMA journal_mode = DELETE")
+    finally:
+        connection.close()
+
+
+def snapshot(source: Path, target: Path) -> None:
+    """Copy a record, whatever lies in its log, to a new file that is complete in itself."""
+    with open_to_read(source) as connection, explained(target, "copy"):
+        copy = _connect(target, "rwc")
+        try:
+            connection.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")
+        finally:
+            copy.close()
+
+
+@contextmanager
+def explained(path: Path, doing: str) -> Iterator[None]:
+    """Turn SQLite's errors into ones that say what to do."""
+    try:
+        yield
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        text = str(error)
+        if isinstance(error, UnicodeDecodeError):  # SQLite quotes a damaged schema in its message
+            what = "the file is damaged"
+        elif "full" in text:
+            what = (
+                "the disk is full. What was recorded before is intact: make space and resume from the last checkpoint"
+            )
+        elif "readonly" in text or "read-only" in text:
+            what = f"{path.parent} cannot be written"
+        elif "unable to open" in text:
+            what = f"{path.parent} is missing or cannot be written"
+        elif "locked" in text or "locking" in text:
+            what = (
+                "it is locked, by another program or because the file system cannot lock (some network file systems "
+                "cannot): keep the run's folder on a local disk"
+            )
+        elif "malformed" in text or "not a database" in text:
+            what = "the file is damaged or no record"
+            if doing != "read":
+                what += "; `smezo show` says up to which step it is sound"
+        else:
+            what = "SQLite could not"
+        raise TrajectoryError(f"{path}: cannot {doing} the record: {what} ({text})") from error
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10.0)
+    # a stranger's file: no function in its schema runs, and a size in it allocates no more than this
+    connection.execute("PRAGMA trusted_schema = OFF")
+    connection.execute("PRAGMA cell_size_check = ON")
+    if hasattr(connection, "setlimit"):  # Python 3.11
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
+    return connection
+
+
+def _make_durable(connection: sqlite3.Connection, path: Path) -> None:
+    mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+    if mode != "wal":
+        connection.close()
+        raise TrajectoryError(
+            f"{path}: this file system cannot hold SQLite's write-ahead log (it stayed in mode {mode!r}), as some "
+            "network file systems cannot: keep the run's folder on a local disk"
+        )
+    # a commit is handed to the system at once, so it outlives the process; the writer's sync() waits for the disk
+    connection.execute("PRAGMA synchronous = NORMAL")
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    found = connection.execute("PRAGMA application_id").fetchone()[0]
+    if found != APPLICATION_ID:
+        raise TrajectoryError(f"{path} is an SQLite file but no record of smezo_pl (application id {found:#x})")
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if not 1 <= version <= FORMAT:
+        raise TrajectoryError(
+            f"{path}: format {version}; this version of smezo_pl reads formats up to {FORMAT}: install a later one"
+        )
+    schema = dict(connection.execute("SELECT name, sql FROM sqlite_master").fetchall())
+    if schema != _TABLES:
+        odd = sorted(set(schema.items()) ^ set(_TABLES.items()), key=str)[0][0]
+        raise TrajectoryError(
+            f"{path}: its tables are not those of a record (see {odd!s:.40}): damaged, or another program's"
+        )
+
+
+def _check_log(connection: sqlite3.Connection, path: Path) -> None:
+    """Refuse the log of another run beside a record: SQLite would read that run's pages in place of this one's.
+
+    The header is in the file itself from the first moment on, and never changes.
+    """
+    header = "SELECT digest FROM header"
+    try:
+        alone = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+        try:
+            own = alone.execute(header).fetchall()
+        finally:
+            alone.close()
+    except (sqlite3.Error, UnicodeDecodeError):
+        return  # the file is damaged: what the log holds instead is checked row by row
+    if own != connection.execute(header).fetchall():
+        raise TrajectoryError(
+            f"{path}: the log beside it ({_log(path).name}) belongs to another run, or one of the two is damaged: put "
+            "the right one there, or move it away to read what the record itself holds"
+        )
+
+
+def _can_share(path: Path) -> bool:
+    """Whether SQLite can read the file where it lies: in a folder that cannot be written it must not have a log."""
+    if os.access(path.parent, os.W_OK):
+        return True
+    return not _log(path).exists() and path.read_bytes()[18:19] == b"\x01"
+
+
+def _copy(path: Path, folder: Path) -> Path:
+    for part in (path, _log(path)):
+        if part.exists():
+            shutil.copyfile(part, folder / part.name)
+    return folder / path.name
+
+
+def _log(path: Path) -> Path:
+    return path.with_name(path.name + "-wal")
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield None
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(handle: int) -> None:
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _lock(handle: int) -> None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_written(path: Path) -> bool:
+    """Whether a process writes the record at this moment."""
+    try:
+        handle = os.open(path.with_name(path.name + "-lock"), os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        _lock(handle)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+class WriterLock:
+    """Held from construction to `release`.
+
+    A file beside the record is locked, not the record: SQLite's own locks on that must not meet another handle of this
+    process (POSIX drops all locks of a process on a file when any of its handles is closed).
+
+    Args:
+        path: The record.
+
+    Raises:
+        TrajectoryError: If another process, or another part of this one, writes the record, or the file system cannot
+            lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.with_name(path.name + "-lock")
+        try:
+            self._handle = self._acquire()
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK) and self._file.exists():
+                owner = self._owner()
+                raise TrajectoryError(
+                    f"{path} is being written by another run{owner}: two runs cannot share a record. Wait for it, stop "
+                    "it, or give this run another folder"
+                ) from None
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise TrajectoryError(
+                    f"{path}: this file system cannot lock ({error.strerror}), so two runs could write one record "
+                    "unseen: keep the run's folder on a local disk"
+                ) from None
+            raise TrajectoryError(f"{path}: {path.parent} cannot be written ({error.strerror})") from None
+
+    def _acquire(self) -> int:
+        while True:
+            handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                _lock(handle)
+                # the holder before may have removed the file between our open and our lock
+                if os.path.exists(self._file) and os.path.samestat(os.fstat(handle), os.stat(self._file)):
+                    os.ftruncate(handle, 0)
+                    os.write(handle, str(os.getpid()).encode())
+                    return handle
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)
+
+    def _owner(self) -> str:
+        try:
+            text = self._file.read_text()
+        except OSError:
+            return ""
+        return f" (process {text})" if text.isdigit() else ""
+
+    def release(self) -> None:
+        """Let others write; the lock file goes."""
+        if self._handle >= 0:
+            self._file.unlink(missing_ok=True)
+            os.close(self._handle)
+            self._handle = -1

@@ -1,0 +1,300 @@
+"""A number that changes rarely, or at every step, over the steps of a run, as few bytes as losslessly possible.
+
+Values that hold for many steps are kept as pieces, ``[first step, value of each group]``, in JSON. A schedule that
+changes them at every step is kept as a column of float64: each value's bits are subtracted from those of the one before
+it, twice (a straight line leaves next to nothing), and the bytes of equal weight are deflated together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from smezo_pl.trajectory.header import MAX_HEADER_BYTES, Header, TrajectoryError, inflate
+from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_record, locate
+from smezo_pl.trajectory.records import MAX_SAMPLES, Mark, Rates, StepRow
+
+MOST_VALUES = 1 << 26
+"""Most values that are unpacked: bounds what a damaged file can make a reader allocate."""
+
+# A piece costs about as much JSON as this many steps of a column.
+_STEPS_A_PIECE = 6
+
+
+def pack_columns(values: Sequence[tuple[float, ...]]) -> tuple[list[list[Any]], bytes]:
+    """Values of each step as pieces, or as a column.
+
+    Args:
+        values: For each step one value a group.
+
+    Returns:
+        Pieces and nothing, or no pieces and a column.
+    """
+    pieces: list[list[Any]] = []
+    for index, value in enumerate(values):
+        if not pieces or tuple(pieces[-1][1:]) != value:
+            pieces.append([index, *value])
+    if len(pieces) * _STEPS_A_PIECE <= len(values) or len(pieces) <= 1:
+        return pieces, b""
+    return [], _pack_column(np.array(values, dtype="<f8"))
+
+
+def unpack_columns(pieces: object, column: bytes, steps: int, groups: int) -> list[tuple[float, ...]]:
+    """The values again.
+
+    Args:
+        pieces: Pieces of `pack_columns`.
+        column: Column of `pack_columns`.
+        steps: Number of steps.
+        groups: Number of parameter groups.
+
+    Raises:
+        ValueError: If they are not the values of so many steps and groups.
+    """
+    if not isinstance(pieces, list):
+        raise ValueError("pieces are no list")
+    if steps * groups > MOST_VALUES:
+        raise ValueError(f"{steps} steps of {groups} groups are too many")
+    if not pieces:
+        return [tuple(row) for row in _unpack_column(column, steps, groups).tolist()] if steps else []
+    values: list[tuple[float, ...]] = []
+    for piece, after in zip(pieces, [*pieces[1:], [steps]], strict=True):
+        if not isinstance(piece, list) or len(piece) != groups + 1 or piece[0] != len(values):
+            raise ValueError("a piece does not begin where the one before it ends")
+        if (
+            not isinstance(after, list)
+            or not after
+            or not isinstance(after[0], int)
+            or not piece[0] < after[0] <= steps
+        ):
+            raise ValueError("a piece ends before it begins, or after the last step")
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in piece[1:]):
+            raise ValueError("a piece holds something that is no number")
+        values += [tuple(float(value) for value in piece[1:])] * (after[0] - piece[0])
+    return values
+
+
+def _pack_column(values: npt.NDArray[np.float64]) -> bytes:
+    bits = np.ascontiguousarray(values.T).view("<u8")
+    for _ in range(2):
+        bits = np.diff(bits, prepend=np.uint64(0))
+    planes = np.ascontiguousarray(bits).view(np.uint8).reshape(-1, 8).T
+    return zlib.compress(planes.tobytes(), 9)
+
+
+def _unpack_column(data: bytes, steps: int, groups: int) -> npt.NDArray[np.float64]:
+    try:
+        plain = inflate(data, 8 * steps * groups)
+    except zlib.error as error:
+        raise ValueError(f"a column is damaged: {error}") from None
+    if len(plain) != 8 * steps * groups:
+        raise ValueError(f"a column has {len(plain)} bytes for {steps} steps and {groups} groups")
+    planes = np.frombuffer(plain, np.uint8).reshape(8, -1)
+    bits = np.ascontiguousarray(planes.T).view("<u8").reshape(groups, steps)
+    for _ in range(2):
+        bits = np.cumsum(bits, axis=1, dtype=np.uint64)
+    return np.ascontiguousarray(bits).view("<f8").T
+
+
+KIND = "smezo_tune"
+EXPORT_FORMAT = 1
+MAX_FILE_BYTES = 1 << 25
+"""Largest file that is opened: eight million steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        steps: Steps of the optimizer that it holds.
+        size: Its bytes.
+        verified: Whether it holds a hash of the final weights, so that `apply` can tell whether it got the same.
+    """
+
+    path: Path
+    steps: int
+    size: int
+    verified: bool
+
+
+def export(source: Trajectory | str | Path, path: str | Path, steps: int | None = None) -> Exported:
+    """Write a run to one file.
+
+    Args:
+        source: The record, its file, or the run's folder.
+        path: File to write, by convention ``.safetensors``.
+        steps: How many steps of the optimizer; None for all that are recorded.
+
+    Raises:
+        TrajectoryError: If the record is damaged or does not reach that far, or the file cannot be written.
+    """
+    trajectory = source.upto(steps) if isinstance(source, Trajectory) else load(source, steps)
+    rows, path = trajectory.rows, Path(path)
+    packed = {name: pack_columns([getattr(row.rates, name) for row in rows]) for name in Rates._fields}
+    root = _final_root(trajectory)
+    content = {
+        "header": json.loads(zlib.decompress(trajectory.header.to_bytes())),
+        "pieces": {name: found for name, (found, _) in packed.items()},
+        "columns": [len(column) for _, column in packed.values()],
+        "skipped": [index for index, row in enumerate(rows) if row.skipped],
+        "refreshed": [index for index, row in enumerate(rows) if row.refresh is not None],
+        "final": root,
+    }
+    header = zlib.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), 9)
+    samples = trajectory.header.num_samples
+    gradients = np.zeros((len(rows), samples), dtype="<f4")
+    for index, row in enumerate(rows):
+        if not row.skipped:
+            gradients[index] = row.projected_gradients
+    columns = b"".join(column for _, column in packed.values())
+    arrays = {
+        "projected_gradients": gradients,
+        "header": np.frombuffer(header, np.uint8),
+        "columns": np.frombuffer(columns, np.uint8),
+    }
+    data = save(arrays, metadata=_metadata(trajectory, header, columns, gradients, root))
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        raise TrajectoryError(f"{path} cannot be written ({error.strerror})") from error
+    return Exported(path, trajectory.next_step, len(data), root is not None)
+
+
+def load(path: str | Path, steps: int | None = None) -> Trajectory:
+    """Read and verify a record or an exported file, whichever it is.
+
+    Args:
+        path: A run's folder, its record, or an exported file.
+        steps: How many steps of the optimizer; None for all. A damaged record is read as far as this if it is sound
+            that far.
+
+    Raises:
+        TrajectoryError: If it is neither, damaged, or does not reach that far.
+    """
+    path = locate(path)
+    if is_record(path) or path.name == FILE_NAME:  # by its name even if its first page is damaged
+        return Trajectory.read(path, damaged=steps is not None).upto(steps)
+    return read_export(path).upto(steps)
+
+
+def read_export(path: Path) -> Trajectory:
+    """Read and verify an exported file.
+
+    The rows have no losses, and empty thresholds where masks were refreshed. A `Mark` of kind ``weights`` holds the
+    hash of the final weights if it is known.
+
+    Raises:
+        TrajectoryError: If it is none, of a later format, or damaged.
+    """
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise TrajectoryError(f"{path} is no exported run: it has {path.stat().st_size:,} bytes, those a few a step")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("kind") != KIND:
+                raise TrajectoryError(f"{path} is a safetensors file, but no exported run (no {KIND!r} in it)")
+            if metadata.get("format") != str(EXPORT_FORMAT):
+                raise TrajectoryError(
+                    f"{path}: export format {metadata.get('format')!s:.20}; this version reads {EXPORT_FORMAT}: "
+                    "install a later smezo_pl"
+                )
+            arrays = {name: file.get_tensor(name) for name in ("projected_gradients", "header", "columns")}
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise TrajectoryError(f"{path} is no safetensors file, damaged or cut short: {error!s:.200}") from None
+    header, columns, gradients = arrays["header"].tobytes(), arrays["columns"].tobytes(), arrays["projected_gradients"]
+    if metadata.get("sha256") != _seal(header, columns, gradients):
+        raise TrajectoryError(f"{path} is damaged: its hash is not that of its content")
+    try:
+        return _from_content(path, json.loads(inflate(header, MAX_HEADER_BYTES)), columns, gradients)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, zlib.error) as error:
+        raise TrajectoryError(f"{path} is damaged: {error!s:.200}") from None
+
+
+def _from_content(
+    path: Path, content: dict[str, Any], columns: bytes, gradients: npt.NDArray[np.float32]
+) -> Trajectory:
+    header = Header.from_bytes(zlib.compress(json.dumps(content["header"]).encode(), 1), str(path))
+    if gradients.dtype != np.float32 or gradients.ndim != 2 or gradients.shape[1] != header.num_samples:
+        raise ValueError(f"gradients are {gradients.dtype} {gradients.shape} for {header.num_samples} samples")
+    if not 1 <= header.num_samples <= MAX_SAMPLES:
+        raise ValueError(f"{header.num_samples} samples a step")
+    steps, groups = len(gradients), len(header.groups)
+    lengths = [int(length) for length in content["columns"]]
+    if len(lengths) != len(Rates._fields) or min(lengths) < 0 or sum(lengths) != len(columns):
+        raise ValueError("the columns differ in length from what is said of them")
+    rates, offset = [], 0
+    for name, length in zip(Rates._fields, lengths, strict=True):
+        rates.append(unpack_columns(content["pieces"][name], columns[offset : offset + length], steps, groups))
+        offset += length
+    skipped, refreshed = _indices(content["skipped"], steps), _indices(content["refreshed"], steps)
+    rows = [
+        StepRow(
+            step=header.first_step + index,
+            projected_gradients=() if index in skipped else tuple(values),
+            losses=(),
+            rates=Rates(*each),
+            skipped=index in skipped,
+            refresh=b"" if index in refreshed else None,
+        )
+        for index, (values, *each) in enumerate(zip(gradients.tolist(), *rates, strict=True))
+    ]
+    root = content["final"]
+    if root is not None and (not isinstance(root, str) or len(root) != 64):
+        raise ValueError("the hash of the final weights has the wrong length")
+    marks = [] if root is None else [Mark(header.first_step + steps, "weights", {"root": root})]
+    return Trajectory(path, header, rows, [b""] * steps, marks)
+
+
+def _indices(values: Sequence[Any], steps: int) -> frozenset[int]:
+    if not isinstance(values, list) or not all(isinstance(v, int) and 0 <= v < steps for v in values):
+        raise ValueError("a step is named that is not there")
+    return frozenset(values)
+
+
+def _final_root(trajectory: Trajectory) -> str | None:
+    noted = [mark for mark in trajectory.marked("weights") if mark.steps == trajectory.next_step]
+    return str(noted[-1].facts["root"]) if noted else None
+
+
+def _seal(header: bytes, columns: bytes, gradients: npt.NDArray[np.float32]) -> str:
+    content = (header, columns, gradients.tobytes(), repr((gradients.shape, str(gradients.dtype))).encode())
+    return sha256(b"".join(sha256(part).digest() for part in content)).hexdigest()
+
+
+def _metadata(
+    trajectory: Trajectory, header: bytes, columns: bytes, gradients: npt.NDArray[np.float32], root: str | None
+) -> dict[str, str]:
+    """What any safetensors tool shows. Only ``kind``, ``format`` and ``sha256`` are read back."""
+    about = trajectory.header
+    return {
+        "kind": KIND,
+        "format": str(EXPORT_FORMAT),
+        "sha256": _seal(header, columns, gradients),
+        "run": about.run,
+        "model": about.model.get("name", "unknown"),
+        "revision": about.model.get("revision", "unknown"),
+        "steps": str(trajectory.next_step),
+        "seed": str(about.seed),
+        "noise_scheme": str(about.noise_scheme),
+        "settings": json.dumps(about.settings),
+        "starting_weights": about.root.hex(),
+        "final_weights": root or "unknown",
+        "smezo_pl": about.versions.get("smezo_pl", "unknown"),
+        "apply_with": "smezo apply FILE --model MODEL --out DIR",
+    }

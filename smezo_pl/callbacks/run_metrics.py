@@ -30,6 +30,9 @@ from smezo_pl.scoring.evaluation import WeightedMeans
 from smezo_pl.trajectory.files import write_whole
 from smezo_pl.trajectory.fingerprint import machine, versions
 
+STEP_SECONDS, PEAK_MEMORY = "run/step_seconds", "run/peak_memory"
+"""Logged while a run goes on: seconds of a step (median) and bytes held at most."""
+
 KEPT = 256
 """Step times that the median is taken of, the last ones. A checkpoint holds them, so there are few."""
 
@@ -174,8 +177,8 @@ class RunMetrics(Callback):
         self._curve.add_train(trainer.global_step, step_loss(trainer, pl_module))
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             scalars = {
-                "run/step_seconds": self._step_clock.median,
-                "run/peak_memory": self._step_clock.peak(self._device),
+                STEP_SECONDS: self._step_clock.median,
+                PEAK_MEMORY: self._step_clock.peak(self._device),
             }
             log_scalars(trainer, {n: float(v) for n, v in scalars.items() if v is not None}, trainer.global_step)
 

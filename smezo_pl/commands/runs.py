@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from smezo_pl.callbacks.run_metrics import PEAK_MEMORY, STEP_SECONDS
 from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory
 
@@ -130,7 +131,7 @@ def _running(folder: Path, config: Mapping[str, Any], max_steps: int | None, tes
             raise ValueError(str(error)) from error
         steps = max(steps, len(rows))
         points = [(row.step + 1.0, row.loss) for row in rows if row.losses and not row.skipped] or points
-    seconds, peak = scalars.get("run/step_seconds", {}), scalars.get("run/peak_memory_gib", {})
+    seconds, peak = scalars.get(STEP_SECONDS, {}), scalars.get(PEAK_MEMORY, {})
     return RunFacts(
         folder,
         task=str((config.get("data") or {}).get("task")),
@@ -142,7 +143,7 @@ def _running(folder: Path, config: Mapping[str, Any], max_steps: int | None, tes
         held_out=sorted(held_out.items()),
         train_loss=points,
         step_seconds=seconds[max(seconds)] if seconds else None,
-        peak_memory=max(peak.values()) * 2**30 if peak else None,
+        peak_memory=max(peak.values()) if peak else None,
         test=test,
     )
 

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from smezo_pl.__main__ import main
+from smezo_pl.callbacks import RunMetrics, SeedCheckpoint
+from smezo_pl.callbacks.run_metrics import PEAK_MEMORY, STEP_SECONDS
 from smezo_pl.commands.compare import compare, labels, rows_of, steps_to
 from smezo_pl.commands.runs import RunFacts, read_run, run_folders
+from tests.trajectory.runs import Classifier, KillAfter, KilledError, fit
 
 
 def finished(folder: Path, **changes: Any) -> Path:
@@ -53,8 +57,8 @@ def running(folder: Path) -> Path:
             writer.add_scalar("val/loss", 1.0 - accuracy, step)
         for step in (10, 20, 110):
             writer.add_scalar("train/loss", 1.0 / step, step)
-            writer.add_scalar("run/step_seconds", 0.25, step)
-            writer.add_scalar("run/peak_memory_gib", 1.5, step)
+            writer.add_scalar(STEP_SECONDS, 0.25, step)
+            writer.add_scalar(PEAK_MEMORY, 1.5 * 2**30, step)
     return folder
 
 
@@ -80,6 +84,18 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert run.held_out[1][1] == pytest.approx({"accuracy": 0.75, "loss": 0.25})
     assert run.step_seconds == 0.25 and run.peak_memory == 1.5 * 2**30
     assert len(run.train_loss) == 3
+
+
+def test_a_run_that_has_not_ended_shows_what_its_callback_logged(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    with pytest.raises(KilledError):
+        fit(tmp_path, Classifier(), RunMetrics(), KillAfter(7), logger=logger, log_every_n_steps=1)
+    (tmp_path / "run" / "config.yaml").write_text("trainer: {max_steps: 20}\n")
+    run = read_run(tmp_path / "run")
+    assert not run.finished
+    assert run.step_seconds is not None and 0.0 < run.step_seconds < 10.0
+    assert run.peak_memory is not None and 2**24 < run.peak_memory < 2**36  # bytes
+    assert rows_of([run], "accuracy", [])[0]["peak GiB"] == run.peak_memory / 2**30
 
 
 def test_a_loss_is_reached_from_above(tmp_path: Path) -> None:
@@ -113,9 +129,6 @@ def test_the_verb_writes_table_and_curves(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_record_tells_the_steps_before_any_event_is_there(tmp_path: Path) -> None:
-    from smezo_pl.callbacks import SeedCheckpoint
-    from tests.trajectory.runs import Classifier, KillAfter, KilledError, fit
-
     with pytest.raises(KilledError):
         fit(tmp_path, Classifier(), SeedCheckpoint(str(tmp_path / "run")), KillAfter(7))
     (tmp_path / "run" / "config.yaml").write_text("trainer: {max_steps: 20}\n")

@@ -27,7 +27,7 @@ from smezo_pl.callbacks.monitor import peak_memory
 from smezo_pl.callbacks.progress import RunProgressBar
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.scoring.evaluation import WeightedMeans
-from smezo_pl.trajectory.files import write_whole
+from smezo_pl.trajectory.files import write_atomically
 from smezo_pl.trajectory.fingerprint import machine, versions
 
 STEP_SECONDS, PEAK_MEMORY = "run/step_seconds", "run/peak_memory"
@@ -249,7 +249,7 @@ class RunMetrics(Callback):
         model = Path(str(result["model"])).name
         self._curve.draw(f"{model} on {result['task']}" if result["task"] else model).savefig(folder / "curve.png")
         # whole or not at all, and last: where the file is, the run is done
-        write_whole(folder / "metrics.json", (json.dumps(result, indent=2) + "\n").encode())
+        write_atomically(folder / "metrics.json", (json.dumps(result, indent=2) + "\n").encode())
 
     def _print(self, trainer: Trainer, result: dict[str, Any]) -> None:
         assert self._folder is not None

@@ -16,7 +16,7 @@ from smezo_pl.callbacks.weight_checkpoint import LastAndBest, begin_epoch
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.database import move, snapshot
-from smezo_pl.trajectory.files import check_readable, serialised, write_whole
+from smezo_pl.trajectory.files import check_readable, serialised, write_atomically
 from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, TrajectoryWriter, rewrite
 from smezo_pl.trajectory.recorder import Recorder, describe, named_tensors
@@ -258,7 +258,7 @@ class SeedCheckpoint(LastAndBest):
             for name in ("last.ckpt", "best.ckpt") if also_best else ("last.ckpt",):
                 # the record knows the file before the file is there: without an entry it would be taken for damaged
                 self._recorder.writer.mark("checkpoint", file=name, sha256=sha256(data).hexdigest())
-                write_whole(folder / name, data)
+                write_atomically(folder / name, data)
         self._saved_step = trainer.global_step
         trainer.strategy.barrier("SeedCheckpoint.save")
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from smezo_pl.callbacks.common import run_folder, validates_now
-from smezo_pl.trajectory.files import check_readable, serialised, write_whole
+from smezo_pl.trajectory.files import check_readable, serialised, write_atomically
 
 
 class LastAndBest(Checkpoint):
@@ -180,6 +180,6 @@ class WeightCheckpoint(LastAndBest):
                 check_readable({name: value for name, value in checkpoint.items() if name != "state_dict"})
             data = serialised(checkpoint)
             for name in ("last.ckpt", "best.ckpt") if also_best else ("last.ckpt",):
-                write_whole(self._folder / "checkpoints" / name, data)
+                write_atomically(self._folder / "checkpoints" / name, data)
         self._saved_step = trainer.global_step
         trainer.strategy.barrier("WeightCheckpoint.save")

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from smezo_pl.callbacks.common import run_folder
 from smezo_pl.data import PromptDataModule
-from smezo_pl.trajectory.files import write_whole
+from smezo_pl.trajectory.files import write_atomically
 from smezo_pl.trajectory.fingerprint import machine, versions
 
 log = logging.getLogger(__name__)
@@ -152,5 +152,5 @@ class ScoreWriter(Callback):
             "machine": machine(module.device),
         }
         path = Path(self.path) if self.path is not None else run_folder(trainer) / f"{verb}.json"
-        write_whole(path, (json.dumps(result, indent=2) + "\n").encode())
+        write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
         log.info("the measurement is in %s", path)

@@ -25,6 +25,7 @@ from smezo_pl.cli import TRAINER_DEFAULTS, SmezoCLI, SuggestingParser, known_key
 from smezo_pl.commands.sweep_plan import CONFIG, Run, dumped
 from smezo_pl.data import PromptDataModule
 from smezo_pl.module import SparseMeZOModule
+from smezo_pl.trajectory.files import lock_file
 
 
 class _ParserOnly(SmezoCLI):
@@ -200,26 +201,12 @@ def _last_line(path: Path) -> str:
 @contextmanager
 def _held(path: Path) -> Iterator[int | None]:
     """A file's lock, or None if another process has it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = lock_file(path)
     try:
-        yield handle if _locked(handle) else None
+        yield handle
     finally:
-        os.close(handle)
-
-
-def _locked(handle: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        if handle is not None:
+            os.close(handle)
 
 
 DESCRIPTION = """\

@@ -6,12 +6,12 @@ import errno
 import os
 import shutil
 import sqlite3
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from smezo_pl.trajectory.files import atomic_path, lock_file
 from smezo_pl.trajectory.header import FORMAT, TrajectoryError
 
 APPLICATION_ID = int.from_bytes(b"SMZO", "big")
@@ -45,24 +45,18 @@ def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
             f"{path} is there already, and a run appends to its own record alone: go on with that run from its "
             "checkpoint, or give this one another folder"
         )
-    part = path.with_name(path.name + ".part")
-    with explained(path, "create"):
-        try:
-            remove(part)
-            connection = _connect(part, "rwc")
-            connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
-            connection.execute("BEGIN")
-            for statement in _TABLES.values():
-                connection.execute(statement)
-            connection.execute("INSERT INTO header VALUES (0, ?, ?)", (header, digest))
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {FORMAT}")
-            connection.execute("COMMIT")
-            connection.close()
-            os.replace(part, path)
-            sync_folder(path.parent)
-        except OSError as error:
-            raise TrajectoryError(f"{path}: {path.parent} cannot be written ({error.strerror})") from error
+    with explained(path, "create"), atomic_path(path) as part:
+        remove(part)
+        connection = _connect(part, "rwc")
+        connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
+        connection.execute("BEGIN")
+        for statement in _TABLES.values():
+            connection.execute(statement)
+        connection.execute("INSERT INTO header VALUES (0, ?, ?)", (header, digest))
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {FORMAT}")
+        connection.execute("COMMIT")
+        connection.close()
     return open_to_append(path)
 
 
@@ -81,17 +75,6 @@ def move(path: Path, target: Path) -> None:
         if path.with_name(path.name + suffix).exists():
             shutil.copyfile(path.with_name(path.name + suffix), target.with_name(target.name + suffix))
     remove(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries are on the disk: a file that was renamed keeps its new name in a power cut."""
-    if os.name == "nt":  # Windows has no handle for a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def open_to_append(path: Path) -> sqlite3.Connection:
@@ -267,45 +250,32 @@ def _nothing() -> Iterator[None]:
     yield None
 
 
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(handle: int) -> None:
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-else:
-    import fcntl
-
-    def _lock(handle: int) -> None:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def is_written(path: Path) -> bool:
-    """Whether a process writes the record at this moment."""
-    try:
-        handle = os.open(path.with_name(path.name + "-lock"), os.O_RDWR)
-    except OSError:
+    """Whether a process writes the trajectory at this moment."""
+    lock = path.with_name(path.name + "-lock")
+    if not lock.exists():
         return False
     try:
-        _lock(handle)
-    except OSError:
-        return True
-    finally:
+        handle = lock_file(lock)
+    except OSError:  # a folder that cannot be written
+        return False
+    if handle is not None:
         os.close(handle)
-    return False
+    return handle is None
 
 
 class WriterLock:
-    """Held from construction to `release`.
+    """The right to write a trajectory, held from construction to `release`.
 
-    A file beside the record is locked, not the record: SQLite's own locks on that must not meet another handle of this
-    process (POSIX drops all locks of a process on a file when any of its handles is closed).
+    A file beside the trajectory is locked, not the trajectory: SQLite's own locks on that must not meet another handle
+    of this process (POSIX drops all locks of a process on a file when any of its handles is closed).
 
     Args:
-        path: The record.
+        path: The trajectory.
 
     Raises:
-        TrajectoryError: If another process, or another part of this one, writes the record, or the file system cannot
-            lock.
+        TrajectoryError: If another process, or another part of this one, writes the trajectory, or the file system
+            cannot lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -313,44 +283,37 @@ class WriterLock:
         try:
             self._handle = self._acquire()
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK) and self._file.exists():
-                owner = self._owner()
-                raise TrajectoryError(
-                    f"{path} is being written by another run{owner}: two runs cannot share a record. Wait for it, stop "
-                    "it, or give this run another folder"
-                ) from None
             if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise TrajectoryError(
-                    f"{path}: this file system cannot lock ({error.strerror}), so two runs could write one record "
+                    f"{path}: this file system cannot lock ({error.strerror}), so two runs could write one trajectory "
                     "unseen: keep the run's folder on a local disk"
                 ) from None
             raise TrajectoryError(f"{path}: {path.parent} cannot be written ({error.strerror})") from None
+        if self._handle is None:
+            raise TrajectoryError(
+                f"{path} is being written by another run{self._owner()}: two runs cannot share a trajectory. Wait for "
+                "it, stop it, or give this run another folder"
+            )
 
-    def _acquire(self) -> int:
-        while True:
-            handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                _lock(handle)
-                # the holder before may have removed the file between our open and our lock
-                if os.path.exists(self._file) and os.path.samestat(os.fstat(handle), os.stat(self._file)):
-                    os.ftruncate(handle, 0)
-                    os.write(handle, str(os.getpid()).encode())
-                    return handle
-            except BaseException:
-                os.close(handle)
-                raise
+    def _acquire(self) -> int | None:
+        while (handle := lock_file(self._file)) is not None:
+            # the holder before may have removed the file between our open and our lock
+            if self._file.exists() and os.path.samestat(os.fstat(handle), os.stat(self._file)):
+                os.ftruncate(handle, 0)
+                os.write(handle, str(os.getpid()).encode())
+                break
             os.close(handle)
+        return handle
 
     def _owner(self) -> str:
         try:
-            text = self._file.read_text()
-        except OSError:
+            return f" (process {int(self._file.read_text())})"
+        except (OSError, ValueError):
             return ""
-        return f" (process {text})" if text.isdigit() else ""
 
     def release(self) -> None:
-        """Let others write; the lock file goes."""
-        if self._handle >= 0:
+        """Let others write; the lock file is removed."""
+        if self._handle is not None:
             self._file.unlink(missing_ok=True)
             os.close(self._handle)
-            self._handle = -1
+            self._handle = None

@@ -8,7 +8,6 @@ it, twice (a straight line leaves next to nothing), and the bytes of equal weigh
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from smezo_pl.trajectory.files import write_atomically
 from smezo_pl.trajectory.header import MAX_HEADER_BYTES, Header, TrajectoryError, inflate
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_record, locate
 from smezo_pl.trajectory.records import MAX_SAMPLES, Mark, Rates, StepRow
@@ -166,13 +166,7 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
         "columns": np.frombuffer(columns, np.uint8),
     }
     data = save(arrays, metadata=_metadata(trajectory, header, columns, gradients, root))
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        raise TrajectoryError(f"{path} cannot be written ({error.strerror})") from error
+    write_atomically(path, data)
     return Exported(path, trajectory.next_step, len(data), root is not None)
 
 

@@ -1,41 +1,104 @@
-"""Files that are written whole or not at all."""
+"""Files that appear whole or not at all, and locks that end with their process."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from smezo_pl.trajectory.database import sync_folder
 from smezo_pl.trajectory.header import TrajectoryError
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that at every moment its name holds all of the old bytes or all of the new ones.
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file under; on leaving the context the file is on the disk and takes its own name.
+
+    At every moment ``path`` is absent, the old file, or the whole new one. Its folder is made.
 
     Raises:
-        TrajectoryError: If it cannot be written; what was there before is intact.
+        TrajectoryError: If the file cannot be written; what was there before is intact.
     """
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield part
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TrajectoryError(
+            f"{path} cannot be written ({reason}); what was there before is intact. Make space or choose another "
+            "folder, then resume or try again"
+        ) from error
+    finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        raise TrajectoryError(
-            f"{path}: the checkpoint could not be written ({error.strerror}); the one before is intact. Resume from it "
-            "when there is space"
-        ) from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, see `atomic_path`.
+
+    Raises:
+        TrajectoryError: If the file cannot be written; what was there before is intact.
+    """
+    with atomic_path(path) as part:
+        part.write_bytes(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries are on the disk, so that a renamed file keeps its new name in a power cut."""
+    if os.name == "nt":  # Windows has no handle for a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lock_file(path: Path) -> int | None:
+    """Lock a file, which is made where there is none, without waiting.
+
+    The lock ends when the handle is closed, or with the process however it ends. A child process that inherits
+    the handle keeps the lock.
+
+    Returns:
+        A handle to close with `os.close`; None if the file is locked already.
+
+    Raises:
+        OSError: If the file cannot be opened, or its file system has no locks.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock(handle)
+    except OSError as error:
+        os.close(handle)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            return None
+        raise
+    return handle
+
+
+def _lock(handle: int) -> None:
+    if sys.platform == "win32":
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def serialised(checkpoint: dict[str, Any]) -> bytes:

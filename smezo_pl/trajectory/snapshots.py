@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from hashlib import sha256
 from math import isinf
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.kernels import KernelName
+from smezo_pl.trajectory.files import atomic_path
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import Trajectory
 from smezo_pl.trajectory.records import Mark, unpack_thresholds
@@ -45,19 +44,9 @@ def write_anchor(path: Path, optimizer: SparseMeZO, header: Header, tensors: Map
     names = dict(zip((number for group in header.groups for number in group.numbers), header.active, strict=True))
     bits: Mapping[int, Tensor] = optimizer.state_dict()["smezo"]["bits"]
     content |= {_MASK + names[number]: packed.cpu() for number, packed in bits.items()}
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as part:
         save_file(content, part)
-        digest = file_digest(part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise TrajectoryError(f"{path}: the anchor could not be written ({error.strerror})") from error
-    return digest
+        return file_digest(part)
 
 
 def nearest_anchor(trajectory: Trajectory) -> tuple[Mark, Path] | None:

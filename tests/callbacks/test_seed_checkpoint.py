@@ -530,17 +530,19 @@ class TestWriting:
 
     def test_the_one_before_stays_when_the_disk_is_full(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "last.ckpt"
-        checkpoint_files.write_whole(path, b"before")
+        checkpoint_files.write_atomically(path, b"before")
         monkeypatch.setattr(os, "fsync", no_space)
-        with pytest.raises(TrajectoryError, match=r"No space left on device.; the one before is intact. Resume"):
-            checkpoint_files.write_whole(path, b"after")
+        with pytest.raises(
+            TrajectoryError, match=r"No space left on device.; what was there before is intact. Make space"
+        ):
+            checkpoint_files.write_atomically(path, b"after")
         assert path.read_bytes() == b"before"
         assert list(tmp_path.iterdir()) == [path]
 
     def test_a_run_on_a_full_disk_resumes_when_there_is_space(
         self, straight: tuple[Path, Classifier, Watch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        write, written = checkpoint_files.write_whole, []
+        write, written = checkpoint_files.write_atomically, []
 
         def full(path: Path, data: bytes) -> None:
             written.append(path)
@@ -552,18 +554,18 @@ class TestWriting:
                     write(path, data)
             write(path, data)
 
-        monkeypatch.setattr(seed_checkpoint, "write_whole", full)
+        monkeypatch.setattr(seed_checkpoint, "write_atomically", full)
         with pytest.raises(TrajectoryError, match="No space left"):
             fit(tmp_path, Classifier())
-        monkeypatch.setattr(seed_checkpoint, "write_whole", write)
+        monkeypatch.setattr(seed_checkpoint, "write_atomically", write)
         resumed = Classifier()
         fit(tmp_path, resumed, ckpt_path=tmp_path / LAST)
         assert same(resumed.model, straight[1].model)
 
     def test_a_folder_that_cannot_be_made_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(TrajectoryError, match="could not be written"):
-            checkpoint_files.write_whole(tmp_path / "file" / "last.ckpt", b"")
+        with pytest.raises(TrajectoryError, match="cannot be written"):
+            checkpoint_files.write_atomically(tmp_path / "file" / "last.ckpt", b"")
 
     def test_what_could_not_be_read_back_is_found_before_training(self, tmp_path: Path) -> None:
         module = Classifier()

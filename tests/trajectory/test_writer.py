@@ -201,7 +201,7 @@ def test_a_file_system_that_cannot_lock_is_named(path: Path, header: Header, mon
     def refuse(handle: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("smezo_pl.trajectory.database._lock", refuse)
+    monkeypatch.setattr("smezo_pl.trajectory.files._lock", refuse)
     with pytest.raises(TrajectoryError, match=r"this file system cannot lock .No locks available.*local disk"):
         TrajectoryWriter.create(path, header)
     assert not path.exists()

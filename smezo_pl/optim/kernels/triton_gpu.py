@@ -1,9 +1,9 @@
 """The fused passes on CUDA (and ROCm) devices, compiled by Triton.
 
 Perturbation, update and packing are fused; saving, restoring and counting are torch operations on the device. In this
-version the kernels have run in Triton's interpreter only (``TRITON_INTERPRET=1``, bit-equal to the reference), and have
-been compiled for compute capability 9.0 and inspected (no fused multiply-add, correctly rounded roots, no flushing of
-subnormal numbers). They have not been run or timed on a GPU.
+version the kernels have run in Triton's interpreter only (``TRITON_INTERPRET=1``, bit-equal to the reference). The tests
+compile every variant for compute capabilities 8.0 and 9.0 and inspect it (no fused multiply-add, correctly rounded
+roots, no flushing of subnormal numbers, no spilled registers). They have not been run or timed on a GPU.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class TritonKernel(OneByOne):
         with _on(theta):
             passes.pack[-(-theta.numel() // BLOCK),](
                 _codes(theta), theta.numel(), stream.start, low, span, mask.level, bits, *_row(stream, MASK, 0.0)[:5],
-                FORMAT=_FORMAT[theta.dtype], SOURCE=_SOURCE[mask.rule],
+                FORMAT=_FORMAT[theta.dtype], SOURCE=_SOURCE[mask.rule], enable_fp_fusion=False,
             )  # fmt: skip
         return bits
 
@@ -121,7 +121,8 @@ def _sweep(
         rounding = None
     start, end = streams[0].start, streams[0].start + theta.numel()
     low, span = (_signed(code) for code in code_range(mask.rule, mask.threshold, theta.dtype))
-    more = theta
+    # int32 also where it is empty: the loop over it is compiled even if it never runs.
+    more = torch.empty(0, dtype=torch.int32, device=theta.device)
     if len(streams) > 1:
         table = [_row(stream, NOISE, scale) for stream, scale in zip(streams[1:], scales[1:], strict=True)]
         more = torch.tensor(table, dtype=torch.int32, device=theta.device)

@@ -1,5 +1,6 @@
 """What can be known of the Triton kernels without a GPU, beside their equality in the interpreter."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,33 +10,33 @@ import pytest
 
 from tests.optim.kernels.cases import needs_triton
 
-COMPILE = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from smezo_pl.optim.kernels._triton_passes import sweep
-fixed = dict(FORMAT=int(sys.argv[1]), LAW=0, SOURCE=1, DECAY=True, STOCHASTIC=True, ROW=6)
-weights = "*i32" if fixed["FORMAT"] == 0 else "*i16"
-pointers = {"theta": weights, "out": weights, "bits": "*u8", "more": "*i32"}
-types = {name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in sweep.arg_names}
-compiled = triton.compile(
-    ASTSource(sweep, types, fixed), target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}
-)
-print(compiled.asm["ptx"])
-"""
+ROOT = Path(__file__).parents[3]
+
+
+def compiled(which: str, *capabilities: str) -> dict[str, list[str]]:
+    """Problems of each kernel that `gpu_compile` compiled, by name."""
+    # In a process of its own: in this one, Triton may have been imported as an interpreter.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.optim.kernels.gpu_compile", which, *capabilities]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    return {each["name"]: each["problems"] for each in found}
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", ["0", "1", "2"])
-def test_compiled_for_a_gpu_every_operation_is_rounded_once(kind: str) -> None:
-    # In a process of its own: in this one, Triton may have been imported as an interpreter.
-    ptx = subprocess.run([sys.executable, "-c", COMPILE, kind], capture_output=True, text=True, check=True).stdout
-    assert "sqrt.rn.f32" in ptx
-    assert "mul.rn.f32" in ptx
-    assert "fma." not in ptx
-    assert "sqrt.approx" not in ptx
-    assert ".ftz" not in ptx
+def test_kernels_compile_for_a_gpu_with_every_operation_rounded_once() -> None:
+    found = compiled("few", "90")
+    assert len(found) == 5
+    assert not {name: problems for name, problems in found.items() if problems}
+
+
+@needs_triton
+@pytest.mark.slow
+def test_all_kernels_compile_for_two_generations_of_gpus() -> None:
+    found = compiled("all", "80", "90")
+    assert len(found) == 2 * (90 + 6 + 18)
+    assert not {name: problems for name, problems in found.items() if problems}
 
 
 @needs_triton

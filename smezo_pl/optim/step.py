@@ -14,7 +14,6 @@ from smezo_pl.optim.noise import Stream
 if TYPE_CHECKING:
     from smezo_pl.optim.kernels import Kernel
     from smezo_pl.optim.selection import Member
-    from smezo_pl.optim.sparse_mezo import SparseMeZO
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +108,13 @@ def check_recorded(recorded: RecordedStep, step: int, groups: int, samples: int)
         )
 
 
-def update_in_blocks(
-    optimizer: SparseMeZO, members: Sequence[tuple[Member, Kernel]], steps: Sequence[RecordedStep]
-) -> None:
+def update_in_blocks(optimizer: Any, members: Sequence[tuple[Member, Kernel]], steps: Sequence[RecordedStep]) -> None:
     """Make the updates of several steps, tensor by tensor. No mask is refreshed and no eps changed between them.
 
     The bits are those of the steps one after the other: no tensor's update looks at another tensor.
 
     Args:
-        optimizer: The optimizer; its counters are left alone.
+        optimizer: The `SparseMeZO`; its counters are left alone.
         members: Its tensors and the kernel of each.
         steps: The steps, none of them skipped.
     """

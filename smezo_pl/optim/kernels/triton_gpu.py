@@ -1,9 +1,9 @@
 """The fused passes on CUDA (and ROCm) devices, compiled by Triton.
 
 Perturbation, update and packing are fused; saving, restoring and counting are torch operations on the device. In this
-version the kernels have run in Triton's interpreter only (``TRITON_INTERPRET=1``, bit-equal to the reference). The tests
-compile every variant for compute capabilities 8.0 and 9.0 and inspect it (no fused multiply-add, correctly rounded
-roots, no flushing of subnormal numbers, no spilled registers). They have not been run or timed on a GPU.
+version the kernels have run in Triton's interpreter only (``TRITON_INTERPRET=1``, bit-equal to the reference). The
+tests compile every variant for compute capabilities 8.0 and 9.0 and inspect it (no fused multiply-add, correctly
+rounded roots, no flushing of subnormal numbers, no spilled registers). They have not been run or timed on a GPU.
 """
 
 from __future__ import annotations

@@ -16,22 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smezo_pl.trajectory.fingerprint import cpuinfo, processor
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, its matrix instructions, threads and the versions that matter."""
-    info: dict[str, str] = {}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            key, _, value = line.partition(":")
-            info.setdefault(key.strip(), value.strip())
+    info = cpuinfo()
     flags = info.get("flags", "").split()
     family = f"family {info.get('cpu family', '?')} model {info.get('model', '?')}"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numba", "transformers", "numpy")}
     return {
-        "processor": f"{info.get('model name', platform.processor())} ({family})",
+        "processor": f"{processor()} ({family})",
         "instructions": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",

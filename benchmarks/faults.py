@@ -33,17 +33,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import campaigns
+import torch
+from common import machine, write_json
 
-import torch  # noqa: E402
-from common import machine, write_json  # noqa: E402
-
-from smezo_pl.commands import show  # noqa: E402
-from smezo_pl.trajectory.exports import export, read_export  # noqa: E402
-from smezo_pl.trajectory.header import Header, TrajectoryError  # noqa: E402
-from smezo_pl.trajectory.log import Trajectory  # noqa: E402
-from tests.trajectory import campaigns  # noqa: E402
+from smezo_pl.commands import show
+from smezo_pl.trajectory.exports import export, read_export
+from smezo_pl.trajectory.header import Header, TrajectoryError
+from smezo_pl.trajectory.log import Trajectory
 
 MEMORY_BOUND = 64 << 20
 """Most bytes that reading a file of a few kilobytes may allocate, whatever stands in it."""

@@ -111,15 +111,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def cpuinfo() -> dict[str, str]:
+    """What Linux tells about the first processor, by field; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    except OSError:
+        return {}
+    fields = (line.partition(":") for line in text.splitlines())
+    return {key.strip(): value.strip() for key, _, value in fields}
+
+
 def processor() -> str:
     """Name of the processor, as far as the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -1,40 +1,33 @@
-"""Training runs of a second: a small network, a loader that resumes, and what is compared between two runs."""
+"""Small training runs, and what is compared between two of them."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, Trainer
+from small_runs import Classifier, Examples, examples, loss_of, make_trainer, network
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from smezo_pl.callbacks import SeedCheckpoint
-from smezo_pl.data.loaders import EpochSampler, TrainLoader
 from smezo_pl.module import SparseMeZOModule
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory.recorder import record
 
-EXAMPLES, FEATURES, CLASSES = 32, 12, 3
-
-
-def network(seed: int = 0, dtype: torch.dtype = torch.float32, width: int = 24) -> nn.Sequential:
-    """A small classifier, the same for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(FEATURES, width), nn.Tanh(), nn.LayerNorm(width), nn.Linear(width, CLASSES)).to(
-            dtype
-        )
-
-
-def examples(seed: int = 1, count: int = EXAMPLES) -> list[tuple[Tensor, int]]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, FEATURES, generator=generator)
-    y = (x @ torch.randn(FEATURES, CLASSES, generator=generator)).argmax(1)
-    return [(features, int(label)) for features, label in zip(x, y, strict=True)]
-
-
-def loss_of(model: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(model(x.to(model[0].weight.dtype)).float(), y)
+__all__ = [
+    "Classifier",
+    "Examples",
+    "KillAfter",
+    "KilledError",
+    "Watch",
+    "bits",
+    "examples",
+    "fit",
+    "loss_of",
+    "make_trainer",
+    "network",
+    "recorded_run",
+    "same",
+]
 
 
 def recorded_run(
@@ -52,49 +45,6 @@ def recorded_run(
             optimizer.step(lambda: loss_of(model, x, y))
         recorder.mark_weights()
     return optimizer
-
-
-class Classifier(SparseMeZOModule):
-    """The network above under Sparse MeZO."""
-
-    def __init__(self, dtype: str = "float32", seed: int = 0, width: int = 24, **settings: Any) -> None:
-        scheduler = settings.pop("scheduler", None)
-        settings = {"lr": 1e-2, "seed": settings.pop("noise_seed", 7), "kernel": "torch", **settings}
-        super().__init__(network(seed, getattr(torch, dtype), width), lambda p: SparseMeZO(p, **settings), scheduler)
-
-    def loss(self, batch: Any) -> Tensor:
-        return loss_of(self.model, *batch)
-
-    def scores(self, batch: Any) -> Tensor:
-        return self.model(batch[0].to(self.model[0].weight.dtype)).float()
-
-    def evaluate_batch(self, batch: Any) -> dict[str, tuple[Tensor | float, float]]:
-        right = self.scores(batch).argmax(1) == batch[1]
-        return {"loss": (self.loss(batch) * len(batch[1]), len(batch[1])), "accuracy": (right.sum(), len(batch[1]))}
-
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        return [
-            {"index": 4 * batch_idx + i, "scores": row.tolist(), "prediction": int(row.argmax()), "label": int(label)}
-            for i, (row, label) in enumerate(zip(self.scores(batch), batch[1], strict=True))
-        ]
-
-
-class Examples(LightningDataModule):
-    """The examples in a random order that a checkpoint keeps: 8 batches an epoch."""
-
-    def __init__(self, workers: int = 0, order: int = 3) -> None:
-        super().__init__()
-        self.workers, self.order = workers, order
-
-    def train_dataloader(self) -> Any:
-        return TrainLoader(
-            examples(), sampler=EpochSampler(EXAMPLES, seed=self.order), batch_size=4, num_workers=self.workers
-        )
-
-    def val_dataloader(self) -> Any:
-        return DataLoader(examples(2, 16), batch_size=4)
-
-    test_dataloader = predict_dataloader = val_dataloader
 
 
 class Watch(Callback):
@@ -131,19 +81,6 @@ class KillAfter(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step:
             raise KilledError
-
-
-def make_trainer(folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
-    settings = {"max_steps": 20, "max_epochs": -1, "val_check_interval": 4, "logger": False, **settings}
-    return Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=list(callbacks),
-        **settings,
-    )
 
 
 def fit(

@@ -10,12 +10,12 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import campaigns
 import pytest
 
 from smezo_pl.trajectory.exports import export, read_export
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
-from tests.trajectory import campaigns
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from campaigns import digest_of
 from safetensors.torch import load_file
 
 from smezo_pl.trajectory import apply, replay
 from smezo_pl.trajectory.exports import EXPORT_FORMAT
 from smezo_pl.trajectory.header import FORMAT
 from smezo_pl.trajectory.log import Trajectory
-from tests.trajectory.campaigns import digest_of
 from tests.trajectory.runs import network
 
 FORMAT1 = Path(__file__).parent / "format1"

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
+from small_runs import Classifier, Examples, make_trainer, network
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint
@@ -32,7 +33,6 @@ from smezo_pl.trajectory.exports import export, load
 from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.replaying import replay
-from tests.trajectory.runs import Classifier, Examples, make_trainer, network
 
 STEPS = 30
 

@@ -1,6 +1,4 @@
-"""What of a Trainer's settings does not go with a forward-only step: refused before anything is loaded."""
-
-from __future__ import annotations
+"""The LightningModule: checks the Trainer, builds the optimizer, defines the closure, logs and scores."""
 
 import logging
 import warnings
@@ -117,7 +115,7 @@ def silence_expected_warnings(data_in_memory: bool) -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def build_optimizers(module: SparseMeZOModule) -> Any:
+def build_optimizers(module: "SparseMeZOModule") -> Any:
     """The optimizer of the module's method on its network, attached, and the scheduler; None for zero-shot.
 
     Raises:
@@ -146,7 +144,7 @@ def build_optimizers(module: SparseMeZOModule) -> Any:
     return optimizer if module.build_scheduler is None else ([optimizer], [module.build_scheduler(optimizer)])
 
 
-def announce(module: SparseMeZOModule) -> None:
+def announce(module: "SparseMeZOModule") -> None:
     """Say what is trained, in what, and whether it can be replayed."""
     logger.info("precision %s, perturbation %s, device %s", *_setting(module))
     if module.method is not None:
@@ -159,11 +157,11 @@ def announce(module: SparseMeZOModule) -> None:
         )
 
 
-def _setting(module: SparseMeZOModule) -> tuple[Any, ...]:
+def _setting(module: "SparseMeZOModule") -> tuple[Any, ...]:
     return module.trainer.precision, module.perturbation if module.zeroth_order else "none", module.device
 
 
-def batch_loss(module: SparseMeZOModule, parts: list[Any]) -> Tensor:
+def batch_loss(module: "SparseMeZOModule", parts: list[Any]) -> Tensor:
     """The module's loss over the parts of a batch and over all processes, weighted by example (``lm``: by token).
 
     Returns:
@@ -276,14 +274,14 @@ class SparseMeZOModule(LightningModule):
     # ------------------------------------------------------------------ the network
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
         """The tokenizer of ``pretrained``, loaded when first asked for; None for a ready network, until it is set."""
         if self._tokenizer is None and self.pretrained is not None:
             self._tokenizer = load_tokenizer(self.pretrained, revision=self.revision)
         return self._tokenizer
 
     @tokenizer.setter
-    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def tokenizer(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
         self._tokenizer = tokenizer
 
     @property
@@ -294,7 +292,7 @@ class SparseMeZOModule(LightningModule):
         source = network if self.pretrained is None else self.pretrained
         return source is not None and kind_of(source, revision=self.revision) == "masked"
 
-    def text_tokenizer(self) -> PreTrainedTokenizerBase:
+    def text_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer that answers are read with: the data module's, else the module's.
 
         Raises:
@@ -343,7 +341,7 @@ class SparseMeZOModule(LightningModule):
         if self.backpropagation is not None and "state_dict" in checkpoint:
             checkpoint["state_dict"] = learned_only(self, checkpoint["state_dict"])
 
-    def to(self, *args: Any, **kwargs: Any) -> SparseMeZOModule:
+    def to(self, *args: Any, **kwargs: Any) -> "SparseMeZOModule":
         """Move to a device; a loaded network keeps the dtypes it was loaded with.
 
         Lightning's ``*-true`` precisions cast everything, also the rotary frequencies, norms and adapters that

@@ -6,6 +6,7 @@ A case that fails after a change that is meant to change results is written anew
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +21,12 @@ def values() -> dict[str, dict[str, object]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_results_are_what_they_were(name: str, values: dict[str, dict[str, object]], tmp_path: Path) -> None:
-    result, expected = run_case(name, tmp_path), values[name]
+    result: dict[str, Any] = run_case(name, tmp_path)
+    expected: dict[str, Any] = values[name]
     found = differences(result.get("exact", {}), expected.get("exact", {}), "exact")
     found += differences(result.get("close", {}), expected.get("close", {}), "close", tolerance=True)
+    for group, names in expected.get("present", {}).items():
+        found += [f"{group}: {missing} is gone" for missing in sorted(set(names) - set(result["present"][group]))]
     assert not found, "\n".join(found)
 
 

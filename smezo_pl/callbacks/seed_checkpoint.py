@@ -15,7 +15,7 @@ from smezo_pl.callbacks.common import zeroth_order_optimizer
 from smezo_pl.callbacks.weight_checkpoint import LastAndBest, begin_epoch
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory import resume
-from smezo_pl.trajectory.database import move, snapshot
+from smezo_pl.trajectory.database import copy, move
 from smezo_pl.trajectory.files import check_readable, serialised, write_atomically
 from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, TrajectoryWriter, rewrite
@@ -80,7 +80,7 @@ def open_record(optimizer: SparseMeZO, module: LightningModule, path: Path, earl
 def _continue(earlier: Trajectory, path: Path) -> TrajectoryWriter:
     steps = earlier.next_step
     if not path.exists():
-        snapshot(earlier.path, path)
+        copy(earlier.path, path)
     elif not os.path.samefile(earlier.path, path):
         raise TrajectoryError(f"{path} is the record of another run: give SeedCheckpoint another dirpath")
     whole = Trajectory.read(path, damaged=True)
@@ -96,7 +96,7 @@ def _continue(earlier: Trajectory, path: Path) -> TrajectoryWriter:
     later = [mark.steps for mark in whole.marked("checkpoint") if mark.steps > steps]
     if later and whole.damage is None:
         kept = _aside(path, f"until-{max(later)}")
-        snapshot(path, kept)
+        copy(path, kept)
         log.info("the run goes on from step %d of %d; the record until now is kept as %s", steps, max(later), kept)
     return TrajectoryWriter.resume(path, steps)
 

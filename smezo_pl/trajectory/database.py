@@ -1,4 +1,4 @@
-"""The SQLite file of a record: its tables, how it is opened, and what SQLite's errors mean for a run."""
+"""The SQLite file of a trajectory: its tables, how it is opened and locked, and what SQLite's errors mean for a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from smezo_pl.trajectory.files import atomic_path, lock_file
@@ -16,7 +16,7 @@ from smezo_pl.trajectory.header import FORMAT, TrajectoryError
 
 APPLICATION_ID = int.from_bytes(b"SMZO", "big")
 
-# Pages of 1 KiB: five tables and the header of a small model fit in a few of them, and a commit writes one.
+# Pages of 1 KiB: four tables and the header of a small model fit in a few of them, and a commit writes one.
 _PAGE_SIZE = 1024
 
 _MAX_VALUE_BYTES = 1 << 26
@@ -30,19 +30,14 @@ _TABLES = {
 
 
 def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
-    """Make a new record, open for writing. At every moment there is no file of that name, or one with its header.
-
-    Args:
-        path: The file.
-        header: The header's bytes.
-        digest: Their check.
+    """Make a new file, open for writing. At every moment there is no file of that name, or one with its header.
 
     Raises:
         TrajectoryError: If there is a file already, or the folder cannot be written.
     """
     if path.exists():
         raise TrajectoryError(
-            f"{path} is there already, and a run appends to its own record alone: go on with that run from its "
+            f"{path} is there already, and a run appends to its own trajectory alone: resume that run from its "
             "checkpoint, or give this one another folder"
         )
     with explained(path, "create"), atomic_path(path) as part:
@@ -60,54 +55,53 @@ def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
     return open_to_append(path)
 
 
-def remove(path: Path) -> None:
-    """Delete a record with all that SQLite keeps beside it; nothing happens where nothing is.
-
-    What lies beside goes first: SQLite would take the log of a file that is gone for that of the next one of its name.
-    """
-    for suffix in ("-wal", "-shm", "-journal", ""):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-
-
-def move(path: Path, target: Path) -> None:
-    """Give a record another name, with the log that belongs to it."""
-    for suffix in ("-wal", ""):
-        if path.with_name(path.name + suffix).exists():
-            shutil.copyfile(path.with_name(path.name + suffix), target.with_name(target.name + suffix))
-    remove(path)
-
-
 def open_to_append(path: Path) -> sqlite3.Connection:
-    """Open an existing record for writing.
+    """Open an existing file for writing.
 
     Raises:
-        TrajectoryError: If it is missing, no record, of a later format, or cannot be written.
+        TrajectoryError: If it is missing, no trajectory, of a later format, or cannot be written.
     """
     with explained(path, "open"):
         connection = _connect(path, "rw")
         _check_schema(connection, path)
-        _make_durable(connection, path)
+        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if mode != "wal":
+            connection.close()
+            raise TrajectoryError(
+                f"{path}: this file system cannot hold SQLite's write-ahead log (it stayed in mode {mode!r}), as some "
+                "network file systems cannot: keep the run's folder on a local disk"
+            )
+        # a commit is handed to the system at once, so it outlives the process; the writer's sync() waits for the disk
+        connection.execute("PRAGMA synchronous = NORMAL")
     return connection
 
 
 @contextmanager
 def open_to_read(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open a record for reading, also while another process writes it or where nothing can be written.
+    """Open a file for reading, also while another process writes it or where nothing can be written.
 
     All that is read within the context is one consistent state.
 
     Raises:
-        TrajectoryError: If it is missing, no record or of a later format.
+        TrajectoryError: If it is missing, no trajectory or of a later format.
     """
     if not path.is_file():
         raise TrajectoryError(f"{path}: there is no such file")
-    with tempfile.TemporaryDirectory() if not _can_share(path) else _nothing() as folder, explained(path, "read"):
-        connection = _connect(_copy(path, Path(folder)) if folder else path, "ro")
+    log = _beside(path, "-wal")
+    # SQLite writes beside a file with a log: in a folder that cannot be written, a copy elsewhere is read
+    readable = os.access(path.parent, os.W_OK) or (not log.exists() and path.read_bytes()[18:19] == b"\x01")
+    with nullcontext() if readable else tempfile.TemporaryDirectory() as folder, explained(path, "read"):
+        source = path
+        if folder is not None:
+            source = Path(folder) / path.name
+            for file in filter(Path.exists, (path, log)):
+                shutil.copyfile(file, Path(folder) / file.name)
+        connection = _connect(source, "ro")
         try:
             connection.execute("PRAGMA query_only = ON")
             connection.execute("BEGIN")
             _check_schema(connection, path)
-            if _log(path).exists():
+            if log.exists():
                 _check_log(connection, path)
             yield connection
         finally:
@@ -124,15 +118,32 @@ def close(connection: sqlite3.Connection) -> None:
         connection.close()
 
 
-def snapshot(source: Path, target: Path) -> None:
-    """Copy a record, whatever lies in its log, to a new file that is complete in itself."""
+def copy(source: Path, target: Path) -> None:
+    """Copy a trajectory, whatever lies in its log, to a new file that is complete in itself."""
     with open_to_read(source) as connection, explained(target, "copy"):
-        copy = _connect(target, "rwc")
+        new = _connect(target, "rwc")
         try:
-            connection.backup(copy)
-            copy.execute("PRAGMA journal_mode = DELETE")
+            connection.backup(new)
+            new.execute("PRAGMA journal_mode = DELETE")
         finally:
-            copy.close()
+            new.close()
+
+
+def move(path: Path, target: Path) -> None:
+    """Give a trajectory another name, with the log that belongs to it."""
+    for suffix in ("-wal", ""):
+        if _beside(path, suffix).exists():
+            shutil.copyfile(_beside(path, suffix), _beside(target, suffix))
+    remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a trajectory with all that SQLite keeps beside it; nothing happens where nothing is.
+
+    What lies beside goes first: SQLite would take the log of a deleted file for that of the next one of its name.
+    """
+    for suffix in ("-wal", "-shm", "-journal", ""):
+        _beside(path, suffix).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -142,15 +153,13 @@ def explained(path: Path, doing: str) -> Iterator[None]:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:
         text = str(error)
-        if isinstance(error, UnicodeDecodeError):  # SQLite quotes a damaged schema in its message
-            what = "the file is damaged"
+        if isinstance(error, UnicodeDecodeError):  # SQLite quotes a corrupted schema in its message
+            what = "the file is corrupted"
         elif "full" in text:
             what = (
                 "the disk is full. What was recorded before is intact: make space and resume from the last checkpoint"
             )
-        elif "readonly" in text or "read-only" in text:
-            what = f"{path.parent} cannot be written"
-        elif "unable to open" in text:
+        elif "readonly" in text or "read-only" in text or "unable to open" in text:
             what = f"{path.parent} is missing or cannot be written"
         elif "locked" in text or "locking" in text:
             what = (
@@ -158,12 +167,12 @@ def explained(path: Path, doing: str) -> Iterator[None]:
                 "cannot): keep the run's folder on a local disk"
             )
         elif "malformed" in text or "not a database" in text:
-            what = "the file is damaged or no record"
+            what = "the file is corrupted or no trajectory"
             if doing != "read":
-                what += "; `smezo show` says up to which step it is sound"
+                what += "; `smezo show` says up to which step it is valid"
         else:
             what = "SQLite could not"
-        raise TrajectoryError(f"{path}: cannot {doing} the record: {what} ({text})") from error
+        raise TrajectoryError(f"{path}: cannot {doing} the trajectory: {what} ({text})") from error
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -177,22 +186,10 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     return connection
 
 
-def _make_durable(connection: sqlite3.Connection, path: Path) -> None:
-    mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-    if mode != "wal":
-        connection.close()
-        raise TrajectoryError(
-            f"{path}: this file system cannot hold SQLite's write-ahead log (it stayed in mode {mode!r}), as some "
-            "network file systems cannot: keep the run's folder on a local disk"
-        )
-    # a commit is handed to the system at once, so it outlives the process; the writer's sync() waits for the disk
-    connection.execute("PRAGMA synchronous = NORMAL")
-
-
 def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
     found = connection.execute("PRAGMA application_id").fetchone()[0]
     if found != APPLICATION_ID:
-        raise TrajectoryError(f"{path} is an SQLite file but no record of smezo_pl (application id {found:#x})")
+        raise TrajectoryError(f"{path} is an SQLite file but no trajectory of smezo_pl (application id {found:#x})")
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if not 1 <= version <= FORMAT:
         raise TrajectoryError(
@@ -202,12 +199,12 @@ def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
     if schema != _TABLES:
         odd = sorted(set(schema.items()) ^ set(_TABLES.items()), key=str)[0][0]
         raise TrajectoryError(
-            f"{path}: its tables are not those of a record (see {odd!s:.40}): damaged, or another program's"
+            f"{path}: its tables are not those of a trajectory (see {odd!s:.40}): corrupted, or another program's"
         )
 
 
 def _check_log(connection: sqlite3.Connection, path: Path) -> None:
-    """Refuse the log of another run beside a record: SQLite would read that run's pages in place of this one's.
+    """Refuse the log of another run beside a trajectory: SQLite would read that run's pages in place of this one's.
 
     The header is in the file itself from the first moment on, and never changes.
     """
@@ -219,47 +216,26 @@ def _check_log(connection: sqlite3.Connection, path: Path) -> None:
         finally:
             alone.close()
     except (sqlite3.Error, UnicodeDecodeError):
-        return  # the file is damaged: what the log holds instead is checked row by row
+        return  # the file is corrupted: what the log holds instead is checked step by step
     if own != connection.execute(header).fetchall():
         raise TrajectoryError(
-            f"{path}: the log beside it ({_log(path).name}) belongs to another run, or one of the two is damaged: put "
-            "the right one there, or move it away to read what the record itself holds"
+            f"{path}: the log beside it ({path.name}-wal) belongs to another run, or one of the two is corrupted: put "
+            "the right one there, or move it away to read what the trajectory itself holds"
         )
 
 
-def _can_share(path: Path) -> bool:
-    """Whether SQLite can read the file where it lies: in a folder that cannot be written it must not have a log."""
-    if os.access(path.parent, os.W_OK):
-        return True
-    return not _log(path).exists() and path.read_bytes()[18:19] == b"\x01"
-
-
-def _copy(path: Path, folder: Path) -> Path:
-    for part in (path, _log(path)):
-        if part.exists():
-            shutil.copyfile(part, folder / part.name)
-    return folder / path.name
-
-
-def _log(path: Path) -> Path:
-    return path.with_name(path.name + "-wal")
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 def is_written(path: Path) -> bool:
     """Whether a process writes the trajectory at this moment."""
-    lock = path.with_name(path.name + "-lock")
-    if not lock.exists():
-        return False
+    lock = _beside(path, "-lock")
     try:
-        handle = lock_file(lock)
-    except OSError:  # a folder that cannot be written
+        handle = lock_file(lock) if lock.exists() else -1
+    except OSError:  # nobody writes in a folder that cannot be written
         return False
-    if handle is not None:
+    if handle is not None and handle >= 0:
         os.close(handle)
     return handle is None
 
@@ -279,7 +255,7 @@ class WriterLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.with_name(path.name + "-lock")
+        self._file = _beside(path, "-lock")
         try:
             self._handle = self._acquire()
         except OSError as error:
@@ -290,9 +266,12 @@ class WriterLock:
                 ) from None
             raise TrajectoryError(f"{path}: {path.parent} cannot be written ({error.strerror})") from None
         if self._handle is None:
+            owner = ""
+            with suppress(OSError, ValueError):
+                owner = f" (process {int(self._file.read_text())})"
             raise TrajectoryError(
-                f"{path} is being written by another run{self._owner()}: two runs cannot share a trajectory. Wait for "
-                "it, stop it, or give this run another folder"
+                f"{path} is being written by another run{owner}: two runs cannot share a trajectory. Wait for it, stop "
+                "it, or give this run another folder"
             )
 
     def _acquire(self) -> int | None:
@@ -304,12 +283,6 @@ class WriterLock:
                 break
             os.close(handle)
         return handle
-
-    def _owner(self) -> str:
-        try:
-            return f" (process {int(self._file.read_text())})"
-        except (OSError, ValueError):
-            return ""
 
     def release(self) -> None:
         """Let others write; the lock file is removed."""

@@ -1,4 +1,4 @@
-"""The one exception of this package that a user is meant to read."""
+"""The header of a trajectory: all that a replay needs beside the starting weights and the steps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE
 
 
 class TrajectoryError(RuntimeError):
-    """A record that cannot be written, read or applied: which file, what was found, what can be done."""
+    """A trajectory that cannot be written, read or applied: which file, what was found, what can be done."""
 
 
 FORMAT = 1
-"""Version of the record's format. A reader takes every version up to its own."""
+"""Version of the trajectory format. A reader takes every version up to its own."""
 
 MAX_HEADER_BYTES = 1 << 25
 MAX_TENSORS = 1 << 20
@@ -50,17 +50,17 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GroupInfo:
-    """One parameter group: the tensors that take part, and what holds for all of them.
+    """One parameter group: the tensors that are optimized, and what holds for all of them.
 
     Attributes:
         names: Names of its tensors, in the optimizer's order.
-        numbers: Number of each, the one its noise is drawn with.
-        dense: Those that take part with all their weights whatever the rule.
+        numbers: Number of each, which its noise is drawn with.
+        dense: Names of those whose weights are all active, whatever the rule.
         mask: Mask rule.
         mask_update: ``dynamic`` or ``constant``.
         maximize: Whether the run ascends.
-        thresholds: Thresholds that were there before the first step of the record, None where it begins with a refresh.
-        mask_step: Step of the last refresh before the record, which the random rule draws with.
+        thresholds: Thresholds before the first recorded step, None where that begins with a refresh.
+        mask_step: Step of the last refresh before the first recorded step, which the random rule draws with.
     """
 
     names: tuple[str, ...]
@@ -81,18 +81,18 @@ class Header:
         run: Random name of the run, 32 hexadecimal digits.
         created: When it began, in ISO 8601.
         seed: Base seed of all noise.
-        noise: Law of the noise.
-        num_samples: Perturbations a step.
-        first_step: Index of the first step of the record.
+        noise: Distribution of the noise.
+        num_samples: Perturbations per step.
+        first_step: Index of the first recorded step.
         groups: Parameter groups.
-        tensors: Tensors of the starting weights, those that do not take part included.
-        root: Hash over all of them, 32 bytes.
-        settings: The optimizer's arguments as they were given (to be read by people; a replay uses the fields above).
-        model: Name and revision of the pretrained model, as far as known.
-        versions: Versions of the packages that made the record.
+        tensors: Tensors of the starting weights, also those that are not optimized.
+        root: Hash of all of them, 32 bytes.
+        settings: The optimizer's arguments as given, for people to read; a replay uses the fields above.
+        model: Name and revision of the pretrained model and its adapter, as far as known.
+        versions: Versions of the packages that made the run.
         machine: Device, kernel, threads and processor that made it.
         noise_scheme: Version of the noise.
-        format: Version of the record's format.
+        format: Version of the trajectory format.
     """
 
     run: str
@@ -113,7 +113,7 @@ class Header:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Names of the tensors that take part, group by group: the order of a refresh's thresholds."""
+        """Names of the tensors that are optimized, group by group: the order of a refresh's thresholds."""
         return tuple(name for group in self.groups for name in group.names)
 
     def to_bytes(self) -> bytes:
@@ -135,38 +135,31 @@ class Header:
             source: The file, for messages.
 
         Raises:
-            TrajectoryError: If it is damaged, of a later format or of other noise.
+            TrajectoryError: If it is corrupted, of a later format or of another noise scheme.
         """
         try:
             plain = json.loads(inflate(data, MAX_HEADER_BYTES))
-            version = plain["format"]
-        except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
-            raise TrajectoryError(
-                f"{source}: the header is damaged ({error}); nothing can be replayed from it"
-            ) from None
-        if not isinstance(version, int) or version > FORMAT:
-            writer = plain.get("versions", {}) if isinstance(plain.get("versions"), dict) else {}
-            raise TrajectoryError(
-                f"{source}: format {version!s:.20}, written by smezo_pl {writer.get('smezo_pl', '?')!s:.20}; this "
-                f"version reads formats up to {FORMAT}: install that one or a later one"
-            )
-        try:
+            if plain["format"] > FORMAT:
+                raise TrajectoryError(
+                    f"{source}: format {plain['format']!s:.20}, written by smezo_pl {_writer(plain['versions'])}; this "
+                    f"version reads formats up to {FORMAT}: install that one or a later one"
+                )
             header = _from_plain(plain)
             _check(header)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, zlib.error) as error:
             raise TrajectoryError(
-                f"{source}: the header is damaged ({error}); nothing can be replayed from it"
+                f"{source}: the header is corrupted ({error!s:.200}); nothing can be replayed from it"
             ) from None
         if header.noise_scheme != NOISE_SCHEME:
             raise TrajectoryError(
-                f"{source}: noise scheme {header.noise_scheme}, written by smezo_pl "
-                f"{header.versions.get('smezo_pl', '?')!s:.20}; this version has scheme {NOISE_SCHEME}: use that one"
+                f"{source}: noise scheme {header.noise_scheme}, written by smezo_pl {_writer(header.versions)}; this "
+                f"version has scheme {NOISE_SCHEME}: use that one"
             )
         return header
 
 
 def header_digest(data: bytes) -> bytes:
-    """Check of a header's bytes, and the key of the first row's check."""
+    """Checksum of a header's bytes, and the key of the first step's checksum."""
     return blake2b(data, digest_size=32).digest()
 
 
@@ -186,6 +179,10 @@ def inflate(data: bytes, limit: int) -> bytes:
     return plain
 
 
+def _writer(versions: dict[str, Any]) -> str:
+    return f"{versions.get('smezo_pl', '?')!s:.20}"
+
+
 def _from_plain(plain: dict[str, Any]) -> Header:
     columns = plain.pop("tensors")
     digests = base64.b64decode(columns["digest"], validate=True)
@@ -196,13 +193,12 @@ def _from_plain(plain: dict[str, Any]) -> Header:
         TensorInfo(name, tuple(shape), dtype, digests[i * TENSOR_DIGEST_SIZE : (i + 1) * TENSOR_DIGEST_SIZE])
         for i, (name, shape, dtype) in enumerate(zip(names, shapes, dtypes, strict=True))
     )
-    groups = tuple(_group(group) for group in plain.pop("groups"))
-    return Header(**{**plain, "root": bytes.fromhex(plain["root"]), "groups": groups, "tensors": tensors})
-
-
-def _group(plain: dict[str, Any]) -> GroupInfo:
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
-    return GroupInfo(**fields)
+    groups: list[dict[str, Any]] = [
+        {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
+        for group in plain.pop("groups")
+    ]
+    root = bytes.fromhex(plain.pop("root"))
+    return Header(root=root, groups=tuple(GroupInfo(**group) for group in groups), tensors=tensors, **plain)
 
 
 def _check(header: Header) -> None:
@@ -211,15 +207,11 @@ def _check(header: Header) -> None:
     Raises:
         ValueError: Says which field.
     """
-
-    def whole(name: str, value: object, low: int, high: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
-            raise ValueError(f"{name} is {value!s:.40}")
-
-    whole("seed", header.seed, 0, 1 << 64)
-    whole("num_samples", header.num_samples, 1, 1 << 24)
-    whole("first_step", header.first_step, 0, 1 << 32)
-    whole("noise_scheme", header.noise_scheme, 1, 1 << 16)
+    _check_int("seed", header.seed, 0, 1 << 64)
+    _check_int("num_samples", header.num_samples, 1, 1 << 24)
+    _check_int("first_step", header.first_step, 0, 1 << 32)
+    _check_int("noise_scheme", header.noise_scheme, 1, 1 << 16)
+    _check_int("format", header.format, 1, FORMAT + 1)
     if header.noise not in get_args(Law):
         raise ValueError(f"noise is {header.noise!s:.40}")
     if len(header.root) != 32 or not isinstance(header.run, str) or len(header.run) != 32:
@@ -227,65 +219,64 @@ def _check(header: Header) -> None:
     for mapping in (header.settings, header.model, header.versions, header.machine):
         if not isinstance(mapping, dict):
             raise ValueError("settings, model, versions and machine must be objects")
-    known: dict[str, TensorInfo] = {}
+    dtypes: dict[str, str] = {}
     for tensor in header.tensors:
-        if not isinstance(tensor.name, str) or tensor.name in known:
+        if not isinstance(tensor.name, str) or tensor.name in dtypes:
             raise ValueError(f"tensor {tensor.name!s:.80} is there twice or has no name")
         for size in tensor.shape:
-            whole(f"a size of {tensor.name:.80}", size, 0, MAX_NUMEL)
+            _check_int(f"a size of {tensor.name:.80}", size, 0, MAX_NUMEL)
         if math.prod(tensor.shape) >= MAX_NUMEL or not isinstance(tensor.dtype, str):
             raise ValueError(f"tensor {tensor.name:.80} has shape {tensor.shape!s:.80}")
-        known[tensor.name] = tensor
-    if not header.groups:
-        raise ValueError("no parameter group")
-    if len(header.groups) > MAX_GROUPS:
-        raise ValueError(f"{len(header.groups)} parameter groups")
-    used: set[str] = set()
+        dtypes[tensor.name] = tensor.dtype
+    if not 1 <= len(header.groups) <= MAX_GROUPS:
+        raise ValueError("no parameter group, or too many")
     for group in header.groups:
         if len(group.names) != len(group.numbers) or not set(group.dense) <= set(group.names):
             raise ValueError("a group's names, numbers and dense names do not fit")
         for name, number in zip(group.names, group.numbers, strict=True):
-            whole(f"the number of {name!s:.80}", number, 0, 1 << 24)
-            if name not in known or name in used or known[name].dtype not in DTYPES:
-                raise ValueError(
-                    f"{name!s:.80} takes part but is no tensor of the model, or twice, or of no dtype for it"
-                )
-            used.add(name)
+            _check_int(f"the number of {name!s:.80}", number, 0, 1 << 24)
+            if dtypes.pop(name, None) not in DTYPES:
+                raise ValueError(f"{name!s:.80} is optimized but is no float tensor of the model, or is named twice")
         if group.mask not in MASK_RULES or group.mask_update not in ("dynamic", "constant"):
             raise ValueError(f"mask is {group.mask!s:.40}, {group.mask_update!s:.40}")
-        whole("mask_step", group.mask_step, 0, 1 << 32)
+        _check_int("mask_step", group.mask_step, 0, 1 << 32)
         if not isinstance(group.maximize, bool):
             raise ValueError("maximize is no boolean")
-        if group.thresholds is not None:
-            if len(group.thresholds) != len(group.names):
-                raise ValueError("a group's thresholds and names differ in number")
-            if any(h is not None and (isinstance(h, bool) or not isinstance(h, int | float)) for h in group.thresholds):
-                raise ValueError("a threshold is no number")
+        if group.thresholds is not None and (
+            len(group.thresholds) != len(group.names)
+            or any(isinstance(h, bool) or not isinstance(h, int | float | None) for h in group.thresholds)
+        ):
+            raise ValueError("a group's thresholds are not one number or null per name")
 
 
-_LORA = (
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("bias", "fan_in_fan_out", "use_rslora", "use_dora", "init_lora_weights", "modules_to_save"),
-)
-_PREFIX = ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size")
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < high:
+        raise ValueError(f"{name} is {value!s:.40}")
 
-# PEFT has others that import a module or run code of the hub by a name (megatron_core, tokenizer_kwargs, adapters).
-HARMLESS: Mapping[str, tuple[str, ...]] = {"LORA": _LORA, "PREFIX_TUNING": _PREFIX}
-"""Arguments that are taken from a record, for each type of adapter."""
 
-MOST = 1 << 14
-"""Largest rank, number of virtual tokens or width that is taken from a record."""
+# PEFT has other arguments that import a module or run code of the hub by a name (megatron_core, tokenizer_kwargs).
+HARMLESS: Mapping[str, tuple[str, ...]] = {
+    "LORA": (
+        *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "bias"),
+        *("layers_pattern", "fan_in_fan_out", "use_rslora", "use_dora", "init_lora_weights", "modules_to_save"),
+    ),
+    "PREFIX_TUNING": ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size"),
+}
+"""Arguments that are taken from a file, by type of adapter."""
+
+LARGEST = 1 << 14
+"""Largest rank, number of virtual tokens or width that is taken from a file."""
 
 
 def recorded_adapter(header: Header, source: str) -> tuple[dict[str, Any], int] | None:
     """The adapter of a run and the seed of its starting weights; None for a run without one.
 
     Args:
-        header: The record's header.
+        header: The trajectory's header.
         source: The file, for messages.
 
     Raises:
-        TrajectoryError: If the record is damaged there, or names what a file may not ask for.
+        TrajectoryError: If this part of the header is corrupted, or asks for what a file may not ask for.
     """
     text = header.model.get("adapter")
     if text is None:
@@ -295,27 +286,24 @@ def recorded_adapter(header: Header, source: str) -> tuple[dict[str, Any], int] 
     except (TypeError, ValueError, OverflowError, RecursionError):
         adapter, seed = None, 0
     if not isinstance(adapter, dict) or not 0 <= seed < 1 << 64:
-        raise TrajectoryError(f"{source}: the adapter in the header is damaged: {text!s:.80}")
+        raise TrajectoryError(f"{source}: the adapter in the header is corrupted: {text!s:.80}")
     kind = str(adapter.get("peft_type", "")).upper()
-    known = HARMLESS.get(kind, ())
-    odd = sorted(str(key) for key in adapter if key not in (*known, "peft_type", "task_type"))
-    if not known or odd:
-        what = f"arguments {', '.join(odd):.80}" if known else f"the type {kind:.40}"
+    unknown = sorted(set(adapter) - {*HARMLESS.get(kind, ()), "peft_type", "task_type"})
+    if kind not in HARMLESS or unknown:
+        what = f"arguments {', '.join(unknown):.80}" if kind in HARMLESS else f"the type {kind:.40}"
         raise TrajectoryError(
             f"{source}: the run has an adapter with {what}, and from a file only {', '.join(HARMLESS)} with plain "
-            "arguments are built: make the starting network in Python and give it to smezo_pl.apply or smezo_pl.replay"
+            "arguments are built: make the starting network in Python and pass it to smezo_pl.apply or smezo_pl.replay"
         )
     for key, value in adapter.items():
-        plain = value is None or isinstance(value, bool | int | float | str) or _is_list(value)
-        large = isinstance(value, int | float) and not abs(value) <= MOST
-        if not plain or large:
+        if isinstance(value, list):
+            plain = len(value) <= LARGEST and all(isinstance(item, str | int) for item in value)
+        elif isinstance(value, int | float):
+            plain = abs(value) <= LARGEST
+        else:
+            plain = isinstance(value, str | None)
+        if key == "init_lora_weights":
+            plain = isinstance(value, bool) or value == "gaussian"
+        if not plain:
             raise TrajectoryError(f"{source}: the adapter's {key} cannot be {value!s:.80}")
-    if not isinstance(adapter.get("init_lora_weights", True), bool) and adapter["init_lora_weights"] != "gaussian":
-        raise TrajectoryError(
-            f"{source}: the adapter's init_lora_weights cannot be {adapter['init_lora_weights']!s:.80}"
-        )
     return adapter, seed
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= MOST and all(isinstance(item, str | int) for item in value)

@@ -32,8 +32,8 @@ def test_what_was_recorded_comes_back() -> None:
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ("{", "the adapter in the header is damaged"),
-        ([], "the adapter in the header is damaged"),
+        ("{", "the adapter in the header is corrupted"),
+        ([], "the adapter in the header is corrupted"),
         ({}, "adapter with the type , and from a file only LORA, PREFIX_TUNING"),
         ({"peft_type": "PROMPT_TUNING", "tokenizer_kwargs": {"trust_remote_code": True}}, "the type PROMPT_TUNING"),
         ({**LORA, "megatron_core": "antigravity", "megatron_config": {}}, "arguments megatron_config, megatron_core"),
@@ -51,5 +51,5 @@ def test_what_a_file_may_not_ask_for_is_refused(adapter: Any, message: str) -> N
 
 @pytest.mark.parametrize("seed", ["x", "-1", float("inf"), [], "9" * 5000])
 def test_a_seed_that_is_none(seed: Any) -> None:
-    with pytest.raises(TrajectoryError, match="is damaged"):
+    with pytest.raises(TrajectoryError, match="is corrupted"):
         recorded_adapter(header(LORA, adapter_seed=seed), "FILE")

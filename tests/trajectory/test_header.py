@@ -35,7 +35,7 @@ def test_a_header_comes_back_as_it_was(header: Header) -> None:
     assert Header.from_bytes(header.to_bytes(), "FILE") == header
 
 
-def test_it_says_what_takes_part(header: Header) -> None:
+def test_it_says_what_is_optimized(header: Header) -> None:
     assert header.active == ("0.weight", "2.weight", "2.bias", "3.weight", "3.bias")
     assert [group.numbers for group in header.groups] == [(0, 2), (3, 4, 5)]
     assert [group.dense for group in header.groups] == [(), ("3.weight", "3.bias")]
@@ -76,15 +76,15 @@ def test_other_noise_says_which_version_draws_it(header: Header) -> None:
     ],
 )
 def test_values_that_no_writer_writes_are_refused(header: Header, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(TrajectoryError, match=f"FILE: the header is damaged.*{message}"):
+    with pytest.raises(TrajectoryError, match=f"FILE: the header is corrupted.*{message}"):
         read({**plain(header), **changes})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"names": ["nowhere", "2.weight"]}, "nowhere takes part but is no tensor"),
-        ({"names": ["0.weight", "0.weight"]}, "twice"),
+        ({"names": ["nowhere", "2.weight"]}, "nowhere is optimized but is no float tensor"),
+        ({"names": ["0.weight", "0.weight"]}, "named twice"),
         ({"numbers": [0]}, "do not fit"),
         ({"numbers": [-1, 2]}, "number of 0.weight"),
         ({"numbers": [1 << 24, 2]}, "number of 0.weight"),
@@ -92,15 +92,15 @@ def test_values_that_no_writer_writes_are_refused(header: Header, changes: dict[
         ({"mask": "huge"}, "mask is huge"),
         ({"mask_update": 3}, "mask is small, 3"),
         ({"maximize": 1}, "maximize"),
-        ({"thresholds": []}, "thresholds"),
-        ({"thresholds": [None, "1"]}, "threshold is no number"),
+        ({"thresholds": []}, "thresholds are not one number"),
+        ({"thresholds": [None, "1"]}, "thresholds are not one number"),
         ({"mask_step": -4}, "mask_step"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused(header: Header, changes: dict[str, Any], message: str) -> None:
     changed = plain(header)
     changed["groups"][0] |= changes
-    with pytest.raises(TrajectoryError, match=f"damaged.*{message}"):
+    with pytest.raises(TrajectoryError, match=f"corrupted.*{message}"):
         read(changed)
 
 
@@ -113,14 +113,14 @@ def test_groups_that_do_not_fit_are_refused(header: Header, changes: dict[str, A
         ("shape", [1 << 60], "size of 0.weight"),
         ("shape", [1 << 30, 1 << 30], "has shape"),
         ("shape", ["2"], "size of 0.weight"),
-        ("dtype", "complex64", "of no dtype"),
+        ("dtype", "complex64", "no float tensor"),
         ("dtype", None, "has shape"),
     ],
 )
 def test_tensors_that_cannot_be_are_refused(header: Header, column: str, value: Any, message: str) -> None:
     changed = plain(header)
     changed["tensors"][column][0] = value
-    with pytest.raises(TrajectoryError, match=f"damaged.*{message}"):
+    with pytest.raises(TrajectoryError, match=f"corrupted.*{message}"):
         read(changed)
 
 

@@ -108,7 +108,7 @@ def test_a_file_that_is_no_export_is_told_apart(tmp_path: Path) -> None:
     with pytest.raises(TrajectoryError, match="is no safetensors file"):
         load(tmp_path / "text")
     (tmp_path / "trajectory.smezo").write_text("hello")
-    with pytest.raises(TrajectoryError, match="the file is damaged or no record"):
+    with pytest.raises(TrajectoryError, match="the file is corrupted or no trajectory"):
         load(tmp_path)
     with pytest.raises(TrajectoryError, match="no such file"):
         load(tmp_path / "nowhere")
@@ -178,8 +178,8 @@ def content_of(path: Path) -> dict[str, Any]:
         ({"pieces": {}}, "lr"),
         ({"pieces": []}, "damaged"),
         ({"final": "00"}, "wrong length"),
-        ({"header": {}}, "header is damaged"),
-        ({"header": None}, "header is damaged"),
+        ({"header": {}}, "header is corrupted"),
+        ({"header": None}, "header is corrupted"),
     ],
 )
 def test_content_that_cannot_be_is_refused(tune: Path, changes: dict[str, Any], message: str) -> None:

@@ -239,11 +239,11 @@ def test_other_files_are_told_apart(path: Path, header: Header) -> None:
     with pytest.raises(TrajectoryError, match=r"holds no trajectory\.smezo"):
         Trajectory.read(path.parent)
     path.write_bytes(b"something else entirely")
-    with pytest.raises(TrajectoryError, match="damaged or no record"):
+    with pytest.raises(TrajectoryError, match="corrupted or no trajectory"):
         Trajectory.read(path)
     path.unlink()
     sqlite3.connect(path).execute("CREATE TABLE steps (step, data)").connection.commit()
-    with pytest.raises(TrajectoryError, match="no record of smezo_pl"):
+    with pytest.raises(TrajectoryError, match="no trajectory of smezo_pl"):
         Trajectory.read(path)
 
 
@@ -269,7 +269,7 @@ def test_a_file_with_other_tables_is_refused(path: Path, header: Header, change:
     connection.execute(change)
     connection.commit()
     connection.close()
-    with pytest.raises(TrajectoryError, match="its tables are not those of a record"):
+    with pytest.raises(TrajectoryError, match="its tables are not those of a trajectory"):
         Trajectory.read(path)
 
 
@@ -347,7 +347,7 @@ def test_steps_of_another_run_are_found(path: Path, header: Header) -> None:
 def test_a_snapshot_holds_what_the_log_holds(path: Path, header: Header) -> None:
     with TrajectoryWriter.resume(written(path, header)) as writer:
         writer.append(row(10))
-        store.snapshot(path, path.with_name("copy"))
+        store.copy(path, path.with_name("copy"))
     copy = Trajectory.read(path.with_name("copy"))
     assert copy.next_step == 11
     assert not path.with_name("copy-wal").exists()
@@ -402,7 +402,7 @@ def test_a_damaged_schema_that_is_no_text_is_an_error_like_any_other(path: Path,
     harmed = data.replace(b"stepssteps", b"st\xf4psst\xf4ps").replace(b"CREATE TABLE steps", b"CREATE TABLX steps")
     assert harmed.count(b"\xf4ps") >= 2
     path.write_bytes(harmed)
-    with pytest.raises(TrajectoryError, match="the file is damaged"):
+    with pytest.raises(TrajectoryError, match="the file is corrupted"):
         Trajectory.read(path, damaged=True)
 
 

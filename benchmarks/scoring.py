@@ -1,8 +1,8 @@
-"""Evaluation time with shared prompts and sorted batches, against one forward per candidate of an example.
+r"""Evaluation time with shared prompts and sorted batches, against one forward per candidate of an example.
 
     python benchmarks/scoring.py --data-dir DATA --json benchmarks/results/scoring.json
     python benchmarks/scoring.py --data-dir DATA --tasks sst2 boolq --plain-forwards 400
-    python benchmarks/scoring.py --data-dir DATA --tasks sst2 squad --model FOLDER --examples 6 --plain-forwards 4 \\
+    python benchmarks/scoring.py --data-dir DATA --tasks sst2 squad --model FOLDER --examples 6 --plain-forwards 4 \
         --plain-generations 2
 
 DATA holds the tasks' Parquet files, ``{task}/{split}*.parquet``. SmolLM2-135M (or ``--model``, a Llama), float32,
@@ -223,7 +223,7 @@ def main() -> None:
     rows = []
     for task in arguments.tasks:
         data = PromptDataModule(task, data_dir=arguments.data_dir, tokenizer=tokenizer, num_test=arguments.examples)
-        measure = generating if data.task.is_free else scoring
+        measure = generating if data.task.is_generation else scoring
         rows.append(measure(task, model, data, arguments))
         print(rows[-1], flush=True)
     mean = math.exp(sum(math.log(row["factor"]) for row in rows) / len(rows))

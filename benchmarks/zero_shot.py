@@ -119,7 +119,7 @@ def main() -> None:
     for task in given.tasks:
         if any(row["task"] == task for row in result["rows"]):
             continue
-        count = min(given.examples, given.written) if TASKS[task].is_free else given.examples
+        count = min(given.examples, given.written) if TASKS[task].is_generation else given.examples
         data = data_of(task, given.data_dir, count, given.rows)
         if data is None:
             result["without_data"] = sorted({*result["without_data"], task})

@@ -35,9 +35,9 @@ from smezo_pl.scoring.evaluation import (
     answers_of,
     batch_sums,
     generated,
+    generation_rows,
     prediction_rows,
     scores_of,
-    written_rows,
 )
 from smezo_pl.scoring.linear_probe import LinearProbe
 from smezo_pl.strategies import ForwardDDPStrategy
@@ -445,7 +445,7 @@ class SparseMeZOModule(LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """What the model makes of each example: index in its data set, and its answer beside the right one."""
         if batch.prompts is not None:
-            return written_rows(batch, generated(self.model, batch, self.text_tokenizer))
+            return generation_rows(batch, generated(self.model, batch, self.text_tokenizer))
         scores = scores_of(self.model, batch)
         return prediction_rows(batch, calibrated(self.model, scores, batch))
 

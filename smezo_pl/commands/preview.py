@@ -64,7 +64,7 @@ def preview(data: PromptDataModule, split: SplitName = "train", examples: int = 
         examples: How many of them.
     """
     task = data.task
-    kind = "free text" if task.is_free else "candidates"
+    kind = "free text" if task.is_generation else "candidates"
     yield f"task {task.name}: {kind}, objective {data.objective}, metrics {', '.join(task.metrics)}"
     shown = data.encoded(split)[:examples]
     for encoded in shown:
@@ -126,7 +126,7 @@ def _labels(data: PromptDataModule, split: SplitName) -> Iterator[str]:
 
 
 def _candidates(data: PromptDataModule, shown: Sequence[Encoded]) -> Iterator[str]:
-    if data.task.is_free or not shown or shown[0].example is None:
+    if data.task.is_generation or not shown or shown[0].example is None:
         return
     fixed = bool(data.task.labels) and len({example.candidates for example in shown}) == 1
     yield "\ncandidates" + ("" if fixed else " of the first example")

@@ -18,7 +18,7 @@ from smezo_pl.data.loaders import BatchLimit, evaluation_loader, found_budget, t
 from smezo_pl.data.sources import load_split
 from smezo_pl.data.splits import Drawn, Draws, SplitName
 from smezo_pl.models import load_tokenizer
-from smezo_pl.tasks import Example, FreeText, Task, get_task, make_task, masked_form
+from smezo_pl.tasks import Example, GeneratedAnswer, Task, get_task, make_task, masked_form
 from smezo_pl.tasks.metrics import get_metric
 from smezo_pl.tasks.objectives import check_objective
 from smezo_pl.tasks.task import LOSSES, MASK
@@ -35,7 +35,7 @@ def task_of(task: str | Mapping[str, Any] | Task, file: str | None, max_new_toke
     elif not isinstance(task, Task):
         task = make_task(task, name=Path(file).stem if file else "own")
     if max_new_tokens is not None:
-        if not isinstance(task.candidates, FreeText):
+        if not isinstance(task.candidates, GeneratedAnswer):
             raise ValueError(
                 f"max_new_tokens is for answers that the model writes, and task {task.name!r} has candidates"
             )
@@ -125,7 +125,7 @@ def encoded_examples(
     """
     if task.is_masked:
         return MaskedEncoder(tokenizer, max_length).encode(examples, origin)
-    new_tokens = task.candidates.max_new_tokens if isinstance(task.candidates, FreeText) else 0
+    new_tokens = task.candidates.max_new_tokens if isinstance(task.candidates, GeneratedAnswer) else 0
     return Encoder(tokenizer, max_length, new_tokens, calibrated=calibrated).encode(examples, origin)
 
 
@@ -145,12 +145,12 @@ def collate_of(task: Task, tokenizer: PreTrainedTokenizerBase, objective: str, t
         padding_id(tokenizer),
         loss,
         # A step of the lm objective reads no candidate but the right one.
-        right_only=training and loss == "lm" and (reward is None or task.is_free),
+        right_only=training and loss == "lm" and (reward is None or task.is_generation),
         metrics=task.metrics,
         num_labels=len(task.labels) if isinstance(free, Mapping) else 0,
         reward=reward,
     )
-    if not isinstance(free, FreeText) or (training and reward is None):
+    if not isinstance(free, GeneratedAnswer) or (training and reward is None):
         return collate
     stops = stop_tokens(tokenizer, free.stop)
     return replace(collate, max_new_tokens=free.max_new_tokens, stop_ids=stops, stop=free.stop)

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from smezo_pl.data.sources import Split, load_file, load_split
-from smezo_pl.tasks import Example, ExampleError, FreeText, Task, make_example
+from smezo_pl.tasks import Example, ExampleError, GeneratedAnswer, Task, make_example
 
 logger = logging.getLogger(__name__)
 
@@ -361,10 +361,10 @@ class Draws:
         unknown = [example for example in examples if example.label < 0]
         if unknown and labelled:
             free = self.task.candidates
-            column = free.column if isinstance(free, FreeText) else self.task.label
+            column = free.column if isinstance(free, GeneratedAnswer) else self.task.label
             raise ValueError(
                 f"{data.origin}, {unknown[0].where}: column {column!r} holds no"
-                f" {'answer' if self.task.is_free else 'label'} ({len(unknown)} such rows of {len(numbers)}),"
+                f" {'answer' if self.task.is_generation else 'label'} ({len(unknown)} such rows of {len(numbers)}),"
                 f" but {split} examples need one; bad_rows: skip leaves such rows out"
             )
         logger.info(

@@ -23,7 +23,7 @@ from smezo_pl.scoring.candidates import (
 from smezo_pl.scoring.generation import generate
 from smezo_pl.scoring.linear_probe import LinearProbe
 from smezo_pl.scoring.logits import model_logits
-from smezo_pl.tasks.metrics import METRICS, Answered, choices, gathered
+from smezo_pl.tasks.metrics import METRICS, Answer, choices, gathered
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Collected:
     """
 
     metric: str
-    answers: list[Answered]
+    answers: list[Answer]
     num_labels: int = 0
 
 
@@ -96,7 +96,7 @@ class WeightedMeans:
         return values
 
 
-def written_rows(batch: PromptBatch, texts: list[str]) -> list[dict[str, Any]]:
+def generation_rows(batch: PromptBatch, texts: list[str]) -> list[dict[str, Any]]:
     """One dict an example: ``index``, ``prediction``, the text that was written, and ``references``, the right ones."""
     rows = zip(batch.index.tolist(), texts, batch.references, strict=True)
     return [{"index": index, "prediction": text, "references": list(right)} for index, text, right in rows]
@@ -186,7 +186,7 @@ def generated(model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer) -> lis
 
 def answers_of(
     model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer, scores: Tensor | None = None
-) -> list[Answered]:
+) -> list[Answer]:
     """What the model answers to each example: the best candidate, or what it writes.
 
     Args:
@@ -198,7 +198,7 @@ def answers_of(
     index = batch.index.tolist()
     if batch.prompts is not None:
         texts = generated(model, batch, tokenizer)
-        return [Answered(row, text, right) for row, text, right in zip(index, texts, batch.references, strict=True)]
+        return [Answer(row, text, right) for row, text, right in zip(index, texts, batch.references, strict=True)]
     if scores is None:
         scores = scores_of(model, batch)
     predicted = predictions(calibrated(model, scores, batch), batch)

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from smezo_pl.tasks.builtin import DEMO, GLUE, MASKED, QA, READING, SUPERGLUE, TOPICS, masked_form
 from smezo_pl.tasks.custom import make_task as make_task
 from smezo_pl.tasks.example import Example, ExampleError, make_example
-from smezo_pl.tasks.task import FreeText, ListCandidates, Loss, Source, Task
+from smezo_pl.tasks.task import GeneratedAnswer, ListCandidates, Loss, Source, Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (*DEMO, *GLUE, *SUPERGLUE, *TOPICS, *QA, *READING)}
 """The built-in tasks by name."""
@@ -15,7 +15,7 @@ __all__ = [
     "TASKS",
     "Example",
     "ExampleError",
-    "FreeText",
+    "GeneratedAnswer",
     "ListCandidates",
     "Loss",
     "Source",

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from smezo_pl.tasks.task import MASK, FreeText, ListCandidates, Source, Task
+from smezo_pl.tasks.task import MASK, GeneratedAnswer, ListCandidates, Source, Task
 
 DEMO = (
     Task(
@@ -193,7 +193,7 @@ READING = (
     Task(
         name="squad",
         prompt="Title: {title}\nContext: {context}\nQuestion: {question|strip}\nAnswer:",
-        candidates=FreeText("answers.text"),
+        candidates=GeneratedAnswer("answers.text"),
         objective="lm",
         metrics=("f1", "em"),
         source=Source("rajpurkar/squad"),
@@ -202,7 +202,7 @@ READING = (
     Task(
         name="drop",
         prompt="Passage: {passage}\nQuestion: {question|strip}\nAnswer:",
-        candidates=FreeText("answers_spans.spans"),
+        candidates=GeneratedAnswer("answers_spans.spans"),
         objective="lm",
         # MeZO takes the spans for alternatives; the official definition takes them together for one answer.
         metrics=("f1", "em", "drop_f1", "drop_em"),

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from smezo_pl.tasks.task import LOSSES, FreeText, ListCandidates, Task, Template
+from smezo_pl.tasks.task import LOSSES, GeneratedAnswer, ListCandidates, Task, Template
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
             f" writes; it has {'both' if 'target' in keys else 'neither'}"
         )
     candidates = _target(keys) if "target" in keys else _candidates(keys["candidates"])
-    if not isinstance(candidates, FreeText) and (extra := [key for key in _FREE if key in keys]):
+    if not isinstance(candidates, GeneratedAnswer) and (extra := [key for key in _FREE if key in keys]):
         raise ValueError(f"task: {extra[0]!r} is for answers that the model writes, and this task has candidates")
     return Task(
         name=str(keys.get("name", name)),
@@ -69,7 +69,7 @@ def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
         candidates=candidates,
         label=str(keys.get("label", "label")),
         objective=keys.get("objective", _usual_loss(candidates)),
-        metrics=_texts(keys, "metric", ("em", "f1") if isinstance(candidates, FreeText) else ("accuracy",)),
+        metrics=_texts(keys, "metric", ("em", "f1") if isinstance(candidates, GeneratedAnswer) else ("accuracy",)),
         words=_words(keys.get("words", {})),
         may_be_empty=_texts(keys, "may_be_empty", ()),
         group=_texts(keys, "group", ()),
@@ -77,7 +77,7 @@ def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
     )
 
 
-def _usual_loss(candidates: Mapping[str, str] | ListCandidates | FreeText) -> str:
+def _usual_loss(candidates: Mapping[str, str] | ListCandidates | GeneratedAnswer) -> str:
     """As in the papers: labels are classified, multiple choice and free answers are trained on the right text."""
     if isinstance(candidates, Mapping) and not any(Template(text).columns for text in candidates.values()):
         return LOSSES[0]
@@ -121,12 +121,14 @@ def _called(text: Any, place: int) -> str:
     return str(place) if "{" in str(text) else str(text).strip()
 
 
-def _target(keys: Mapping[str, Any]) -> FreeText:
+def _target(keys: Mapping[str, Any]) -> GeneratedAnswer:
     stop = _texts(keys, "stop", ("\n",))
     # As with candidates, the space before an answer belongs to the answer, and none follows a line break.
     space = "" if str(keys["prompt"]).endswith("\n") else " "
     text = f"{space}{{answer}}{stop[0] if stop else ''}"
-    return FreeText(_text(keys, "target"), text, keys.get("max_new_tokens", FreeText.max_new_tokens), stop)
+    return GeneratedAnswer(
+        _text(keys, "target"), text, keys.get("max_new_tokens", GeneratedAnswer.max_new_tokens), stop
+    )
 
 
 def _text(keys: Mapping[str, Any], key: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from smezo_pl.tasks.task import FILTERS, FreeText, ListCandidates, Task, Template
+from smezo_pl.tasks.task import FILTERS, GeneratedAnswer, ListCandidates, Task, Template
 
 UNKNOWN = -1
 """A label that is not known: hidden test sets carry it."""
@@ -21,7 +21,7 @@ def missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def right_candidates(
+def gold_candidates(
     task: Task,
     value: Any,
     names: Sequence[str],
@@ -166,7 +166,7 @@ def make_example(
     values = {column: _text(task, column, row.get(column), where) for column in task.text_columns}
     # MeZO strips the same: a prompt neither starts with white space nor ends in a space.
     prompt = task.prompt_template.render(values).lstrip().rstrip(" ")
-    if isinstance(task.candidates, FreeText):
+    if isinstance(task.candidates, GeneratedAnswer):
         return _free(task.candidates, prompt, row, index, where, line)
     if isinstance(task.candidates, ListCandidates):
         items = _items(task.candidates, row.get(task.candidates.column), where)
@@ -181,7 +181,7 @@ def make_example(
         if texts.count(text) > 1:
             raise ExampleError(f"{where}: two candidates have the same text {text!r}, so no label can tell them apart")
     answers = items or tuple(text.strip() for text in texts)
-    correct = right_candidates(task, row.get(task.label), answers, label_names, where)
+    correct = gold_candidates(task, row.get(task.label), answers, label_names, where)
     label = correct[0] if correct else UNKNOWN
     right = tuple(sorted(correct))
     references = tuple(answers[place] for place in right)
@@ -199,7 +199,7 @@ def _group(task: Task, values: Mapping[str, str], row: Mapping[str, Any]) -> int
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _free(free: FreeText, prompt: str, row: Mapping[str, Any], index: int, where: str, line: str) -> Example:
+def _free(free: GeneratedAnswer, prompt: str, row: Mapping[str, Any], index: int, where: str, line: str) -> Example:
     """An example whose one candidate is the text that is trained on."""
     value = row.get(free.root)
     for part in free.column.split(".")[1:]:

@@ -15,12 +15,12 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
 )
 
-from smezo_pl.tasks.task import FreeText, ListCandidates, Task
+from smezo_pl.tasks.task import GeneratedAnswer, ListCandidates, Task
 from smezo_pl.tasks.text_metrics import drop_em, drop_f1, number_in, rouge, squad_em, squad_f1
 
 
 @dataclass(frozen=True)
-class Answered:
+class Answer:
     """The answer to one example.
 
     Attributes:
@@ -42,10 +42,10 @@ class Answered:
     group: int = 0
 
 
-def gathered(answers: list[Answered]) -> list[Answered]:
+def gathered(answers: list[Answer]) -> list[Answer]:
     """The answers of all processes in the order of their rows, each once; the same on every process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        parts: list[list[Answered]] = [[] for _ in range(torch.distributed.get_world_size())]
+        parts: list[list[Answer]] = [[] for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather_object(parts, answers)
         answers = [answer for part in parts for answer in part]
     return list({answer.index: answer for answer in sorted(answers, key=lambda answer: answer.index)}.values())
@@ -59,7 +59,7 @@ def choices(
     group: Tensor,
     names: tuple[tuple[str, ...], ...],
     references: tuple[tuple[str, ...], ...],
-) -> list[Answered]:
+) -> list[Answer]:
     """Answers that chose one of an example's candidates.
 
     Args:
@@ -73,7 +73,7 @@ def choices(
     """
     columns = (tensor.tolist() for tensor in (predicted, right, labels, index, group))
     return [
-        Answered(row, names[n][place], references[n], place, label, correct, number)
+        Answer(row, names[n][place], references[n], place, label, correct, number)
         for n, (place, correct, label, row, number) in enumerate(zip(*columns, strict=True))
     ]
 
@@ -102,7 +102,7 @@ class Metric:
     """
 
     name: str
-    measure: Callable[[Sequence[Answered], int], float]
+    measure: Callable[[Sequence[Answer], int], float]
     kinds: tuple[Kind, ...]
     two_labels: bool = False
     grouped: bool = False
@@ -123,7 +123,7 @@ class Metric:
 
 def kind_of(task: Task) -> Kind:
     """What kind of answers a task has."""
-    if isinstance(task.candidates, FreeText):
+    if isinstance(task.candidates, GeneratedAnswer):
         return "text"
     return "listed" if isinstance(task.candidates, ListCandidates) else "labels"
 
@@ -132,30 +132,30 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _text_mean(score: Callable[[str, Sequence[str]], float], answers: Sequence[Answered], labels: int) -> float:
+def _text_mean(score: Callable[[str, Sequence[str]], float], answers: Sequence[Answer], labels: int) -> float:
     return _mean([score(answer.text, answer.references) for answer in answers])
 
 
-def _accuracy(answers: Sequence[Answered], labels: int) -> float:
+def _accuracy(answers: Sequence[Answer], labels: int) -> float:
     return _mean([float(answer.correct) for answer in answers])
 
 
-def _places(answers: Sequence[Answered]) -> tuple[Tensor, Tensor]:
+def _places(answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
     return torch.tensor([answer.place for answer in answers]), torch.tensor([answer.label for answer in answers])
 
 
-def _f1(answers: Sequence[Answered], labels: int) -> float:
+def _f1(answers: Sequence[Answer], labels: int) -> float:
     """F1 of the last of two labels; of the answers as texts where labels are not shared."""
     if labels:
         return float(binary_f1_score(*_places(answers)))
     return _text_mean(squad_f1, answers, labels)
 
 
-def _f1_macro(answers: Sequence[Answered], labels: int) -> float:
+def _f1_macro(answers: Sequence[Answer], labels: int) -> float:
     return float(multiclass_f1_score(*_places(answers), num_classes=labels, average="macro"))
 
 
-def _matthews(answers: Sequence[Answered], labels: int) -> float:
+def _matthews(answers: Sequence[Answer], labels: int) -> float:
     """Correlation of chosen and right labels, for two labels or more; 0 where one side is constant, as for GLUE.
 
     torchmetrics 1.9 gives a constant answer something else than 0.
@@ -166,7 +166,7 @@ def _matthews(answers: Sequence[Answered], labels: int) -> float:
     return float((chosen * right).sum() / spread.sqrt()) if spread > 0 else 0.0
 
 
-def _em(answers: Sequence[Answered], labels: int) -> float:
+def _em(answers: Sequence[Answer], labels: int) -> float:
     """Share of questions with every answer right; of answers equal to a reference where labels are not shared."""
     if not labels:
         return _text_mean(squad_em, answers, labels)
@@ -176,7 +176,7 @@ def _em(answers: Sequence[Answered], labels: int) -> float:
     return _mean([float(all(right)) for right in questions.values()])
 
 
-def _numbers(compare: Callable[[Tensor, Tensor], Tensor], answers: Sequence[Answered], labels: int) -> float:
+def _numbers(compare: Callable[[Tensor, Tensor], Tensor], answers: Sequence[Answer], labels: int) -> float:
     """A comparison of verbalised numbers; an answer without one counts as 0."""
     said = torch.tensor([number_in(answer.text) or 0.0 for answer in answers], dtype=torch.float64)
     right = torch.tensor([number_in(answer.references[0]) or 0.0 for answer in answers], dtype=torch.float64)
@@ -190,7 +190,7 @@ def _correlation(compare: Callable[[Tensor, Tensor], Tensor], said: Tensor, righ
     return compare(said, right)
 
 
-def _readable(answers: Sequence[Answered], labels: int) -> float:
+def _readable(answers: Sequence[Answer], labels: int) -> float:
     return _mean([float(number_in(answer.text) is not None) for answer in answers])
 
 

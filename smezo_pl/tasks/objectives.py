@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from smezo_pl.tasks.metrics import METRICS, Answered, get_metric
+from smezo_pl.tasks.metrics import METRICS, Answer, get_metric
 from smezo_pl.tasks.task import LOSSES, Task
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def check_objective(objective: str, task: Task) -> None:
         ValueError: If it is none of these or does not fit; if the reward cannot be imported.
     """
     if objective in LOSSES:
-        if objective == "classification" and task.is_free:
+        if objective == "classification" and task.is_generation:
             raise ValueError(f"objective 'classification' needs candidates, and task {task.name!r} has a free answer")
         return
     if "." in objective:
@@ -92,7 +92,7 @@ class Reward:
         self._function = load_reward(self.objective) if "." in self.objective else None
         self._said: set[str] = set()
 
-    def loss(self, answers: Sequence[Answered]) -> float:
+    def loss(self, answers: Sequence[Answer]) -> float:
         """The number; NaN if a user's function raises or gives NaN, which skips the step. Never infinite."""
         if self._function is None:
             metric = METRICS[self.objective]

@@ -173,7 +173,7 @@ class ListCandidates:
 
 
 @dataclass(frozen=True)
-class FreeText:
+class GeneratedAnswer:
     r"""An answer that the model writes itself, token by token; it is compared with the right ones as text.
 
     Args:
@@ -215,7 +215,7 @@ class Task:
         prompt: Template of the prompt. Spaces at its end and white space at its start are dropped once it is filled in.
             One that holds ``<mask>`` is for a masked language model, which fills the candidate in there.
         candidates: For each label value, in the data set's own order, the template of its text; or a
-            :class:`ListCandidates`; or a :class:`FreeText`, which the model writes itself.
+            :class:`ListCandidates`; or a :class:`GeneratedAnswer`, which the model writes itself.
         label: Column of the label: the name of a label, its place as an integer, or a boolean.
         objective: ``"classification"``: cross-entropy over the candidates' mean log-probabilities. ``"lm"``: token
             cross-entropy on the right candidate alone.
@@ -235,7 +235,7 @@ class Task:
 
     name: str
     prompt: str
-    candidates: Mapping[str, str] | ListCandidates | FreeText
+    candidates: Mapping[str, str] | ListCandidates | GeneratedAnswer
     label: str = "label"
     objective: Loss = "classification"
     metrics: tuple[str, ...] = ("accuracy",)
@@ -265,7 +265,7 @@ class Task:
             )
         # Parsed now, so that a misspelt template is refused where it is written.
         _ = self.prompt_template, self.candidate_templates, self.calibration_template
-        if isinstance(self.candidates, FreeText) and self.objective == "classification":
+        if isinstance(self.candidates, GeneratedAnswer) and self.objective == "classification":
             raise ValueError(f"task {self.name!r} has no candidates to classify: objective must be 'lm'")
         if not isinstance(self.candidates, Mapping):
             return
@@ -288,7 +288,7 @@ class Task:
         """The candidates' texts, parsed: one for each label, or the one of a :class:`ListCandidates`."""
         if isinstance(self.candidates, ListCandidates):
             return (Template(self.candidates.text),)
-        if isinstance(self.candidates, FreeText):
+        if isinstance(self.candidates, GeneratedAnswer):
             return ()
         return tuple(Template(text) for text in self.candidates.values())
 
@@ -303,16 +303,16 @@ class Task:
         return MASK in self.prompt
 
     @property
-    def is_free(self) -> bool:
+    def is_generation(self) -> bool:
         """Whether the model writes the answer itself."""
-        return isinstance(self.candidates, FreeText)
+        return isinstance(self.candidates, GeneratedAnswer)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """The names of the labels, in the data set's order; empty when a label is the text of a candidate."""
         if isinstance(self.candidates, ListCandidates):
             return self.candidates.names
-        if isinstance(self.candidates, FreeText):
+        if isinstance(self.candidates, GeneratedAnswer):
             return ()
         return tuple(str(name) for name in self.candidates)
 
@@ -327,7 +327,7 @@ class Task:
     def columns(self) -> tuple[str, ...]:
         """Every column that an example is made of, the label's or the answer's last."""
         shown = dict.fromkeys((*self.text_columns, *self.group))
-        if isinstance(self.candidates, FreeText):
+        if isinstance(self.candidates, GeneratedAnswer):
             return (*shown, self.candidates.root)
         lists = (self.candidates.column,) if isinstance(self.candidates, ListCandidates) else ()
         return (*shown, *lists, self.label)

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from smezo_pl.tasks import FreeText, ListCandidates, Task, make_example, make_task
+from smezo_pl.tasks import GeneratedAnswer, ListCandidates, Task, make_example, make_task
 from smezo_pl.tasks.metrics import get_metric
 from smezo_pl.tasks.objectives import check_objective
 
@@ -59,7 +59,7 @@ def test_multiple_choice_from_a_column_that_holds_a_list(value: Any, label: int)
 
 def test_free_text() -> None:
     task = make_task({"prompt": "{article}\nSummary:", "target": "summary", "metric": "rougeL", "max_new_tokens": 9})
-    assert isinstance(task.candidates, FreeText)
+    assert isinstance(task.candidates, GeneratedAnswer)
     assert (task.objective, task.metrics, task.candidates.max_new_tokens) == ("lm", ("rougeL",), 9)
     example = make_example(task, {"article": "Long.", "summary": " short "})
     assert (example.candidates, example.references, example.label) == ((" short\n",), ("short",), 0)

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from smezo_pl.tasks.metrics import METRICS, Answered, gathered
+from smezo_pl.tasks.metrics import METRICS, Answer, gathered
 from smezo_pl.tasks.objectives import Reward
 
 
-def chosen(*pairs: tuple[int, int], groups: tuple[int, ...] = ()) -> list[Answered]:
+def chosen(*pairs: tuple[int, int], groups: tuple[int, ...] = ()) -> list[Answer]:
     return [
-        Answered(n, str(place), (str(label),), place, label, place == label, groups[n] if groups else 0)
+        Answer(n, str(place), (str(label),), place, label, place == label, groups[n] if groups else 0)
         for n, (place, label) in enumerate(pairs)
     ]
 
 
-def written(*answers: tuple[str, tuple[str, ...]]) -> list[Answered]:
-    return [Answered(n, text, right) for n, (text, right) in enumerate(answers)]
+def written(*answers: tuple[str, tuple[str, ...]]) -> list[Answer]:
+    return [Answer(n, text, right) for n, (text, right) in enumerate(answers)]
 
 
 def test_labels() -> None:

@@ -25,7 +25,7 @@ from smezo_pl.callbacks import (
     WeightCheckpoint,
     ZerothOrderMonitor,
 )
-from smezo_pl.callbacks.progress import RunProgressBar
+from smezo_pl.callbacks.common import RunProgressBar
 from smezo_pl.data import PromptDataModule
 from smezo_pl.module import SparseMeZOModule
 from smezo_pl.optim import SparseMeZO
@@ -107,7 +107,7 @@ TRAINER_DEFAULTS = {
     "max_steps": 20_000,
     "num_sanity_val_steps": 0,
 }
-"""The papers train for 20,000 steps. The sanity check would come twice, as the run is measured before it starts; the
+"""The papers train for 20,000 steps. `RunMetrics` asks for the sanity check itself, to measure the starting weights; the
 summary tells less than the line that is logged when the model is there."""
 
 

@@ -1,18 +1,14 @@
-"""What several callbacks need: the optimizer of a run, its folder, its masks."""
+"""What callbacks share: the run's optimizer, folder and loggers, and one progress bar for the whole run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 
 from smezo_pl.optim import SparseMeZO
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback, Trainer
 
 
 def zeroth_order_optimizer(trainer: Trainer, callback: Callback) -> SparseMeZO:
@@ -24,16 +20,8 @@ def zeroth_order_optimizer(trainer: Trainer, callback: Callback) -> SparseMeZO:
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, SparseMeZO):
             return optimizer
-    found = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
-    raise TypeError(f"{type(callback).__name__} needs a SparseMeZO optimizer, the run has {found}")
-
-
-def step_loss(trainer: Trainer, module: Any) -> float:
-    """The training loss of the last step: the optimizer's, or by backpropagation the module's."""
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, SparseMeZO):
-            return optimizer.last_step.loss
-    return float(module.backpropagation.last_loss)
+    present = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
+    raise TypeError(f"{type(callback).__name__} needs a SparseMeZO optimizer, the run has {present}")
 
 
 def validates_now(trainer: Trainer) -> bool:
@@ -47,59 +35,58 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def log_scalars(trainer: Trainer, scalars: dict[str, float], step: int) -> None:
-    """Give scalars to every logger, at a number of optimizer steps."""
+def log_scalars(trainer: Trainer, scalars: dict[str, float]) -> None:
+    """Give scalars to every logger, at the number of optimizer steps."""
     for logger in trainer.loggers:
-        logger.log_metrics(scalars, step=step)
+        logger.log_metrics(scalars, step=trainer.global_step)
 
 
-def figure_writers(trainer: Trainer) -> list[Any]:
-    """Those loggers' writers that take matplotlib figures (TensorBoard's do)."""
-    writers = (getattr(logger, "experiment", None) for logger in trainer.loggers)
-    return [writer for writer in writers if hasattr(writer, "add_figure")]
+class RunProgressBar(RichProgressBar):
+    """One bar from the first step to the last, with loss, steps/s and the time left.
 
+    Lightning's own bar starts again at every epoch, and an epoch of 1,000 examples is 63 of 20,000 steps.
 
-SAMPLE = 1 << 26
-"""Most weights whose masks are kept to be compared later: 8 MiB of bits."""
+    Args:
+        refresh_rate: Updates per second.
+    """
 
+    def __init__(self, refresh_rate: int = 4) -> None:
+        super().__init__(refresh_rate=refresh_rate)
 
-def sampled_names(optimizer: SparseMeZO, limit: int = SAMPLE) -> list[str]:
-    """Names of tensors that together hold at most about ``limit`` weights, spread evenly over the model."""
-    sizes = _sizes(optimizer)
-    share = min(1.0, limit / max(1, sum(sizes.values())))
-    names: list[str] = []
-    owed = 0.0
-    for name, size in sizes.items():
-        owed += size * share
-        if size <= owed:
-            names.append(name)
-            owed -= size
-    return names or [min(sizes, key=lambda name: sizes[name])]
+    @property
+    def total_train_batches(self) -> int | float:
+        """Steps of the run."""
+        return self.trainer.estimated_stepping_batches
 
+    @property
+    def sanity_check_description(self) -> str:
+        """`RunMetrics` measures the run's first and last weights in sanity checks."""
+        return "Measuring "
 
-def selected(bits: Tensor) -> int:
-    """Number of set bits of a packed mask."""
-    counts = torch.bincount(bits.flatten(), minlength=256)
-    ones = torch.tensor([value.bit_count() for value in range(256)], device=bits.device)
-    return int((counts * ones).sum())
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training  "
 
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """The metrics to show; the logger's version number is in the run's folder."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
 
-def churn(before: Mapping[str, Tensor], after: Mapping[str, Tensor], optimizer: SparseMeZO) -> float:
-    """Share of the weights that one mask selects and the other does not, over the tensors of ``before``."""
-    sizes = _sizes(optimizer)
-    changed = sum(selected(before[name] ^ after[name]) for name in before)
-    return changed / sum(sizes[name] for name in before)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the bar, once."""
+        if self.train_progress_bar_id is None:
+            super().on_train_epoch_start(trainer, pl_module)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance by one step of the run."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
-def density(masks: Mapping[str, Tensor], optimizer: SparseMeZO) -> float:
-    """Share of the weights that the masks select."""
-    sizes = _sizes(optimizer)
-    return sum(selected(bits) for bits in masks.values()) / sum(sizes[name] for name in masks)
-
-
-def _sizes(optimizer: SparseMeZO) -> dict[str, int]:
-    return {
-        name: parameter.numel()
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-    }
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hide the bar of a measurement."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.sanity_checking:
+            self.on_sanity_check_end(trainer, pl_module)

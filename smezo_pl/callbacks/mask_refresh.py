@@ -1,24 +1,30 @@
-"""Masks made again from today's weights, now and then, and a schedule of sparsity."""
+"""Masks computed again from the current weights, a schedule of sparsity, and how two masks compare."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
-from smezo_pl.callbacks.common import churn, density, log_scalars, sampled_names, zeroth_order_optimizer
+from smezo_pl.callbacks.common import log_scalars, zeroth_order_optimizer
+from smezo_pl.optim import SparseMeZO
 
 log = logging.getLogger(__name__)
+
+SAMPLE = 1 << 26
+"""Maximum number of weights whose masks are kept to be compared later: 8 MiB of bits."""
 
 
 class MaskRefresh(Callback):
     """Calls `SparseMeZO.refresh_masks` every so many steps or epochs.
 
-    Thresholds are computed once before training otherwise (the paper's choice). Logged at each refresh:
-    ``mask/density``, the share of the weights that take part, and ``mask/churn``, the share that changed sides (both
-    over a sample of the tensors in models of more than 67 million weights), and ``mask/sparsity`` where it is
-    scheduled.
+    Otherwise thresholds are computed once, before training (the paper's choice). Logged at each refresh:
+    ``mask/density``, the fraction of active weights, ``mask/churn``, the fraction that became active or inactive (both
+    over a sample of the tensors in models of more than 67 million weights), and ``mask/sparsity`` if it is scheduled.
 
     Args:
         every_n_steps: Steps between two refreshes, at least 1.
@@ -60,7 +66,7 @@ class MaskRefresh(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Refresh where it is time, unless the run ends here.
+        """Refresh where it is due, unless the run ends here.
 
         Also for epochs, whose own hook comes after the checkpoint of their last step and would be left out of a resume.
         """
@@ -70,9 +76,7 @@ class MaskRefresh(Callback):
             now, period = trainer.current_epoch + 1, self.every_n_epochs
         else:
             now, period = trainer.global_step, self.every_n_steps or 0
-        if trainer.global_step == trainer.max_steps:
-            return
-        if now in self.sparsity or (period and now % period == 0):
+        if trainer.global_step != trainer.max_steps and (now in self.sparsity or (period and now % period == 0)):
             self._refresh(trainer, now)
 
     def _refresh(self, trainer: Trainer, now: int) -> None:
@@ -85,9 +89,46 @@ class MaskRefresh(Callback):
         scalars = {"mask/churn": churn(before, after, optimizer), "mask/density": density(after, optimizer)}
         if scheduled:
             scalars["mask/sparsity"] = scheduled[-1]
-        log_scalars(trainer, scalars, trainer.global_step)
-        log.info(
-            "masks refreshed after step %d: %s",
-            trainer.global_step,
-            ", ".join(f"{name.removeprefix('mask/')} {value:.4g}" for name, value in scalars.items()),
-        )
+        log_scalars(trainer, scalars)
+        values = ", ".join(f"{name.removeprefix('mask/')} {value:.4g}" for name, value in scalars.items())
+        log.info("masks refreshed after step %d: %s", trainer.global_step, values)
+
+
+def sampled_names(optimizer: SparseMeZO, limit: int = SAMPLE) -> list[str]:
+    """Names of tensors that together hold at most about ``limit`` weights, spread evenly over the model."""
+    sizes = _sizes(optimizer)
+    share = min(1.0, limit / max(1, sum(sizes.values())))
+    names: list[str] = []
+    owed = 0.0
+    for name, size in sizes.items():
+        owed += size * share
+        if size <= owed:
+            names.append(name)
+            owed -= size
+    return names or [min(sizes, key=lambda name: sizes[name])]
+
+
+def selected(bits: Tensor) -> int:
+    """Number of set bits of a packed mask."""
+    counts = torch.bincount(bits.flatten(), minlength=256)
+    ones = torch.tensor([value.bit_count() for value in range(256)], device=bits.device)
+    return int((counts * ones).sum())
+
+
+def density(masks: Mapping[str, Tensor], optimizer: SparseMeZO) -> float:
+    """Fraction of the weights that the masks select."""
+    sizes = _sizes(optimizer)
+    return sum(selected(bits) for bits in masks.values()) / sum(sizes[name] for name in masks)
+
+
+def churn(before: Mapping[str, Tensor], after: Mapping[str, Tensor], optimizer: SparseMeZO) -> float:
+    """Fraction of the weights that one mask selects and the other does not, over the tensors of ``before``."""
+    return density({name: before[name] ^ after[name] for name in before}, optimizer)
+
+
+def _sizes(optimizer: SparseMeZO) -> dict[str, int]:
+    return {
+        name: parameter.numel()
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }

@@ -1,4 +1,4 @@
-"""What a zeroth-order run does, in numbers and pictures for its logger."""
+"""What a zeroth-order run does, in scalars and figures for its loggers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from smezo_pl.callbacks.common import churn, density, figure_writers, log_scalars, sampled_names, zeroth_order_optimizer
+from smezo_pl.callbacks.common import log_scalars, zeroth_order_optimizer
 from smezo_pl.callbacks.figures import density_figure, gradient_figure
+from smezo_pl.callbacks.mask_refresh import churn, density, sampled_names
 from smezo_pl.data.batch import batch_size
 from smezo_pl.optim import SparseMeZO, StepReport
 
@@ -19,29 +20,29 @@ QUANTILES = (0.1, 0.5, 0.9)
 
 
 class ZerothOrderMonitor(Callback):
-    """Logs the optimizer's side of training.
+    """Logs what the optimizer does.
 
-    To every logger, each ``trainer.log_every_n_steps`` steps:
+    To every logger, every ``trainer.log_every_n_steps`` steps:
 
-    | name | what |
+    | name | value |
     |---|---|
     | ``zo/loss_plus``, ``zo/loss_minus`` | loss at ``theta + eps m z`` and ``theta - eps m z`` |
     | ``zo/projected_gradient`` | ``(l+ - l-) / (2 eps)``, mean over the samples |
     | ``zo/gradient_abs_q10``, ``_q50``, ``_q90`` | quantiles of its magnitude over the last ``window`` steps |
     | ``zo/lr``, ``zo/eps`` | of the first parameter group |
-    | ``zo/skipped_steps`` | steps so far that changed nothing for a loss that was not finite |
-    | ``zo/forward_share`` | share of the step's time spent in the forwards, since the last line |
-    | ``zo/examples_per_second`` | of training, validation not counted, since the last line |
-    | ``zo/peak_memory_gib`` | of the device, on a CPU of the process |
+    | ``zo/skipped_steps`` | steps so far without an update, as a loss was not finite |
+    | ``zo/forward_share`` | fraction of the step's time spent in forwards, since last logged |
+    | ``zo/examples_per_second`` | of training without validation, since last logged |
+    | ``zo/peak_memory_gib`` | of the device; on a CPU, of the process |
 
-    Every ``masks_every_n_steps`` steps ``zo/mask_density``, the share of the weights that take part, and
-    ``zo/mask_churn``, the share that changed sides since the last time (over a sample of the tensors in models of more
-    than 67 million weights). Every ``figures_every_n_steps`` steps, where the logger takes figures (TensorBoard does),
+    Every ``masks_every_n_steps`` steps: ``zo/mask_density``, the fraction of active weights, and ``zo/mask_churn``, the
+    fraction that became active or inactive since last logged (over a sample of the tensors in models of more than 67
+    million weights). Every ``figures_every_n_steps`` steps, if the logger takes figures (TensorBoard does):
     ``zo/projected_gradients``, their histogram over the window, and ``zo/density_by_layer``.
 
     Args:
-        window: Steps that quantiles and histogram look back on, at least 1.
-        masks_every_n_steps: Steps between two looks at the masks, at least 1; each reads the sampled weights once.
+        window: Number of last steps in quantiles and histogram, at least 1.
+        masks_every_n_steps: Steps between two readings of the masks, at least 1; each reads the sampled weights once.
         figures_every_n_steps: Steps between two figures, at least 1; None for no figures.
 
     Raises:
@@ -62,19 +63,18 @@ class ZerothOrderMonitor(Callback):
         self.masks_every_n_steps, self.figures_every_n_steps = masks_every_n_steps, figures_every_n_steps
         self._gradients: deque[float] = deque(maxlen=window)
         self._masks: dict[str, torch.Tensor] = {}
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._forward = self._total = 0.0
         self._examples, self._seconds, self._clock = 0, 0.0, perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to measure."""
-        self._forget()
+        """Start measuring."""
+        self._reset()
         self._masks = {}
-        device = pl_module.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the time of the validation out."""
@@ -83,7 +83,7 @@ class ZerothOrderMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the step's report, and log where it is time."""
+        """Add the step, and log what is due."""
         optimizer = zeroth_order_optimizer(trainer, self)
         report, step = optimizer.last_step, trainer.global_step
         now = perf_counter()
@@ -98,19 +98,19 @@ class ZerothOrderMonitor(Callback):
         scalars: dict[str, float] = {}
         if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             scalars |= self._scalars(optimizer, report, pl_module.device)
-            self._forget()
+            self._reset()
         if step % self.masks_every_n_steps == 0:
             scalars |= self._mask_scalars(optimizer)
         if scalars:
-            log_scalars(trainer, scalars, step)
+            log_scalars(trainer, scalars)
         if self.figures_every_n_steps is not None and step % self.figures_every_n_steps == 0:
-            self._draw(trainer, optimizer, step)
+            self._draw(trainer, optimizer)
         self._clock = perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the figures of the last step."""
         if self.figures_every_n_steps is not None and trainer.global_step % self.figures_every_n_steps != 0:
-            self._draw(trainer, zeroth_order_optimizer(trainer, self), trainer.global_step)
+            self._draw(trainer, zeroth_order_optimizer(trainer, self))
 
     def _scalars(self, optimizer: SparseMeZO, report: StepReport, device: torch.device) -> dict[str, float]:
         samples = len(report.losses)
@@ -142,18 +142,22 @@ class ZerothOrderMonitor(Callback):
         self._masks = masks
         return scalars
 
-    def _draw(self, trainer: Trainer, optimizer: SparseMeZO, step: int) -> None:
-        writers = figure_writers(trainer)
+    def _draw(self, trainer: Trainer, optimizer: SparseMeZO) -> None:
+        writers: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+        writers = [writer for writer in writers if hasattr(writer, "add_figure")]
         if not writers or not self._gradients:
             return
-        stats = optimizer.mask_stats()
+        figures = {
+            "zo/projected_gradients": gradient_figure(list(self._gradients)),
+            "zo/density_by_layer": density_figure(optimizer.mask_stats()),
+        }
         for writer in writers:
-            writer.add_figure("zo/projected_gradients", gradient_figure(list(self._gradients)), step, close=False)
-            writer.add_figure("zo/density_by_layer", density_figure(stats), step, close=False)
+            for name, figure in figures.items():
+                writer.add_figure(name, figure, trainer.global_step, close=False)
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes held at once: on CUDA by torch's allocator, elsewhere by the process; None where nothing tells."""
+    """Peak memory in bytes: on CUDA of torch's allocator, elsewhere of the process; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -7,8 +7,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from smezo_pl.callbacks import MaskRefresh
-from smezo_pl.callbacks import common as module
-from smezo_pl.callbacks.common import churn, density, sampled_names, selected
+from smezo_pl.callbacks.mask_refresh import SAMPLE, churn, density, sampled_names, selected
 from smezo_pl.optim import SparseMeZO
 from tests.trajectory.runs import Classifier, fit, network
 
@@ -98,4 +97,4 @@ def test_large_models_are_sampled() -> None:
     some = sampled_names(optimizer, sum(sizes.values()) // 2)
     assert 0 < sum(sizes[name] for name in some) <= sum(sizes.values()) // 2
     assert sampled_names(optimizer, 1) == ["3.bias"]
-    assert module.SAMPLE == 1 << 26
+    assert SAMPLE == 1 << 26

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.callbacks import RunMetrics
-from smezo_pl.callbacks.progress import RunProgressBar
+from smezo_pl.callbacks.common import RunProgressBar
 
 
 class Recorder(RunProgressBar):
@@ -54,5 +54,6 @@ def test_what_is_measured_around_a_run_has_a_bar(
         assert not measured
         return
     assert bar.bars[measured[0]] == ("Measuring", 5)
-    assert bar.seen[measured[0]] == [1, 2, 3, 4, 5, 5]
+    assert bar.seen[measured[0]] == [1, 2, 3, 4, 5]
+    assert bar.progress is not None and not bar.progress.tasks[measured[0]].visible
     assert ("Training", 2) in bar.bars.values()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from smezo_pl.callbacks import RunMetrics
+from smezo_pl.callbacks import RunMetrics, SeedCheckpoint
 from smezo_pl.callbacks.figures import MOST_POINTS, Curve
 from tests.trajectory.runs import (
     Classifier,
@@ -92,6 +92,21 @@ def test_a_resumed_run_keeps_what_was_before(tmp_path: Path) -> None:
     assert callback.result["before"] == straight.result["before"]
     assert callback.result["after"] == straight.result["after"]
     assert callback._curve.state_dict() == straight._curve.state_dict()
+
+
+def test_the_last_weights_are_measured_and_no_other_callback_sees_it(tmp_path: Path) -> None:
+    module, callback, keep = Classifier(), RunMetrics(table=False), SeedCheckpoint(every_n_steps=3)
+    seen = fit(tmp_path, module, callback, keep, max_steps=18)
+    assert list(seen.val) == [4, 8, 12, 16]
+    assert keep.best_step in seen.val
+    assert callback.result is not None and callback.result["after"] == pytest.approx(score(module.model), rel=1e-5)
+    assert [point["step"] for point in callback.result["curve"]["held_out"]] == [0, 4, 8, 12, 16, 18]
+
+
+def test_nothing_is_measured_before_if_not_asked_for(tmp_path: Path) -> None:
+    callback = RunMetrics(before=False, table=False)
+    fit(tmp_path, Classifier(), callback)
+    assert callback.result is not None and callback.result["before"] is None and callback.result["after"] is not None
 
 
 def test_without_validation_data_there_is_nothing_to_compare(

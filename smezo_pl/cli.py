@@ -107,8 +107,8 @@ TRAINER_DEFAULTS = {
     "max_steps": 20_000,
     "num_sanity_val_steps": 0,
 }
-"""The papers train for 20,000 steps. `RunMetrics` asks for the sanity check itself, to measure the starting weights; the
-summary tells less than the line that is logged when the model is there."""
+"""The papers train for 20,000 steps. `RunMetrics` asks for the sanity check itself, to measure the starting weights.
+The summary tells less than the line that is logged when the model is there."""
 
 
 class SmezoCLI(LightningCLI):

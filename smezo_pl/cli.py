@@ -180,7 +180,7 @@ def build(config: str | Path | dict[str, Any] | None = None, *overrides: str, ru
     Returns:
         An object with ``model``, ``datamodule`` and ``trainer``.
 
-    Example:
+    Examples:
         >>> run = build("configs/quickstart.yaml", "--model.pretrained=facebook/opt-125m")  # doctest: +SKIP
         >>> run.trainer.fit(run.model, run.datamodule)  # doctest: +SKIP
     """

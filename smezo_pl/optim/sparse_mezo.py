@@ -46,14 +46,13 @@ class NonFiniteLossError(RuntimeError):
 
 
 class SparseMeZO(Optimizer):
-    r"""Sparse memory-efficient zeroth-order optimizer: two forwards a step, no backward, no optimizer state.
+    """Sparse memory-efficient zeroth-order optimizer: two forwards a step, no backward, no optimizer state.
 
     One step with the closure's loss ``L``, weights ``theta`` and, for each tensor, the mask ``m`` of its small weights:
 
-    .. math::
-        m &= [\,|\theta| \le h\,], \quad z \sim N(0, I) \\
-        g &= \frac{L(\theta + \epsilon\, m z) - L(\theta - \epsilon\, m z)}{2 \epsilon} \\
-        \theta &\leftarrow \theta - \eta\, (g\, m z + \lambda\, m \theta)
+        m = [|theta| <= h],  z ~ N(0, I)
+        g = (L(theta + eps m z) - L(theta - eps m z)) / (2 eps)
+        theta <- theta - lr (g m z + weight_decay m theta)
 
     ``z`` (the perturbation) is a pure function of ``seed``, the step, the sample, the tensor's number and the element's
     index, made again wherever it is needed and never stored; torch's generators are not touched. ``g`` (the projected
@@ -71,15 +70,15 @@ class SparseMeZO(Optimizer):
     Args:
         params: Parameters, ``named_parameters()`` or groups of either; a group may have its own ``lr``, ``eps``,
             ``sparsity``, ``weight_decay``, ``mask`` and ``mask_update``. Those with ``requires_grad=False`` stay out.
-        lr: Learning rate ``eta``, at least 0.
-        eps: Perturbation scale ``epsilon``, above 0.
+        lr: Learning rate, at least 0.
+        eps: Perturbation scale, above 0.
         sparsity: Fraction of each tensor left alone, in ``[0, 1)``; 0 is MeZO. Ignored by ``mask="dense"``.
         mask: ``small`` perturbs the smallest magnitudes (Sparse MeZO), ``large`` the largest, ``random`` a random
             choice (R-MeZO), ``dense`` all weights (MeZO).
         mask_update: ``dynamic`` compares the weights with the threshold at every step (``random``: draws anew at every
             step), ``constant`` keeps the first mask, packed into one bit a weight, until `refresh_masks`.
         num_samples: Perturbations averaged in a step (n-SPSA), at least 1; each costs two forwards.
-        weight_decay: Decay ``lambda`` of the active weights, at least 0.
+        weight_decay: Decay of the active weights, at least 0.
         seed: Base seed of all noise, in ``[0, 2**64)``.
         include: Patterns of parameter names (``*`` and ``?``, or a module's name) that take part; None for all.
         exclude: Patterns of names that do not take part.
@@ -94,7 +93,7 @@ class SparseMeZO(Optimizer):
         ValueError: If a number is out of range, the parameter list is empty or a pattern matches nothing.
         TypeError: If a parameter's dtype or kind is not supported.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 1)
         >>> x, y = torch.randn(8, 4), torch.randn(8, 1)
         >>> optimizer = SparseMeZO(model.named_parameters(), lr=1e-2)

@@ -62,7 +62,7 @@ def record(
     Raises:
         TrajectoryError: If another run is recorded there, or it cannot be written.
 
-    Example:
+    Examples:
         >>> with record(optimizer, "runs/one/trajectory.smezo"):
         ...     for batch in batches:
         ...         optimizer.step(lambda: loss(batch))

@@ -103,7 +103,7 @@ def apply(model: nn.Module, path: str | Path, *, force: bool = False, kernel: Ke
     Raises:
         TrajectoryError: If the file is damaged or the model another one; the model is then as it was.
 
-    Example:
+    Examples:
         >>> model, tokenizer = smezo_pl.load_model("facebook/opt-1.3b")  # doctest: +SKIP
         >>> smezo_pl.apply(model, "tune.safetensors")  # doctest: +SKIP
         Applied(steps=20000, identical=True, made_by='numba', applied_by='numba')

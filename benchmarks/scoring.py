@@ -37,7 +37,6 @@ from common import machine, print_table, smollm2, smollm2_file, write_json
 from smezo_pl import PromptDataModule
 from smezo_pl.data import Encoded
 from smezo_pl.data.batch import left_padded
-from smezo_pl.data.datamodule import collate_of
 from smezo_pl.data.encoding import padding_id
 from smezo_pl.data.loaders import CPU_GENERATION_TOKENS, BatchLimit, fill
 from smezo_pl.data.packing import tree_size
@@ -144,7 +143,7 @@ def scoring(task: str, model: nn.Module, data: PromptDataModule, arguments: argp
 
 def generating(task: str, model: nn.Module, data: PromptDataModule, arguments: argparse.Namespace) -> dict[str, Any]:
     """Answers to a task's questions, generated both ways."""
-    examples, collate = data.encoded("test"), collate_of(data.task, data.tokenizer, data.task.objective)
+    examples, collate = data.encoded("test"), data.collate()
     pad, stops = padding_id(data.tokenizer), list(collate.stop_ids)
     answers: dict[int, list[int]] = {}
 

@@ -29,7 +29,6 @@ from lightning.pytorch import Callback, Trainer
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.callbacks import SeedCheckpoint
-from smezo_pl.data.datamodule import collate_of
 from smezo_pl.scoring.evaluation import answers_of
 from smezo_pl.tasks.text_metrics import squad_em, squad_f1
 from smezo_pl.trajectory.fingerprint import machine, versions
@@ -54,7 +53,7 @@ def short_questions(data_dir: Path, split: str, longest: int, folder: Path) -> P
 def measured(module: SparseMeZOModule, data: PromptDataModule, split: str, rows: int = 32) -> list[dict[str, Any]]:
     """Answer, F1 and exact match of each question, in the order of the data."""
     encoded = sorted(data.encoded(split), key=lambda example: len(example.prompt))  # type: ignore[arg-type]
-    collate = collate_of(data.task, data.tokenizer, data.objective)
+    collate = data.collate()
     found = {}
     for start in range(0, len(encoded), rows):
         for answer in answers_of(module.model, collate(encoded[start : start + rows]), lambda: data.tokenizer):

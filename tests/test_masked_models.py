@@ -62,14 +62,14 @@ def examples() -> list[Encoded]:
     for number, (length, mask) in enumerate([(5, 2), (13, 9), (8, 7), (13, 0)]):
         text = torch.randint(3, 60, (length,), generator=generator).tolist()
         text[mask] = MASK
-        made.append(Encoded(tuple(text), ((7,), (8,), (9,)), number % 3, (number % 3,), number, mask=mask))
+        made.append(Encoded(tuple(text), ((7,), (8,), (9,)), number % 3, (number % 3,), number, mask_position=mask))
     return made
 
 
 @torch.no_grad()
 def one_at_a_time(model: PreTrainedModel, example: Encoded) -> list[float]:
     """A text alone, unpadded: the log-probabilities of its words at the mask."""
-    logits = model(input_ids=torch.tensor([example.prompt])).logits[0, example.mask]
+    logits = model(input_ids=torch.tensor([example.prompt])).logits[0, example.mask_position]
     return logits.double().log_softmax(-1)[[word for (word,) in example.candidates]].tolist()
 
 
@@ -198,7 +198,7 @@ def test_what_does_not_go_with_a_mask_is_refused(
     data = partial(PromptDataModule, data_dir=task_folder)
     with pytest.raises(ValueError, match="task 'boolq' has no prompt with a mask"):
         trainer_of().validate(module, data("boolq"))
-    with pytest.raises(ValueError, match="demonstrations and calibration are for models that go on with a text"):
+    with pytest.raises(ValueError, match="demonstrations and calibration are for causal, not for masked"):
         trainer_of().validate(module, data("sst2", num_demonstrations=2))
     causal = SparseMeZOModule(make_tiny_model("llama"))
     causal.tokenizer = tiny_tokenizer

@@ -1,4 +1,4 @@
-"""What a batch holds beside the rows that are scored: prompts to generate after, prompts without content."""
+"""A batch of prompts with candidates as tensors, and batches of any kind as what micro-batches are cut from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smezo_pl.tasks.task import Loss
 
 @dataclass
 class GenerationPrompts:
-    """N prompts that answers are generated after.
+    """N prompts to generate after.
 
     Attributes:
         input_ids: int64 ``[N, P]``, padded on the left.
@@ -22,7 +22,7 @@ class GenerationPrompts:
         max_new_tokens: Most tokens of an answer.
         stop_ids: Tokens that end an answer.
         stop: Texts that end an answer.
-        pad_id: The token that fills rows up.
+        pad_id: The padding token.
     """
 
     input_ids: Tensor
@@ -37,7 +37,7 @@ class GenerationPrompts:
         return replace(self, input_ids=change(self.input_ids), attention_mask=change(self.attention_mask))
 
     def take(self, examples: Tensor) -> GenerationPrompts:
-        """The prompts of these numbers, without needless padding."""
+        """The prompts of these examples, without needless padding."""
         mask = self.attention_mask[examples]
         cut = mask.shape[1] - int(mask.sum(1).max())
         return replace(self, input_ids=self.input_ids[examples, cut:], attention_mask=mask[:, cut:])
@@ -45,11 +45,11 @@ class GenerationPrompts:
 
 @dataclass
 class Calibration:
-    """The candidates after prompts without content; those that are the same for several examples stand once.
+    """The candidates after content-free prompts; a prompt that several examples have in common is there once.
 
     Attributes:
         batch: What is scored.
-        candidate: int64 ``[K]``, for each candidate of the batch that it belongs to the one of ``batch``.
+        candidate: int64 ``[K]``, for each candidate of the examples its index among those of ``batch``.
     """
 
     batch: PromptBatch
@@ -58,10 +58,6 @@ class Calibration:
     def map(self, change: Callable[[Tensor], Tensor]) -> Calibration:
         """The same with every tensor changed."""
         return Calibration(self.batch.map(change), change(self.candidate))
-
-    def take(self, candidates: Tensor) -> Calibration:
-        """The same for these candidates."""
-        return replace(self, candidate=self.candidate[candidates])
 
 
 def left_padded(rows: list[tuple[int, ...]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -74,55 +70,54 @@ def left_padded(rows: list[tuple[int, ...]], pad_id: int) -> tuple[Tensor, Tenso
 
 @dataclass
 class PromptBatch:
-    """N examples with K candidates in R rows of T tokens; S tokens are scored, predicted at P places.
+    """N examples with K candidates in R rows of T tokens; S tokens are scored, predicted at P positions.
 
     A row holds a tree of tokens in depth-first order (`smezo_pl.data.packing`): a passage, the prompts that begin with
-    it, and after each prompt its candidates but their last tokens, which are never needed as input. What texts begin
-    with alike stands there once. A row of a single text is the text. Rows are filled up on the right, where a causal
-    model never looks.
+    it, and after each prompt its candidates without their last tokens, which are never input. A common prefix is there
+    once. A row of a single text is that text. Rows are padded on the right, which a causal LM never sees.
 
     Attributes:
         input_ids: int64 ``[R, T]``.
         attention_mask: int64 ``[R, T]``, 0 on padding.
-        position_ids: int64 ``[R, T]``, the place of each token in its text, 0 at the first one.
+        position_ids: int64 ``[R, T]``, the position of each token in its text, 0 for the first one.
         subtree_end: int64 ``[R, T]``. Token i follows from token j, or is it, exactly if ``j <= i < subtree_end[j]``.
-        place_row: int64 ``[P]``, the row of each place that something is predicted at.
-        place_pos: int64 ``[P]``, its position in the row.
-        token_place: int64 ``[S]``, the place, 0 to P - 1, that each scored token is predicted at.
+        logit_row: int64 ``[P]``, the row of each position that something is predicted at.
+        logit_pos: int64 ``[P]``, that position in the row.
+        token_logit: int64 ``[S]``, which of the P positions each scored token is predicted at.
         token_id: int64 ``[S]``, the token.
         token_candidate: int64 ``[S]``, its candidate, 0 to K - 1.
-        token_order: int64 ``[S]``, its place in its candidate.
+        token_order: int64 ``[S]``, its index in its candidate.
         candidate_example: int64 ``[K]``, the candidate's example, 0 to N - 1.
-        candidate_index: int64 ``[K]``, its place among its example's candidates.
+        candidate_index: int64 ``[K]``, its index among its example's candidates.
         candidate_tokens: int64 ``[K]``, the number of its tokens.
-        candidate_correct: bool ``[K]``, whether it counts as right (several may).
+        candidate_correct: bool ``[K]``, whether it counts as correct (several may).
         example_row: int64 ``[N]``, the row that holds each example's prompt.
         example_pos: int64 ``[N]``, the position of the prompt's last token.
-        labels: int64 ``[N]``, place of the right candidate, the one that is trained on; -1 if unknown.
-        index: int64 ``[N]``, the example's row in its data set.
-        branching: Whether a row holds more than one text, so that its tokens must not all look at those before them.
-        bidirectional: Whether every token of a row looks at every other (a model that fills in masks).
+        labels: int64 ``[N]``, index of the gold candidate, the one that is trained on; -1 if unknown.
+        index: int64 ``[N]``, the example's row in its dataset.
+        branching: Whether a row holds more than one text, so that its tokens must not attend to all those before them.
+        bidirectional: Whether every token of a row attends to every other (masked LMs).
         longest_candidate: The most tokens that a candidate has.
         num_candidates: The most candidates that an example has.
-        answer_tokens: Tokens of the right candidates, all together; 0 if a label is unknown.
-        objective: What the loss is: ``"classification"`` or ``"lm"``.
+        answer_tokens: Tokens of all gold candidates; 0 if a label is unknown.
+        objective: The loss, ``"classification"`` or ``"lm"``.
         group: int64 ``[N]``, a number that all answers to one question share; None for no groups.
         answers: What each candidate of each example is called in metrics on texts.
-        references: The right answers of each example as texts.
-        metrics: Names of what is measured.
-        num_labels: Number of labels of the task, 0 where they are not shared by all examples.
-        reward: A metric's name or a function's import path that training maximises in the place of the loss.
+        references: The correct answers to each example as texts.
+        metrics: Names of the metrics.
+        num_labels: Number of labels of the task, 0 where examples have candidates of their own.
+        reward: A metric's name or a function's import path that training maximizes instead of the loss.
         prompts: What answers are generated after; None where nothing is generated.
-        calibration: The candidates after prompts without content; None for scores that are not calibrated.
+        calibration: The candidates after content-free prompts; None for scores that are not calibrated.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     subtree_end: Tensor
-    place_row: Tensor
-    place_pos: Tensor
-    token_place: Tensor
+    logit_row: Tensor
+    logit_pos: Tensor
+    token_logit: Tensor
     token_id: Tensor
     token_candidate: Tensor
     token_order: Tensor
@@ -178,13 +173,13 @@ class PromptBatch:
         return self.map(Tensor.pin_memory)
 
     def visible(self) -> Tensor:
-        """Which tokens each token follows from, itself among them: bool ``[R, T, T]``, by row, token and earlier token.
+        """Which tokens each token follows from, itself included: bool ``[R, T, T]``, by row, token and earlier token.
 
-        A token of padding sees itself, and no other sees it.
+        Padding sees itself, and nothing else sees it.
         """
-        place = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-        here, there = place.unsqueeze(1), place.unsqueeze(0)
-        return (there <= here) & (here < self.subtree_end.unsqueeze(1))
+        position = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        token, earlier = position.unsqueeze(1), position.unsqueeze(0)
+        return (earlier <= token) & (token < self.subtree_end.unsqueeze(1))
 
     def texts(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The text that ends at each of some tokens, in a row of its own.
@@ -196,15 +191,15 @@ class PromptBatch:
         Returns:
             Tokens, int64 ``[M, L]``, 0 after each text's end, and the texts' lengths, int64 ``[M]``.
         """
-        place = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        position = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
         last = positions.unsqueeze(1)
-        seen = (place <= last) & (last < self.subtree_end[rows])  # [M, T]
+        seen = (position <= last) & (last < self.subtree_end[rows])  # [M, T]
         lengths = seen.sum(1)
         width = int(lengths.max()) if len(lengths) else 0
-        # Stable: the places that are seen come first, in their order.
+        # Stable: what is seen comes first, in its order.
         order = (~seen).byte().argsort(stable=True, dim=1)[:, :width]
         tokens = self.input_ids[rows].gather(1, order)
-        return tokens.masked_fill(place[:width] >= lengths.unsqueeze(1), 0), lengths
+        return tokens.masked_fill(position[:width] >= lengths.unsqueeze(1), 0), lengths
 
     def split(self, micro_batch_size: int) -> list[PromptBatch]:
         """Parts of at most ``micro_batch_size`` examples each, of similar length, without needless padding.
@@ -223,41 +218,35 @@ class PromptBatch:
         return [self._take(part) for part in torch.split(order, micro_batch_size)]
 
     def _take(self, examples: Tensor) -> PromptBatch:
-        """The examples of these numbers, in this order."""
-        rank = torch.full_like(self.labels, -1)
-        rank[examples] = torch.arange(len(examples), device=rank.device)
-        token_example = self.candidate_example[self.token_candidate]
+        """The examples at these indices, in this order."""
+        rank = _inverse(examples, len(self))
         # Candidates and tokens keep their order within an example.
         candidates = _sorted_members(rank[self.candidate_example])
-        tokens = _sorted_members(rank[token_example])
-        places, token_place = torch.unique(self.token_place[tokens], return_inverse=True)
+        tokens = _sorted_members(rank[self.candidate_example[self.token_candidate]])
+        kept_logits, token_logit = torch.unique(self.token_logit[tokens], return_inverse=True)
         rows, example_row = torch.unique(self.example_row[examples], return_inverse=True)
-        new_row = torch.full_like(self.input_ids[:, 0], -1)
-        new_row[rows] = torch.arange(len(rows), device=rank.device)
-        new_candidate = torch.full_like(self.candidate_example, -1)
-        new_candidate[candidates] = torch.arange(len(candidates), device=rank.device)
 
-        lengths = self.attention_mask[rows].sum(1)
-        width = int(lengths.max())
-        kept = slice(0, width)
-        chains = self.subtree_end[rows, kept] == lengths.unsqueeze(1)
+        mask = self.attention_mask[rows]
+        lengths = mask.sum(1)
+        kept = slice(0, int(lengths.max()))
+        mask, subtree_end = mask[:, kept], self.subtree_end[rows, kept]
         labels = self.labels[examples]
         candidate_example = rank[self.candidate_example[candidates]]
         candidate_index = self.candidate_index[candidates]
         candidate_tokens = self.candidate_tokens[candidates]
-        right = candidate_index == labels[candidate_example]
-        known = bool((labels >= 0).all())
+        gold = candidate_index == labels[candidate_example]
+        numbers = examples.tolist()
         return replace(
             self,
             input_ids=self.input_ids[rows, kept],
-            attention_mask=self.attention_mask[rows, kept],
+            attention_mask=mask,
             position_ids=self.position_ids[rows, kept],
-            subtree_end=self.subtree_end[rows, kept],
-            place_row=new_row[self.place_row[places]],
-            place_pos=self.place_pos[places],
-            token_place=token_place,
+            subtree_end=subtree_end,
+            logit_row=_inverse(rows, self.num_rows)[self.logit_row[kept_logits]],
+            logit_pos=self.logit_pos[kept_logits],
+            token_logit=token_logit,
             token_id=self.token_id[tokens],
-            token_candidate=new_candidate[self.token_candidate[tokens]],
+            token_candidate=_inverse(candidates, len(self.candidate_example))[self.token_candidate[tokens]],
             token_order=self.token_order[tokens],
             candidate_example=candidate_example,
             candidate_index=candidate_index,
@@ -267,24 +256,32 @@ class PromptBatch:
             example_pos=self.example_pos[examples],
             labels=labels,
             index=self.index[examples],
-            branching=not bool((chains | (self.attention_mask[rows, kept] == 0)).all()),
+            # In a row of one text all that is no padding ends where the row does.
+            branching=not bool(((subtree_end == lengths.unsqueeze(1)) | (mask == 0)).all()),
             longest_candidate=int(candidate_tokens.max()) if len(candidates) else 0,
             num_candidates=int(candidate_index.max()) + 1 if len(candidates) else 0,
-            answer_tokens=int(candidate_tokens[right].sum()) if known else 0,
+            answer_tokens=int(candidate_tokens[gold].sum()) if bool((labels >= 0).all()) else 0,
             group=None if self.group is None else self.group[examples],
-            answers=_picked(self.answers, examples),
-            references=_picked(self.references, examples),
+            answers=tuple(self.answers[n] for n in numbers) if self.answers else (),
+            references=tuple(self.references[n] for n in numbers) if self.references else (),
             prompts=None if self.prompts is None else self.prompts.take(examples),
-            calibration=None if self.calibration is None else self.calibration.take(candidates),
+            calibration=(
+                None
+                if self.calibration is None
+                else replace(self.calibration, candidate=self.calibration.candidate[candidates])
+            ),
         )
 
 
-def _picked(texts: tuple[tuple[str, ...], ...], examples: Tensor) -> tuple[tuple[str, ...], ...]:
-    return tuple(texts[number] for number in examples.tolist()) if texts else ()
+def _inverse(indices: Tensor, count: int) -> Tensor:
+    """For each of ``count`` numbers where it is in ``indices``, -1 where it is not."""
+    inverse = indices.new_full((count,), -1)
+    inverse[indices] = torch.arange(len(indices), device=indices.device)
+    return inverse
 
 
 def _sorted_members(rank: Tensor) -> Tensor:
-    """Places of the non-negative ranks, by rank and then by place."""
+    """Indices of the ranks that are not negative, by rank and then by index."""
     order = rank.argsort(stable=True)
     return order[rank[order] >= 0]
 
@@ -297,9 +294,8 @@ def batch_size(batch: Any) -> int:
     """
     if isinstance(batch, PromptBatch):
         return len(batch)
-    for tensor in _tensors(batch):
-        if tensor.ndim:
-            return tensor.shape[0]
+    if sizes := _sizes(batch):
+        return sizes[0]
     raise TypeError(f"cannot tell the number of examples in a batch of type {type(batch).__name__}: it holds no tensor")
 
 
@@ -325,22 +321,23 @@ def split_batch(batch: Any, micro_batch_size: int | None) -> list[Any]:
     if isinstance(batch, PromptBatch):
         return list(batch.split(micro_batch_size))
     size = batch_size(batch)
-    sizes = {tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim}
+    sizes = sorted(set(_sizes(batch)))
     if len(sizes) > 1:
         raise ValueError(
             f"micro_batch_size={micro_batch_size}: the batch's tensors differ in their first dimension "
-            f"({sorted(sizes)}), so it cannot be split by example"
+            f"({sizes}), so it cannot be split by example"
         )
     return [_cut(batch, start, start + micro_batch_size) for start in range(0, size, micro_batch_size)]
 
 
-def _tensors(batch: Any) -> list[Tensor]:
+def _sizes(batch: Any) -> list[int]:
+    """First dimensions of all tensors that have one."""
     if isinstance(batch, Tensor):
-        return [batch]
+        return [batch.shape[0]] if batch.ndim else []
     if isinstance(batch, Mapping):
         batch = list(batch.values())
     if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
-        return [tensor for part in batch for tensor in _tensors(part)]
+        return [size for part in batch for size in _sizes(part)]
     return []
 
 

@@ -1,4 +1,4 @@
-"""From text to tokens: prompt and candidates as the model will read them."""
+"""From text to tokens: prompts and candidates for causal and masked LMs, and answers back to text."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,9 @@ from smezo_pl.tasks.task import MASK
 
 logger = logging.getLogger(__name__)
 
-# Text that is encoded at once: bounds the memory of the tokenizer's own records.
+Tokens = tuple[int, ...]
+
+# Examples that are tokenized at once: bounds the memory of the tokenizer's own records.
 _CHUNK = 256
 
 
@@ -25,36 +27,36 @@ class Encoded:
     Attributes:
         prompt: Tokens of the prompt, special ones at the start included.
         candidates: Tokens of each candidate, at least one each.
-        label: Place of the right candidate, -1 if unknown.
-        correct: Places of all candidates that count as right.
-        index: Row of the data set.
+        label: Index of the gold candidate, -1 if unknown.
+        correct: Indices of all candidates that count as correct.
+        index: Row of the dataset.
         cut: Number of prompt tokens left out because the example was too long.
         example: The example as text.
         generated_after: Tokens of the prompt with room left for ``max_new_tokens``; empty where nothing is generated.
-        calibration: Tokens of the prompt without content, and of each candidate after it; None where there is none.
-        mask: Place of the mask token in ``prompt``, where every candidate is predicted, if the model fills in masks and
-            reads the text on both sides of it; -1 if candidates follow the prompt.
+        calibration: Tokens of the content-free prompt, and of each candidate after it; None where there is none.
+        mask_position: Position of the mask token in ``prompt``, where a masked LM predicts every candidate; -1 for
+            causal LMs, where candidates follow the prompt.
     """
 
-    prompt: tuple[int, ...]
-    candidates: tuple[tuple[int, ...], ...]
+    prompt: Tokens
+    candidates: tuple[Tokens, ...]
     label: int
     correct: tuple[int, ...]
     index: int
     cut: int = 0
     example: Example | None = field(default=None, compare=False)
-    generated_after: tuple[int, ...] = ()
-    calibration: "tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None" = None
-    mask: int = -1
+    generated_after: Tokens = ()
+    calibration: tuple[Tokens, tuple[Tokens, ...]] | None = None
+    mask_position: int = -1
 
     @property
     def bidirectional(self) -> bool:
-        """Whether the model reads the text on both sides of where it answers."""
-        return self.mask >= 0
+        """Whether it is for a masked LM, which reads the text on both sides of the mask."""
+        return self.mask_position >= 0
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens that are fed when candidates that begin alike share what they begin with."""
+        """Tokens that are fed when candidates share their common prefixes."""
         return max(len(self.prompt) + tree_size(tokens[:-1] for tokens in self.candidates), len(self.generated_after))
 
     @property
@@ -64,38 +66,81 @@ class Encoded:
 
     @property
     def rows(self) -> int:
-        """Rows that the model reads for it: candidates whose fed tokens begin another's share its row."""
+        """Different texts that are fed, at least 1; a prefix of another one does not count."""
         return max(1, len(fed_rows(self.candidates)))
 
 
-def fed_rows(candidates: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """What is fed after the prompt, one entry a row: all but the last tokens, those that begin another left out."""
-    rows: list[tuple[int, ...]] = []
+def fed_rows(candidates: Sequence[Tokens]) -> list[Tokens]:
+    """What is fed after the prompt, one entry per text: candidates without their last tokens and without prefixes."""
+    rows: list[Tokens] = []
     for fed in sorted((tokens[:-1] for tokens in candidates), key=len, reverse=True):
         if not any(row[: len(fed)] == fed for row in rows):
             rows.append(fed)
     return rows
 
 
+def special_token(tokenizer: PreTrainedTokenizerBase, *names: str) -> int | None:
+    """The first of the special tokens ``"bos"``, ``"eos"``, ``"pad"``, ... that the tokenizer has."""
+    found = (getattr(tokenizer, f"{name}_token_id") for name in names)
+    return next((token for token in found if isinstance(token, int)), None)
+
+
+def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
+    """The special tokens that the tokenizer puts before and after a text.
+
+    Raises:
+        ValueError: If it changes the text's own tokens as well.
+    """
+    probe = "It was"
+    (plain,) = _ids(tokenizer, [probe])
+    full: list[int] = tokenizer(probe, verbose=False)["input_ids"]
+    for first in range(len(full) - len(plain) + 1):
+        if full[first : first + len(plain)] == plain:
+            return tuple(full[:first]), tuple(full[first + len(plain) :])
+    raise ValueError(f"tokenizer {type(tokenizer).__name__} changes a text's tokens when it adds special ones")
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token. Attention never looks at it, so where there is none of its own any will do."""
+    return special_token(tokenizer, "pad", "eos") or 0
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: the warning about texts longer than the model takes; they are cut here.
+    encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoding["input_ids"]
+    return ids
+
+
 def _last(tokens: list[int], count: int) -> list[int]:
     return tokens[max(0, len(tokens) - count) :]
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows up. Attention never looks at it, so where there is none of its own any will do."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0
+def _lowered(max_length: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.model_max_length >= max_length:
+        return max_length
+    logger.info("max_length %d lowered to %d, the tokenizer's longest text", max_length, tokenizer.model_max_length)
+    return int(tokenizer.model_max_length)
+
+
+def _log_cuts(encoded: Sequence[Encoded], origin: str, max_length: int, where: str) -> None:
+    cut = [example.cut for example in encoded if example.cut]
+    if cut:
+        logger.warning(
+            "%s: %d of %d examples are longer than max_length %d and were cut%s, by %d tokens at most",
+            origin, len(cut), len(encoded), max_length, where, max(cut),
+        )  # fmt: skip
 
 
 class Encoder:
-    """Turns examples into tokens.
+    """Turns examples into tokens for a causal LM.
 
     A prompt's tokens are those of the prompt alone, after the special tokens that the tokenizer puts at the start of a
-    text; those it puts at the end are left out, as the text goes on. A candidate's tokens are what the joint
-    tokenisation of prompt and candidate adds. Where a merge across the boundary would change the prompt's tokens, the
-    candidate is tokenised after a newline instead, so that all candidates of an example follow the same prompt.
+    text; those it puts at the end are left out, as the text continues. A candidate's tokens are what the joint
+    tokenization of prompt and candidate adds. Where a merge across the boundary would change the prompt's tokens, the
+    candidate is tokenized after a newline instead, so that all candidates of an example follow the same prompt.
 
     An example longer than ``max_length`` keeps the special tokens at the start and loses the prompt's first tokens,
     never an answer's; all its candidates keep the same prompt, cut for the longest of them.
@@ -104,7 +149,7 @@ class Encoder:
         tokenizer: Any tokenizer of transformers. It is not changed, and needs no padding token.
         max_length: Most tokens of a prompt and a candidate together, at least 2.
         max_new_tokens: Tokens that are generated after a prompt, which is cut to leave room for them; 0: none are.
-        calibrated: Whether prompts without content are encoded too, for the examples that have one.
+        calibrated: Whether content-free prompts are encoded too, for the examples that have one.
 
     Raises:
         ValueError: If ``max_length`` is too small.
@@ -120,11 +165,8 @@ class Encoder:
         if not max_length >= 2:
             raise ValueError(f"max_length must be at least 2, got {max_length}")
         self.tokenizer = tokenizer
-        self.max_length = max_length
-        if tokenizer.model_max_length < max_length:
-            self.max_length = tokenizer.model_max_length
-            logger.info("max_length %d lowered to %d, the tokenizer's longest text", max_length, self.max_length)
-        self.start = self._special_start()
+        self.max_length = _lowered(max_length, tokenizer)
+        self.start, _ = special_affixes(tokenizer)
         if max_new_tokens and not self.max_length - max_new_tokens - len(self.start) >= 1:
             raise ValueError(
                 f"max_length {self.max_length} leaves no room for a prompt before max_new_tokens {max_new_tokens}"
@@ -133,7 +175,7 @@ class Encoder:
         self.calibrated = calibrated
 
     def encode(self, examples: Sequence[Example], origin: str = "example") -> list[Encoded]:
-        """Tokens of the examples, in their order; what had to be cut is counted and said in the log.
+        """Tokens of the examples, in their order; how many had to be cut is logged.
 
         Raises:
             ValueError: If a candidate or a prompt has no tokens, or a candidate leaves no room for the prompt.
@@ -141,26 +183,23 @@ class Encoder:
         encoded: list[Encoded] = []
         for first in range(0, len(examples), _CHUNK):
             encoded.extend(self._encode(examples[first : first + _CHUNK], origin))
-        cut = [example.cut for example in encoded if example.cut]
-        if cut:
-            logger.warning(
-                "%s: %d of %d examples are longer than max_length %d and were cut on the left, by %d tokens at most",
-                origin, len(cut), len(encoded), self.max_length, max(cut),
-            )  # fmt: skip
+        _log_cuts(encoded, origin, self.max_length, " on the left")
         return encoded
 
     def show(self, example: Encoded) -> str:
-        """The prompt as the model reads it, and each candidate's tokens in brackets, the right one's with a star."""
+        """The prompt as the model reads it, and each candidate's tokens in brackets, a correct one's with a star."""
         decode = self.tokenizer.decode
         answers = (
-            "⟦" + "|".join(str(decode([token])) for token in tokens) + "⟧" + "*" * (place in example.correct)
-            for place, tokens in enumerate(example.candidates)
+            "⟦" + "|".join(str(decode([token])) for token in tokens) + "⟧" + "*" * (index in example.correct)
+            for index, tokens in enumerate(example.candidates)
         )
         return str(decode(list(example.prompt))) + " ".join(answers)
 
     def _encode(self, examples: Sequence[Example], origin: str) -> Iterator[Encoded]:
-        prompts = self._ids([example.prompt for example in examples])
-        joint = iter(self._ids([example.prompt + text for example in examples for text in example.candidates]))
+        prompts = _ids(self.tokenizer, [example.prompt for example in examples])
+        joint = iter(
+            _ids(self.tokenizer, [example.prompt + text for example in examples for text in example.candidates])
+        )
         for example, prompt in zip(examples, prompts, strict=True):
             where = f"{origin}, {example.where}"
             if not self.start and not prompt:
@@ -189,71 +228,46 @@ class Encoder:
 
     def _candidates(
         self, texts: Sequence[str], prompt: list[int], joint: Iterator[list[int]], where: str
-    ) -> tuple[tuple[int, ...], ...]:
+    ) -> tuple[Tokens, ...]:
         """Each candidate's own tokens, from the tokens of the prompt and of prompt and candidate together."""
         candidates = []
         for text in texts:
             tokens = next(joint)
-            own = tokens[len(prompt) :] if tokens[: len(prompt)] == prompt else self._alone(text)
+            own = tokens[len(prompt) :] if tokens[: len(prompt)] == prompt else self._unmerged(text)
             if not own:
                 raise ValueError(f"{where}: candidate {text!r} has no tokens of its own with this tokenizer")
             candidates.append(tuple(own))
         return tuple(candidates)
 
-    def _calibration(
-        self, example: Example, where: str
-    ) -> "tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None":
-        if example.calibration is None:
+    def _unmerged(self, candidate: str) -> list[int]:
+        """A candidate's tokens where its first must not merge with what comes before it."""
+        # After a newline, not on its own: some tokenizers put a space before a text's first word.
+        before, both, alone = _ids(self.tokenizer, ["\n", "\n" + candidate, candidate])
+        return both[len(before) :] if both[: len(before)] == before else alone
+
+    def _calibration(self, example: Example, where: str) -> tuple[Tokens, tuple[Tokens, ...]] | None:
+        text = example.calibration
+        if text is None:
             return None
-        prompt = self._ids([example.calibration])[0]
-        joint = iter(self._ids([example.calibration + text for text in example.candidates]))
-        candidates = self._candidates(example.candidates, prompt, joint, where)
-        # Something must stand before the first token that is predicted.
-        start = self.start or (() if prompt else self._any_start())
+        prompt, *joint = _ids(self.tokenizer, [text, *(text + candidate for candidate in example.candidates)])
+        candidates = self._candidates(example.candidates, prompt, iter(joint), where)
+        start = self.start
+        if not start and not prompt:  # the first token needs something to be predicted after
+            token = special_token(self.tokenizer, "bos", "eos", "pad")
+            if token is None:
+                name = type(self.tokenizer).__name__
+                raise ValueError(f"calibration after an empty prompt needs a special token, and {name} has none")
+            start = (token,)
         room = self.max_length - len(start) - max(map(len, candidates))
         return (*start, *_last(prompt, max(room, 0))), candidates
 
-    def _any_start(self) -> tuple[int, ...]:
-        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id):
-            if isinstance(token, int):
-                return (token,)
-        raise ValueError(
-            f"calibration after an empty prompt needs a special token, and {type(self.tokenizer).__name__} has none"
-        )
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # verbose=False: the warning about texts longer than the model takes; they are cut here.
-        encoding = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids: list[list[int]] = encoding["input_ids"]
-        return ids
+class MaskedLMEncoder:
+    """Turns examples whose prompts hold ``<mask>`` into tokens for a masked LM.
 
-    def _alone(self, candidate: str) -> list[int]:
-        """A candidate's tokens where its first must not merge with what stands before it."""
-        # After a newline, not on its own: some tokenizers put a space before a text's first word.
-        before, both = self._ids(["\n", "\n" + candidate])
-        if both[: len(before)] == before:
-            return both[len(before) :]
-        return self._ids([candidate])[0]
-
-    def _special_start(self) -> tuple[int, ...]:
-        """The special tokens that the tokenizer puts before a text."""
-        probe = "It was"
-        plain = self._ids([probe])[0]
-        full: list[int] = self.tokenizer(probe, verbose=False)["input_ids"]
-        for place in range(len(full) - len(plain) + 1):
-            if full[place : place + len(plain)] == plain:
-                return tuple(full[:place])
-        raise ValueError(f"tokenizer {type(self.tokenizer).__name__} changes a text's tokens when it adds special ones")
-
-
-class MaskedEncoder:
-    """Turns examples whose prompts hold ``<mask>`` into tokens.
-
-    The tokenizer's own mask token takes the place of ``<mask>``, and its special tokens stand at both ends. A candidate
-    is one token: that of the word after a space. A text longer than ``max_length`` loses tokens at its start, and, if
-    the mask stands near it, at its end; never special tokens, and never the mask.
+    The tokenizer's own mask token replaces ``<mask>``, and its special tokens are at both ends. A candidate is one
+    token: that of the word after a space. A text longer than ``max_length`` loses tokens at its start, and, if the mask
+    is near it, at its end; never special tokens, and never the mask.
 
     Args:
         tokenizer: A tokenizer with a mask token.
@@ -269,63 +283,51 @@ class MaskedEncoder:
                 f"tokenizer {type(tokenizer).__name__} has no mask token, so it is not that of a masked language model"
             )
         self.tokenizer = tokenizer
-        self.max_length = min(max_length, tokenizer.model_max_length)
-        if self.max_length < max_length:
-            logger.info("max_length %d lowered to %d, the tokenizer's longest text", max_length, self.max_length)
-        probe = "It was"
-        plain, full = self._ids(probe), tokenizer(probe, verbose=False)["input_ids"]
-        first = next((i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain), None)
-        if first is None:
-            raise ValueError(f"tokenizer {type(tokenizer).__name__} changes a text's tokens when it adds special ones")
-        self.start, self.end = tuple(full[:first]), tuple(full[first + len(plain) :])
-        if self.max_length < len(self.start) + len(self.end) + 2:
+        self.max_length = _lowered(max_length, tokenizer)
+        self.start, self.end = special_affixes(tokenizer)
+        self.room = self.max_length - len(self.start) - len(self.end)
+        if self.room < 2:
             raise ValueError(f"max_length {max_length} leaves no room for a mask and a token beside it")
 
     def encode(self, examples: Sequence[Example], origin: str = "example") -> list[Encoded]:
-        """Tokens of the examples, in their order; what had to be cut is counted and said in the log.
+        """Tokens of the examples, in their order; how many had to be cut is logged.
 
         Raises:
             ValueError: If a text does not hold exactly one mask, a label word is not one token, or two are the same.
         """
-        encoded = list(self._encode(examples, origin))
-        cut = [example.cut for example in encoded if example.cut]
-        if cut:
-            logger.warning(
-                "%s: %d of %d examples are longer than max_length %d and were cut, by %d tokens at most",
-                origin, len(cut), len(encoded), self.max_length, max(cut),
-            )  # fmt: skip
-        return encoded
-
-    def _encode(self, examples: Sequence[Example], origin: str) -> Iterator[Encoded]:
-        words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
+        words: dict[tuple[str, ...], tuple[Tokens, ...]] = {}
+        encoded = []
         for example in examples:
             where = f"{origin}, {example.where}"
             if example.candidates not in words:
                 words[example.candidates] = self._words(example.candidates, where)
             if example.prompt.count(MASK) != 1:
                 raise ValueError(f"{where}: the text must hold {MASK} once, got {example.prompt!r}")
-            text = self._ids(example.prompt.replace(MASK, self.tokenizer.mask_token))
+            (text,) = _ids(self.tokenizer, [example.prompt.replace(MASK, self.tokenizer.mask_token)])
             if text.count(self.tokenizer.mask_token_id) != 1:
                 raise ValueError(f"{where}: the text holds the mask token itself, got {example.prompt!r}")
-            place = text.index(self.tokenizer.mask_token_id)
-            room = self.max_length - len(self.start) - len(self.end)
-            first = min(max(0, len(text) - room), place)
-            kept = text[first : first + room]
-            yield Encoded(
-                (*self.start, *kept, *self.end),
-                words[example.candidates],
-                example.label,
-                example.correct,
-                example.index,
-                len(text) - len(kept),
-                example,
-                mask=len(self.start) + place - first,
+            position = text.index(self.tokenizer.mask_token_id)
+            first = min(max(0, len(text) - self.room), position)
+            kept = text[first : first + self.room]
+            encoded.append(
+                Encoded(
+                    (*self.start, *kept, *self.end),
+                    words[example.candidates],
+                    example.label,
+                    example.correct,
+                    example.index,
+                    len(text) - len(kept),
+                    example,
+                    mask_position=len(self.start) + position - first,
+                )
             )
+        _log_cuts(encoded, origin, self.max_length, "")
+        return encoded
 
-    def _words(self, candidates: Sequence[str], where: str) -> tuple[tuple[int, ...], ...]:
+    def _words(self, candidates: Sequence[str], where: str) -> tuple[Tokens, ...]:
         words = []
         for text in candidates:
-            tokens = self._ids(" " + text.strip())
+            (tokens,) = _ids(self.tokenizer, [" " + text.strip()])
             if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
                 parts = "|".join(self.tokenizer.convert_ids_to_tokens(tokens))
                 raise ValueError(
@@ -337,22 +339,17 @@ class MaskedEncoder:
             raise ValueError(f"{where}: two of the candidates {list(candidates)} are the same token")
         return tuple(words)
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
 
-
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> tuple[int, ...]:
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Tokens:
     """The tokens that end an answer: end of sequence, and every token whose text holds one of the stop texts.
 
     A tokenizer may have many tokens with a newline in them. A stop text that only several tokens together make up stops
     nothing; the answer is cut at it all the same.
     """
-    ids = range(len(tokenizer))
-    texts = tokenizer.batch_decode([[number] for number in ids])
-    found = {number for number, text in zip(ids, texts, strict=True) if any(end in text for end in stop)}
-    if isinstance(tokenizer.eos_token_id, int):
-        found.add(tokenizer.eos_token_id)
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    found = {token for token, text in enumerate(texts) if any(end in text for end in stop)}
+    if (eos := special_token(tokenizer, "eos")) is not None:
+        found.add(eos)
     return tuple(sorted(found))
 
 
@@ -370,10 +367,10 @@ def answer_texts(
     ends = set(stop_ids)
     rows = []
     for row in tokens.tolist():
-        end = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+        end = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
         rows.append(row[:end])
     answers = []
     for text in tokenizer.batch_decode(rows, skip_special_tokens=True):
-        places = [place for place in (text.find(end) for end in stop) if place >= 0]
-        answers.append(text[: min(places, default=len(text))].strip())
+        ends_at = [at for at in (text.find(end) for end in stop) if at >= 0]
+        answers.append(text[: min(ends_at, default=len(text))].strip())
     return answers

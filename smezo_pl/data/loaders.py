@@ -13,7 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from smezo_pl.data.batch import PromptBatch
-from smezo_pl.data.collate import Collate, group
+from smezo_pl.data.collate import Collate, group_examples
 from smezo_pl.data.encoding import Encoded
 from smezo_pl.data.packing import tree_size
 from smezo_pl.data.splits import permutation
@@ -35,10 +35,12 @@ class BatchLimit:
 def fill(examples: Sequence[Encoded], limit: BatchLimit) -> list[list[int]]:
     """Numbers of the examples of each batch, the batches with the longest rows first.
 
-    Examples that share a row (`group`) are in one batch, unless they are more than the limit. A single
+    Examples that share a row (`group_examples`) are in one batch, unless they are more than the limit. A single
     example with more than that is a batch of its own.
     """
-    units = [unit for members in group(examples, limit.tokens) for unit in _within(examples, members, limit.rows)]
+    units = [
+        unit for members in group_examples(examples, limit.tokens) for unit in _within(examples, members, limit.rows)
+    ]
     lengths = [_row_length(examples, unit) for unit in units]
     batches: list[list[int]] = []
     rows = texts = width = 0

@@ -1,11 +1,18 @@
-"""Token sequences that begin alike, laid out in one row so that what they share is read once."""
+"""Token sequences with common prefixes: which ones share a row, and the row, in which a common prefix is read once."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+MIN_SHARED = 32
+"""Fewest tokens of a common prefix worth sharing: below, a mask over the row costs more than it saves."""
+
+_ATTENTION = 2000
+"""Length at which attention costs as much as the rest of a layer: 1,500 to 2,000 in a model of 135M, more in larger."""
+
 
 def common_prefix(one: Sequence[int], two: Sequence[int]) -> int:
-    """The number of tokens that two sequences begin with alike."""
+    """The length of the longest common prefix."""
     low, high = 0, min(len(one), len(two))
     while low < high:
         middle = (low + high + 1) // 2
@@ -16,16 +23,52 @@ def common_prefix(one: Sequence[int], two: Sequence[int]) -> int:
     return low
 
 
+def group_by_prefix(
+    prompts: Sequence[tuple[int, ...]], sizes: Sequence[int], max_tokens: int | None = None
+) -> list[list[int]]:
+    """Indices of the prompts that go into one row each, all of them once.
+
+    A row with a prefix of P tokens and its branches costs, in units of a token, its length T for the layers and
+    ``T^2 / A`` for attention, and carries ``T - P`` tokens of branches. The cost per branch is least at
+    ``T = P + sqrt(P^2 + P A)``, where a row ends and the next begins.
+
+    Args:
+        prompts: Token sequences in any order; a group keeps their sorted order.
+        sizes: Tokens that each prompt takes in a row of its own, what follows it included.
+        max_tokens: No group grows beyond it.
+
+    Returns:
+        Groups by their smallest index; most hold one prompt.
+    """
+    groups: list[list[int]] = []
+    size, limit = 0, 0.0
+    previous: tuple[int, ...] = ()
+    for index in sorted(range(len(prompts)), key=lambda index: (prompts[index], index)):
+        shared = common_prefix(previous, prompts[index])
+        previous = prompts[index]
+        if shared >= MIN_SHARED:
+            if len(groups[-1]) == 1:
+                best = shared + math.sqrt(shared * shared + shared * _ATTENTION)
+                limit = best if max_tokens is None else min(best, max_tokens)
+            if size + sizes[index] - shared <= limit:
+                groups[-1].append(index)
+                size += sizes[index] - shared
+                continue
+        groups.append([index])
+        size = sizes[index]
+    return sorted(groups, key=min)
+
+
 @dataclass
 class PackedRow:
-    """A tree of tokens in depth-first order: every branch stands after the tokens that it goes on from.
+    """A tree of tokens in depth-first order: every branch comes after the tokens that it continues.
 
-    Token ``j`` goes before token ``i`` in some sequence, or is that token, exactly if ``j <= i < end[j]``.
+    Token ``j`` precedes token ``i`` in some sequence, or is that token, exactly if ``j <= i < end[j]``.
 
     Attributes:
         tokens: The tokens.
         depth: Number of tokens before each one in its sequence: its position.
-        end: The place after the last token that follows from each one.
+        end: The index after the last token that follows from each one.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -37,34 +80,34 @@ def pack(sequences: Iterable[tuple[int, ...]]) -> tuple[PackedRow, dict[tuple[in
     """Lay sequences out as one row.
 
     Args:
-        sequences: Not empty; equal ones count once, and one that begins another takes no place of its own.
+        sequences: Not empty; equal ones count once, and a prefix of another adds no tokens.
 
     Returns:
-        The row, and for each sequence the places of its tokens in the row.
+        The row, and for each sequence the indices of its tokens in the row.
     """
     row, paths = PackedRow(), {}
-    before: tuple[int, ...] = ()
+    previous: tuple[int, ...] = ()
     path: list[int] = []
-    # In this order a sequence stands beside the one that it shares most with, and after those that begin it.
+    # Sorted, a sequence comes right after the one that it shares most with, and after its own prefixes.
     for sequence in sorted(set(sequences)):
-        shared = common_prefix(before, sequence)
+        shared = common_prefix(previous, sequence)
         first = len(row.tokens)
         path = path[:shared] + list(range(first, first + len(sequence) - shared))
         row.tokens += sequence[shared:]
         row.depth += range(shared, len(sequence))
         row.end += [0] * (len(sequence) - shared)
-        for place in path:
-            row.end[place] = max(row.end[place], path[-1] + 1)
+        for index in path:
+            row.end[index] = max(row.end[index], path[-1] + 1)
         paths[sequence] = path
-        before = sequence
+        previous = sequence
     return row, paths
 
 
 def tree_size(sequences: Iterable[tuple[int, ...]]) -> int:
-    """The number of tokens of the row that `pack` makes."""
+    """The number of tokens in the row that `pack` makes."""
     size = 0
-    before: tuple[int, ...] = ()
+    previous: tuple[int, ...] = ()
     for sequence in sorted(set(sequences)):
-        size += len(sequence) - common_prefix(before, sequence)
-        before = sequence
+        size += len(sequence) - common_prefix(previous, sequence)
+        previous = sequence
     return size

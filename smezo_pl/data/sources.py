@@ -1,4 +1,4 @@
-"""Rows from a user's own files: JSON lines, CSV and TSV, with the line that each row begins on."""
+"""Rows of datasets: a user's own files, a local folder of Parquet files, the Hugging Face hub, the bundled demo."""
 
 import csv
 import json
@@ -15,6 +15,227 @@ import pyarrow.parquet as pq
 
 from smezo_pl.data.demo import demo_rows
 from smezo_pl.tasks import Source, Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split.
+
+    Attributes:
+        table: The rows as an Arrow table, from which they are read when they are asked for; or as dicts.
+        origin: The file or dataset, for messages.
+        names: For a column of integers, what the dataset calls them, if it says.
+        lines: The line of the file that each row begins on, where there are lines.
+    """
+
+    table: pa.Table | list[dict[str, Any]]
+    origin: str
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    lines: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.table)
+
+    @property
+    def column_names(self) -> list[str]:
+        """The columns, of all rows together."""
+        if isinstance(self.table, list):
+            return list(dict.fromkeys(name for row in self.table for name in row))
+        return list(self.table.column_names)
+
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows at these indices."""
+        if isinstance(self.table, list):
+            return [self.table[index] for index in indices]
+        taken: list[dict[str, Any]] = self.table.take(pa.array(indices, pa.int64())).to_pylist()
+        return taken
+
+    def column(self, name: str) -> list[Any]:
+        """The values of a column, None in rows that lack it."""
+        if isinstance(self.table, list):
+            return [row.get(name) for row in self.table]
+        values: list[Any] = self.table.column(name).to_pylist()
+        return values
+
+    def line(self, index: int) -> str:
+        """Where a row is, for messages."""
+        return f"line {self.lines[index]}" if self.lines else f"row {index}"
+
+
+def load_file(name: str | Path, task: Task, split: str, labelled: bool = True) -> Rows:
+    """The rows of a user's own file.
+
+    Args:
+        name: A ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, in UTF-8; or a dataset on the Hugging Face hub,
+            ``owner/name``, ``owner/name@config``, ``owner/name:split`` or ``owner/name@config:split``.
+        task: The task, whose columns it must have.
+        split: The hub's split where the name has none.
+        labelled: Whether the label's column must be there too.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, has no rows, or lacks columns; it names the file and the line.
+        ConnectionError: If the hub does not provide the dataset.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in READERS or path.suffix == ".parquet":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {str(path)!r}")
+        if path.suffix in READERS:
+            records = READERS[path.suffix](path)
+            found = Rows([row for _, row in records], str(path), lines=[line for line, _ in records])
+        else:
+            table = _read_parquet(path)
+            found = Rows(table, str(path), _class_names(table.schema))
+    elif (hub := _HUB_NAME.match(str(name))) and not path.exists():
+        found = _from_hub(Source(hub["name"], hub["config"]), hub["split"] or split)
+    else:
+        raise ValueError(
+            f"{str(name)!r} is neither a file that ends in {', '.join((*READERS, '.parquet'))} nor a dataset on the"
+            " hub (owner/name, owner/name@config:split)"
+        )
+    _check(found, task, task.columns if labelled else task.columns[:-1])
+    logger.info("%s: %d rows of %s", task.name, len(found), found.origin)
+    return found
+
+
+_HUB_NAME = re.compile(r"(?P<name>[\w-]+/[\w.-]+)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?$")
+
+
+def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> Rows:
+    """One split of a task's dataset, with the columns that the task needs.
+
+    Args:
+        task: The task.
+        split: Name of the split in the dataset (``train``, ``validation_matched``, ...).
+        data_dir: Local folder with ``{task}/{split}*.parquet``; ``None`` for the hub.
+
+    Raises:
+        FileNotFoundError: If the folder does not hold the split.
+        ValueError: If the split is ambiguous, empty, or lacks columns.
+        ConnectionError: If the hub cannot be reached or does not have the dataset.
+    """
+    source = task.source
+    if source is None:
+        raise ValueError(f"task {task.name!r} names no data source")
+    if task.name == "demo" and source.path is None:
+        rows = demo_rows(split)
+        logger.info("demo: %d bundled synthetic sentences (%s)", len(rows), split)
+        found = Rows(rows, f"demo ({split}, synthetic)", {"label": ("negative", "positive")})
+    elif data_dir is not None:
+        found = _from_folder(task, split, Path(data_dir), source.folder or task.name)
+    elif source.path is not None:
+        found = _from_hub(source, split)
+    else:
+        raise ValueError(f"task {task.name!r} has no dataset on the hub: give data_dir")
+    _check(found, task, task.columns)
+    return found
+
+
+def _check(found: Rows, task: Task, needed: Sequence[str]) -> None:
+    if not len(found):
+        raise ValueError(f"{found.origin} holds no rows")
+    present = found.column_names
+    missing = [column for column in needed if column not in present]
+    if missing:
+        near = get_close_matches(missing[0], present, n=1)
+        raise ValueError(
+            f"{found.origin} lacks {'column' if len(missing) == 1 else 'columns'} {', '.join(map(repr, missing))} of"
+            f" task {task.name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; it has"
+            f" {', '.join(map(repr, present))}"
+        )
+
+
+def _from_folder(task: Task, split: str, data_dir: Path, name: str) -> Rows:
+    folder = data_dir / name
+    if not folder.is_dir():
+        others = sorted(path.name for path in data_dir.iterdir() if path.is_dir()) if data_dir.is_dir() else []
+        has = f"it holds {', '.join(others)}" if others else "there is no such folder or it is empty"
+        raise FileNotFoundError(f"data_dir {str(data_dir)!r} has no folder {name!r} for task {task.name!r}: {has}")
+    files = _split_files(folder, split)
+    tables = [_read_parquet(path) for path in files]
+    other = [
+        str(path) for path, table in zip(files, tables, strict=True) if table.schema.names != tables[0].schema.names
+    ]
+    if other:
+        raise ValueError(f"{', '.join(other)} and {files[0]} have different columns")
+    table = pa.concat_tables(tables, promote_options="permissive")
+    origin = str(files[0]) if len(files) == 1 else f"{folder}/{split}-*.parquet"
+    part = "" if files[0].stem == split or _SHARD.search(files[0].stem) else " (a part of the split, by its name)"
+    logger.info("%s: %d rows of %s%s", task.name, table.num_rows, origin, part)
+    return Rows(table, origin, _class_names(table.schema))
+
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """``{split}.parquet``; or all its shards; or the one file that is a part of it, ``{split}_*.parquet``."""
+    exact = folder / f"{split}.parquet"
+    if exact.is_file():
+        return [exact]
+    parquet = sorted(folder.glob("*.parquet"))
+    shards = [path for path in parquet if _SHARD.sub("", path.stem) == split]
+    if shards:
+        return shards
+    parts = [path for path in parquet if path.stem.startswith((f"{split}_", f"{split}-"))]
+    if len(parts) == 1:
+        return parts
+    if parts:
+        raise ValueError(
+            f"{folder} has {len(parts)} files for split {split!r} and none is called {split}.parquet:"
+            f" {', '.join(path.name for path in parts)}"
+        )
+    held = ", ".join(path.name for path in parquet) or "no Parquet file"
+    raise FileNotFoundError(f"{folder} has no {split}*.parquet; it holds {held}")
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"cannot read {path} as Parquet: {error}") from error
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Names of integer labels, as ``datasets`` writes them into a Parquet file."""
+    text = (schema.metadata or {}).get(b"huggingface")
+    features = json.loads(text).get("info", {}).get("features", {}) if text else {}
+    return {
+        column: list(feature["names"])
+        for column, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and "names" in feature
+    }
+
+
+def _from_hub(source: Source, split: str) -> Rows:
+    # Imported late: it is slow, and neither local folders nor the demo need it.
+    import datasets
+
+    def load(config: str | None, revision: str | None) -> Any:
+        return datasets.load_dataset(source.path, config, revision=revision, split=split)
+
+    origin = "/".join(filter(None, (source.path, source.config, split)))
+    try:
+        try:
+            data = load(source.config, source.revision)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            logger.warning("%s is kept as a loading script; its Parquet conversion by the hub is taken instead", origin)
+            data = load(source.config, "refs/convert/parquet")
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise ConnectionError(
+            f"cannot load {origin} from the Hugging Face hub ({error}); check the connection, or give data_dir with"
+            f" {{task}}/{split}.parquet"
+        ) from error
+    logger.info("%d rows of %s from the Hugging Face hub", len(data), origin)
+    names = {column: list(f.names) for column, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+    return Rows(data.with_format("arrow")[:], origin, names)
+
 
 Record = tuple[int, dict[str, Any]]
 """The line that a row begins on, from 1, and the row."""
@@ -128,231 +349,3 @@ READERS: dict[str, Callable[[Path], list[Record]]] = {
     ".tsv": read_tsv,
 }
 """What reads a file by the end of its name; ``.parquet`` goes another way."""
-
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Split:
-    """The rows of one split.
-
-    Attributes:
-        table: The rows as an Arrow table, from which they are read when they are asked for; or as dicts.
-        origin: The file or data set, for messages.
-        names: For a column of integers, what the data set calls them, if it says.
-        lines: The line of the file that each row begins on, where there are lines.
-    """
-
-    table: pa.Table | list[dict[str, Any]]
-    origin: str
-    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    lines: Sequence[int] = ()
-
-    def __len__(self) -> int:
-        """The number of rows."""
-        return len(self.table) if isinstance(self.table, list) else int(self.table.num_rows)
-
-    @property
-    def column_names(self) -> list[str]:
-        """The columns, of all rows together."""
-        if isinstance(self.table, list):
-            return list(dict.fromkeys(name for row in self.table for name in row))
-        return list(self.table.column_names)
-
-    def check_columns(self, task: Task, labelled: bool = True) -> None:
-        """Raise a ``ValueError`` that names the file and what it lacks if the task cannot be made of it."""
-        there = self.column_names
-        needed = task.columns if labelled else task.columns[:-1]
-        missing = [column for column in needed if column not in there]
-        if missing:
-            near = get_close_matches(missing[0], there, n=1)
-            raise ValueError(
-                f"{self.origin} lacks {'column' if len(missing) == 1 else 'columns'} {', '.join(map(repr, missing))} of"
-                f" task {task.name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; it has"
-                f" {', '.join(map(repr, there))}"
-            )
-
-    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The rows of these numbers."""
-        if isinstance(self.table, list):
-            return [self.table[index] for index in indices]
-        taken: list[dict[str, Any]] = self.table.take(pa.array(indices, pa.int64())).to_pylist()
-        return taken
-
-    def column(self, name: str) -> list[Any]:
-        """The values of a column, None in rows that lack it."""
-        if isinstance(self.table, list):
-            return [row.get(name) for row in self.table]
-        values: list[Any] = self.table.column(name).to_pylist()
-        return values
-
-    def line(self, index: int) -> str:
-        """Where a row stands, for messages."""
-        return f"line {self.lines[index]}" if self.lines else f"row {index}"
-
-
-def load_file(name: str | Path, task: Task, split: str, labelled: bool = True) -> Split:
-    """The rows of one's own file.
-
-    Args:
-        name: A ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, in UTF-8; or a data set on the Hugging Face hub,
-            ``owner/name``, ``owner/name@config``, ``owner/name:split`` or ``owner/name@config:split``.
-        task: The task, whose columns it must have.
-        split: The hub's split where the name has none.
-        labelled: Whether the label's column must be there too.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, has no rows, or lacks columns; it names the file and the line.
-        ConnectionError: If the hub does not give the data set.
-    """
-    path = Path(name).expanduser()
-    if path.suffix in READERS:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {str(path)!r}")
-        records = READERS[path.suffix](path)
-        found = Split([row for _, row in records], str(path), lines=[number for number, _ in records])
-    elif path.suffix == ".parquet":
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {str(path)!r}")
-        table = _read(path)
-        found = Split(table, str(path), _class_names(table.schema))
-    elif (hub := _HUB_NAME.match(str(name))) and not path.exists():
-        found = _hub(Source(hub["name"], hub["config"]), hub["split"] or split)
-    else:
-        raise ValueError(
-            f"{str(name)!r} is neither a file that ends in {', '.join((*READERS, '.parquet'))} nor a data set on the"
-            " hub (owner/name, owner/name@config:split)"
-        )
-    if not len(found):
-        raise ValueError(f"{found.origin} holds no rows")
-    logger.info("%s: %d rows of %s", task.name, len(found), found.origin)
-    found.check_columns(task, labelled)
-    return found
-
-
-_HUB_NAME = re.compile(r"(?P<name>[\w-]+/[\w.-]+)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?$")
-
-
-def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> Split:
-    """One split of a task's data set, with the columns that the task needs.
-
-    Args:
-        task: The task.
-        split: Name of the split in the data set (``train``, ``validation_matched``, ...).
-        data_dir: Local folder with ``{task}/{split}*.parquet``; ``None`` for the hub.
-
-    Raises:
-        FileNotFoundError: If the folder does not hold the split.
-        ValueError: If the split is ambiguous, empty, or lacks columns.
-        ConnectionError: If the hub cannot be reached or does not have the data set.
-    """
-    source = task.source
-    if source is None:
-        raise ValueError(f"task {task.name!r} names no data source")
-    if task.name == "demo" and source.path is None:
-        found = _builtin(split)
-    elif data_dir is not None:
-        found = _local(task, split, Path(data_dir))
-    elif source.path is not None:
-        found = _hub(source, split)
-    else:
-        raise ValueError(f"task {task.name!r} has no data set on the hub: give data_dir")
-    if not len(found):
-        raise ValueError(f"{found.origin} holds no rows")
-    found.check_columns(task)
-    return found
-
-
-def _builtin(split: str) -> Split:
-    rows = demo_rows(split)
-    logger.info("demo: %d synthetic sentences made by this package (%s)", len(rows), split)
-    return Split(pa.Table.from_pylist(rows), f"demo ({split}, synthetic)", {"label": ("negative", "positive")})
-
-
-def _local(task: Task, split: str, data_dir: Path) -> Split:
-    name = (task.source.folder if task.source else None) or task.name
-    folder = data_dir / name
-    if not folder.is_dir():
-        there = sorted(path.name for path in data_dir.iterdir() if path.is_dir()) if data_dir.is_dir() else []
-        has = f"it holds {', '.join(there)}" if there else "there is no such folder or it is empty"
-        raise FileNotFoundError(f"data_dir {str(data_dir)!r} has no folder {name!r} for task {task.name!r}: {has}")
-    files = _files(folder, split)
-    tables = [_read(path) for path in files]
-    missing = [str(files[i]) for i, table in enumerate(tables) if table.schema.names != tables[0].schema.names]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} and {files[0]} have different columns")
-    table = pa.concat_tables(tables, promote_options="permissive")
-    origin = str(files[0]) if len(files) == 1 else f"{folder}/{split}-*.parquet"
-    part = "" if files[0].stem == split or _SHARD.search(files[0].stem) else " (a part of the split, by its name)"
-    logger.info("%s: %d rows of %s%s", task.name, table.num_rows, origin, part)
-    return Split(table, origin, _class_names(table.schema))
-
-
-def _read(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"cannot read {path} as Parquet: {error}") from error
-
-
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-
-
-def _files(folder: Path, split: str) -> list[Path]:
-    """``{split}.parquet``; or all its shards; or the one file that is a part of it, ``{split}_*.parquet``."""
-    exact = folder / f"{split}.parquet"
-    if exact.is_file():
-        return [exact]
-    parquet = sorted(folder.glob("*.parquet"))
-    shards = [path for path in parquet if _SHARD.sub("", path.stem) == split]
-    if shards:
-        return shards
-    parts = [path for path in parquet if path.stem.startswith((f"{split}_", f"{split}-"))]
-    if len(parts) == 1:
-        return parts
-    there = ", ".join(path.name for path in parquet) or "no Parquet file"
-    if parts:
-        raise ValueError(
-            f"{folder} has {len(parts)} files for split {split!r} and none is called {split}.parquet:"
-            f" {', '.join(path.name for path in parts)}"
-        )
-    raise FileNotFoundError(f"{folder} has no {split}*.parquet; it holds {there}")
-
-
-def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """Names of integer labels, as ``datasets`` writes them into a Parquet file."""
-    text = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(text).get("info", {}).get("features", {}) if text else {}
-    return {
-        column: list(feature["names"])
-        for column, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and "names" in feature
-    }
-
-
-def _hub(source: Source, split: str) -> Split:
-    # Imported late: it is slow, and neither local folders nor the demo set need it.
-    import datasets
-
-    def load(config: str | None, revision: str | None) -> Any:
-        return datasets.load_dataset(source.path, config, revision=revision, split=split)
-
-    origin = "/".join(filter(None, (source.path, source.config, split)))
-    try:
-        try:
-            data = load(source.config, source.revision)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error):
-                raise
-            logger.warning("%s is kept as a loading script; its Parquet conversion by the hub is taken instead", origin)
-            data = load(source.config, "refs/convert/parquet")
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise ConnectionError(
-            f"cannot load {origin} from the Hugging Face hub ({error}); check the connection, or give data_dir with"
-            f" {{task}}/{split}.parquet"
-        ) from error
-    logger.info("%d rows of %s from the Hugging Face hub", len(data), origin)
-    names = {column: list(f.names) for column, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
-    return Split(data.with_format("arrow")[:], origin, names)

@@ -21,9 +21,9 @@ def candidate_scores(logits: Tensor, batch: "PromptBatch") -> Tensor:
     Returns:
         float32 ``[K]``.
     """
-    at_tokens = logits[batch.token_place, batch.token_id].float()
+    at_tokens = logits[batch.token_logit, batch.token_id].float()
     normaliser = logits.float().logsumexp(-1)  # [P]
-    log_probs = at_tokens - normaliser[batch.token_place]
+    log_probs = at_tokens - normaliser[batch.token_logit]
     # A table and a sum over its rows, as index_add adds in a different order every time on a GPU.
     table = log_probs.new_zeros(batch.candidate_tokens.shape[0], batch.longest_candidate)
     table[batch.token_candidate, batch.token_order] = log_probs

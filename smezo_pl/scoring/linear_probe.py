@@ -73,7 +73,7 @@ class LinearProbe(nn.Module):
             model_logits(self.network, batch)
         features = captured[-1][0]  # [P, H]
         first = batch.token_order == 0  # one token a candidate, in the order of candidates below
-        at_prompt = features[batch.token_place[first]].float()  # [K, H]
+        at_prompt = features[batch.token_logit[first]].float()  # [K, H]
         with torch.autocast(at_prompt.device.type, enabled=False):
             outputs: Tensor = self.head(at_prompt)  # [K, MOST_LABELS]
         candidate = batch.token_candidate[first]

@@ -111,7 +111,7 @@ def model_logits(model: nn.Module, batch: "PromptBatch") -> Tensor:
         ``[P, V]`` in the model's dtype.
     """
     inputs: dict[str, Any] = {"use_cache": False}
-    ids, rows, positions = batch.input_ids, batch.place_row, batch.place_pos
+    ids, rows, positions = batch.input_ids, batch.logit_row, batch.logit_pos
     if batch.bidirectional:
         inputs["attention_mask"] = batch.attention_mask
     elif batch.branching and allows_packing(model):
@@ -195,9 +195,9 @@ def _apart(batch: "PromptBatch") -> tuple[Tensor, Tensor, Tensor]:
     leaf_row, leaf_pos = leaf.nonzero(as_tuple=True)
     ids, _ = batch.texts(leaf_row, leaf_pos)
     # A place belongs to the first leaf that follows from it, in its row.
-    depth = batch.position_ids[batch.place_row, batch.place_pos]
+    depth = batch.position_ids[batch.logit_row, batch.logit_pos]
     width = batch.input_ids.shape[1]
-    at = batch.place_row * width + batch.place_pos
+    at = batch.logit_row * width + batch.logit_pos
     rows = torch.searchsorted(leaf_row * width + leaf_pos, at)
     return ids, rows, depth
 

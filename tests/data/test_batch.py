@@ -27,8 +27,8 @@ def written_out(batch: PromptBatch) -> list[dict[str, object]]:
                 and len(places) == batch.candidate_tokens[k]
             )
             for s in places:
-                at = int(batch.token_place[s])
-                row, pos = int(batch.place_row[at]), int(batch.place_pos[at])
+                at = int(batch.token_logit[s])
+                row, pos = int(batch.logit_row[at]), int(batch.logit_pos[at])
                 seen = batch.visible()[row, pos]
                 assert batch.attention_mask[row][seen].all()
                 assert batch.position_ids[row][seen].tolist() == list(range(int(seen.sum())))
@@ -72,7 +72,7 @@ def test_candidates_share_a_row_padded_on_the_right_without_their_last_tokens() 
 
 def test_one_token_candidates_read_one_row_and_one_position() -> None:
     batch = Collate(0)([EXAMPLES[0]] * 5)
-    assert (batch.num_rows, len(batch.place_row), batch.branching) == (5, 5, False)
+    assert (batch.num_rows, len(batch.logit_row), batch.branching) == (5, 5, False)
 
 
 def test_neighbours_share_a_passage() -> None:
@@ -98,34 +98,34 @@ def test_neighbours_share_a_passage() -> None:
 def test_a_masked_text_is_scored_where_its_mask_stands() -> None:
     shared = tuple(range(100, 140))
     examples = [
-        Encoded((1, *shared, 4, 2), ((7,), (8,)), 1, (1,), index=0, mask=41),
-        Encoded((1, *shared, 4, 5, 2), ((7,), (8,), (9,)), 0, (0,), index=1, mask=41),
+        Encoded((1, *shared, 4, 2), ((7,), (8,)), 1, (1,), index=0, mask_position=41),
+        Encoded((1, *shared, 4, 5, 2), ((7,), (8,), (9,)), 0, (0,), index=1, mask_position=41),
     ]
     batch = Collate(0)(examples)
     assert batch.bidirectional and not batch.branching
     assert batch.input_ids.tolist() == [[*examples[0].prompt, 0], list(examples[1].prompt)]
-    assert (batch.place_row.tolist(), batch.place_pos.tolist()) == ([0, 1], [41, 41])
+    assert (batch.logit_row.tolist(), batch.logit_pos.tolist()) == ([0, 1], [41, 41])
     assert batch.token_id.tolist() == [7, 8, 7, 8, 9]
-    assert batch.token_place.tolist() == [0, 0, 1, 1, 1]
+    assert batch.token_logit.tolist() == [0, 0, 1, 1, 1]
     with pytest.raises(ValueError, match="examples with a mask and examples without"):
         Collate(0)([*examples, EXAMPLES[0]])
 
 
 def test_examples_without_candidates_have_prompts() -> None:
     batch = Collate(0, "lm")([Encoded((5, 6), (), -1, (), index=3), Encoded((5,), (), -1, (), index=4)])
-    assert (len(batch), batch.num_candidates, batch.answer_tokens, len(batch.place_row)) == (2, 0, 0, 0)
+    assert (len(batch), batch.num_candidates, batch.answer_tokens, len(batch.logit_row)) == (2, 0, 0, 0)
     assert batch.input_ids.tolist() == [[5, 6], [5, 0]]
 
 
-def test_right_only() -> None:
-    batch = Collate(99, "lm", right_only=True)(EXAMPLES)
+def test_gold_only() -> None:
+    batch = Collate(99, "lm", gold_only=True)(EXAMPLES)
     assert not batch.branching
     for found, example in zip(written_out(batch), EXAMPLES, strict=True):
         whole = expected(example)
         assert found == {**whole, "candidates": {example.label: whole["candidates"][example.label]}}  # type: ignore[index]
     assert batch.num_rows == 3
     with pytest.raises(ValueError, match="row 70 has no label"):
-        Collate(99, "lm", right_only=True)([Encoded((11,), ((1,), (2,)), -1, (), index=70)])
+        Collate(99, "lm", gold_only=True)([Encoded((11,), ((1,), (2,)), -1, (), index=70)])
 
 
 def test_no_examples() -> None:
@@ -137,11 +137,11 @@ def test_unknown_labels_leave_no_answer() -> None:
     assert Collate(0)([EXAMPLES[0], Encoded((1,), ((1,), (2,)), -1, (), index=0)]).answer_tokens == 0
 
 
-@pytest.mark.parametrize("right_only", [False, True])
+@pytest.mark.parametrize("gold_only", [False, True])
 @pytest.mark.parametrize("micro", [1, 2, 3, 4])
-def test_split_is_the_batches_of_the_parts(micro: int, right_only: bool) -> None:
+def test_split_is_the_batches_of_the_parts(micro: int, gold_only: bool) -> None:
     examples = [*EXAMPLES, Encoded((41,), ((5,), (6,)), 0, (0,), index=73)]
-    collate = Collate(99, "lm" if right_only else "classification", right_only)
+    collate = Collate(99, "lm" if gold_only else "classification", gold_only)
     parts = collate(examples).split(micro)
     # Shortest first; equal lengths keep their order.
     order = [3, 0, 1, 2] if micro < 4 else [0, 1, 2, 3]

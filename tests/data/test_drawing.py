@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl.data import PromptDataModule
-from smezo_pl.data.splits import k_of_each_class
+from smezo_pl.data.splits import sample_k_per_class
 from smezo_pl.scoring.candidates import calibrated, candidate_scores, model_logits, score_table
 from smezo_pl.tasks import Task, make_task
 
@@ -33,13 +33,13 @@ def held(tmp_path: Path) -> str:
     return write(tmp_path / "held.jsonl", [{"text": f"room {i}", "label": i % 2} for i in range(8)])
 
 
-def test_k_of_each_class_are_drawn_apart() -> None:
+def test_sample_k_per_class_are_drawn_apart() -> None:
     labels = [i % 3 for i in range(60)]
-    train, dev = k_of_each_class(labels, 5, ["a", "b", "c"], seed=3, origin="file", dev=True)
+    train, dev = sample_k_per_class(labels, 5, ["a", "b", "c"], seed=3, origin="file", dev=True)
     assert Counter(labels[row] for row in train) == Counter(labels[row] for row in dev) == {0: 5, 1: 5, 2: 5}
     assert not set(train) & set(dev)
-    assert k_of_each_class(labels, 5, ["a", "b", "c"], 3, "file", dev=False) == (train, [])
-    assert k_of_each_class(labels, 5, ["a", "b", "c"], 4, "file", dev=True)[0] != train
+    assert sample_k_per_class(labels, 5, ["a", "b", "c"], 3, "file", dev=False) == (train, [])
+    assert sample_k_per_class(labels, 5, ["a", "b", "c"], 4, "file", dev=True)[0] != train
 
 
 def test_more_than_a_class_has(train: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -186,7 +186,7 @@ def test_calibrated_scores_are_what_the_prompt_adds(
 def test_calibration_that_cannot_be(train: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="calibration 'icl_sfc' is for demonstrations"):
         PromptDataModule(KEYS, train_file=train, calibration="icl_sfc")
-    with pytest.raises(ValueError, match="task 'squad' has no prompt without content, so it cannot be calibrated"):
+    with pytest.raises(ValueError, match="task 'squad' has no content-free prompt, so it cannot be calibrated"):
         PromptDataModule("squad", calibration="sfc")
 
 
@@ -201,7 +201,7 @@ def own() -> Task:
         ({"task": "squad", "k_shot": 3}, "k_shot 3 needs classes, and task 'squad' has none"),
         ({"task": "sst2", "k_shot": 0}, "k_shot must be at least 1, got 0"),
         ({"task": "sst2", "num_demonstrations": -1}, "num_demonstrations must be at least 0, got -1"),
-        ({"task": "sst2", "max_new_tokens": 5}, "max_new_tokens is for answers that the model writes, and task 'sst2'"),
+        ({"task": "sst2", "max_new_tokens": 5}, "max_new_tokens is for generation tasks, and task 'sst2'"),
         ({"task": "sst2", "objective": "f1", "reward": "math.sqrt"}, "give one of them"),
         ({"task": "sst2", "reward": "score"}, "reward must be the import path of a function, module.function"),
         ({"task": "sst2", "objective": "rouge1"}, "objective 'rouge1' does not fit"),

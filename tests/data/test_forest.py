@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from smezo_pl.data import Encoded
-from smezo_pl.data.collate import LEAST_SHARED, group
-from smezo_pl.data.packing import common_prefix, pack, tree_size
+from smezo_pl.data.collate import group_examples
+from smezo_pl.data.packing import MIN_SHARED, common_prefix, pack, tree_size
 
 
 @pytest.mark.parametrize("one", [(), (1,), (1, 2, 3), (1, 2, 4), (1, 2, 3, 4, 5), (2,)])
@@ -38,24 +38,24 @@ def test_what_a_token_follows_from_is_its_text(seed: int) -> None:
 
 
 def example(prompt: tuple[int, ...], mask: int = -1) -> Encoded:
-    return Encoded(prompt, ((1,), (2,)), 0, (0,), 0, mask=mask)
+    return Encoded(prompt, ((1,), (2,)), 0, (0,), 0, mask_position=mask)
 
 
 def test_neighbours_share_a_row_from_a_certain_length_on() -> None:
-    shared = tuple(range(100, 100 + LEAST_SHARED))
+    shared = tuple(range(100, 100 + MIN_SHARED))
     examples = [example((*shared, 1)), example((5,)), example((*shared, 2)), example((*shared[:-1], 2)), example((5,))]
-    assert group(examples) == [[0, 2], [1], [3], [4]]
+    assert group_examples(examples) == [[0, 2], [1], [3], [4]]
     # Those who look both ways see all of a row.
-    assert group([example((*shared, 1), mask=0), example((*shared, 2), mask=0)]) == [[0], [1]]
+    assert group_examples([example((*shared, 1), mask=0), example((*shared, 2), mask=0)]) == [[0], [1]]
 
 
 def test_a_row_ends_where_attention_outweighs_what_is_shared() -> None:
     passage = tuple(range(300))
     examples = [example((*passage, 1000 + i, *range(40))) for i in range(100)]
-    groups = group(examples)
+    groups = group_examples(examples)
     sizes = [300 + 41 * len(members) for members in groups]
     # P + sqrt(P^2 + 2000 P) = 1131
     assert all(1131 - 41 < size <= 1131 for size in sizes[:-1])
     assert [sum(groups, []), len(groups)] == [list(range(100)), 5]  # noqa: RUF017
-    assert max(map(len, group(examples, max_tokens=400))) == 2
-    assert max(map(len, group(examples, max_tokens=10))) == 1
+    assert max(map(len, group_examples(examples, max_tokens=400))) == 2
+    assert max(map(len, group_examples(examples, max_tokens=10))) == 1

@@ -3,7 +3,7 @@ import logging
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from smezo_pl.data.encoding import MaskedEncoder
+from smezo_pl.data.encoding import MaskedLMEncoder
 from smezo_pl.tasks import Example
 from tests.data.made_tokenizers import masking_tokenizer, word_tokenizer
 
@@ -17,11 +17,11 @@ def example(prompt: str, *candidates: str) -> Example:
 @pytest.mark.parametrize("roberta", [False, True])
 def test_the_mask_stands_where_the_word_belongs(roberta: bool) -> None:
     tokenizer = masking_tokenizer(WORDS, roberta)
-    (encoded,) = MaskedEncoder(tokenizer).encode([example("the movie was fine It was<mask>.")])
+    (encoded,) = MaskedLMEncoder(tokenizer).encode([example("the movie was fine It was<mask>.")])
     tokens = tokenizer.convert_ids_to_tokens(list(encoded.prompt))
     start, end = ("<s>", "</s>") if roberta else ("[CLS]", "[SEP]")
     assert tokens == [start, *["the", "movie", "was", "fine", "It", "was"], tokenizer.mask_token, ".", end]
-    assert encoded.prompt[encoded.mask] == tokenizer.mask_token_id
+    assert encoded.prompt[encoded.mask_position] == tokenizer.mask_token_id
     assert tokenizer.convert_ids_to_tokens([c[0] for c in encoded.candidates]) == ["terrible", "great"]
     assert (encoded.label, encoded.correct, encoded.index, encoded.cut) == (1, (1,), 7, 0)
     assert encoded.bidirectional
@@ -40,9 +40,9 @@ def test_long_texts_keep_the_mask(prompt: str, kept: str, caplog: pytest.LogCapt
     tokenizer = masking_tokenizer(WORDS)
     most = len(kept.split()) + 2
     with caplog.at_level(logging.WARNING, "smezo_pl"):
-        (encoded,) = MaskedEncoder(tokenizer, most).encode([example(prompt)], "file.csv")
+        (encoded,) = MaskedLMEncoder(tokenizer, most).encode([example(prompt)], "file.csv")
     assert tokenizer.convert_ids_to_tokens(list(encoded.prompt)) == ["[CLS]", *kept.split(), "[SEP]"]
-    assert encoded.prompt[encoded.mask] == tokenizer.mask_token_id
+    assert encoded.prompt[encoded.mask_position] == tokenizer.mask_token_id
     total = len(tokenizer(prompt.replace("<mask>", "[MASK]"), add_special_tokens=False)["input_ids"])
     assert encoded.cut == total - len(kept.split())
     assert f"file.csv: 1 of 1 examples are longer than max_length {most} and were cut, by {encoded.cut}" in caplog.text
@@ -51,9 +51,9 @@ def test_long_texts_keep_the_mask(prompt: str, kept: str, caplog: pytest.LogCapt
 def test_the_tokenizers_longest_text_holds() -> None:
     tokenizer = masking_tokenizer(WORDS)
     tokenizer.model_max_length = 6
-    assert MaskedEncoder(tokenizer, 100).max_length == 6
+    assert MaskedLMEncoder(tokenizer, 100).max_length == 6
     with pytest.raises(ValueError, match="max_length 3 leaves no room for a mask and a token beside it"):
-        MaskedEncoder(tokenizer, 3)
+        MaskedLMEncoder(tokenizer, 3)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_the_tokenizers_longest_text_holds() -> None:
 )
 def test_what_is_refused(wrong: Example, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MaskedEncoder(masking_tokenizer(WORDS)).encode([wrong], "x")
+        MaskedLMEncoder(masking_tokenizer(WORDS)).encode([wrong], "x")
 
 
 def test_a_tokenizer_without_a_mask() -> None:
     tokenizer: PreTrainedTokenizerFast = word_tokenizer(["a"])
     with pytest.raises(ValueError, match="has no mask token, so it is not that of a masked language model"):
-        MaskedEncoder(tokenizer)
+        MaskedLMEncoder(tokenizer)

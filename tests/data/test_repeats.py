@@ -10,8 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from smezo_pl.data import PromptDataModule
-from smezo_pl.data.sources import Split
-from smezo_pl.data.splits import say_repeated_ids
+from smezo_pl.data.sources import Rows
+from smezo_pl.data.splits import log_repeated_ids
 
 KEYS = {"prompt": "{text} It was", "candidates": {0: " bad", 1: " good"}}
 
@@ -25,7 +25,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         r.getMessage()
         for r in caplog.records
-        if r.levelno >= logging.WARNING and r.funcName in ("say_repeated_ids", "say_shared_texts")
+        if r.levelno >= logging.WARNING and r.funcName in ("log_repeated_ids", "log_leaked_examples")
     ]
 
 
@@ -57,7 +57,7 @@ def test_repeated_ids_of_a_file(
     ],
 )
 def test_ids_of_a_table(values: list[Any], first: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    say_repeated_ids(Split(pa.table({"idx": values}), "somewhere"))
+    log_repeated_ids(Rows(pa.table({"idx": values}), "somewhere"))
     assert bool(said(caplog)) is (first is not None)
     if first is not None:
         assert "somewhere: 1 of 3 rows repeat the idx of an earlier row" in said(caplog)[0] and first in said(caplog)[0]
@@ -71,7 +71,7 @@ def test_dev_examples_that_are_trained_on(
     arguments: dict[str, Any] = {"tokenizer": tiny_tokenizer, "train_file": train, "dev_file": dev}
     PromptDataModule(KEYS, **arguments).setup("fit")
     assert said(caplog) == [
-        "1 of 3 dev examples have the text of a training example and measure what was learnt by heart; the first:"
+        "1 of 3 dev examples have the text of a training example (train/dev leakage); the first:"
         f" {dev}, line 2, trained on as {train}, line 4"
     ]
     caplog.clear()

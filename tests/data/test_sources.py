@@ -128,14 +128,14 @@ def test_the_demo_set_needs_no_folder_and_is_called_synthetic(caplog: pytest.Log
     with caplog.at_level(logging.INFO):
         split = load_split(get_task("demo"), "test", "/nowhere")
     assert "synthetic" in split.origin
-    assert caplog.messages == ["demo: 1000 synthetic sentences made by this package (test)"]
+    assert caplog.messages == ["demo: 1000 bundled synthetic sentences (test)"]
 
 
 def test_a_task_without_a_source() -> None:
     task = Task("mine", "{a}\n", {"0": "No", "1": "Yes"})
     with pytest.raises(ValueError, match="task 'mine' names no data source"):
         load_split(task, "train")
-    with pytest.raises(ValueError, match="task 'mine' has no data set on the hub: give data_dir"):
+    with pytest.raises(ValueError, match="task 'mine' has no dataset on the hub: give data_dir"):
         load_split(Task("mine", "{a}\n", {"0": "No", "1": "Yes"}, source=Source()), "train")
 
 

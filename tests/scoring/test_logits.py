@@ -68,7 +68,7 @@ def test_what_stands_in_a_branch_is_not_seen_by_another() -> None:
     batch = Collate(0)([example])
     with torch.no_grad():
         wrong = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits[
-            batch.place_row, batch.place_pos
+            batch.logit_row, batch.logit_pos
         ]
         assert not torch.allclose(wrong, model_logits(model, batch), atol=1e-3)
 
@@ -156,8 +156,8 @@ def test_logits_are_computed_where_they_are_read_alone() -> None:
     batch = Collate(0)(examples())
     with torch.no_grad():
         logits = model_logits(model, batch)
-    assert seen == [(1, len(batch.place_row), 64)] and logits.shape == (len(batch.place_row), 64)
-    assert len(batch.place_row) < int(batch.attention_mask.sum()) / 3
+    assert seen == [(1, len(batch.logit_row), 64)] and logits.shape == (len(batch.logit_row), 64)
+    assert len(batch.logit_row) < int(batch.attention_mask.sum()) / 3
     assert not model.lm_head._forward_pre_hooks
 
 

@@ -77,7 +77,7 @@ def test_parts_of_a_batch_add_up(
     kind: str, micro: int, encoded: list[Encoded], make_tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
     model = make_tiny_model(kind)
-    for collate in (Collate(1), Collate(1, "lm"), Collate(1, "lm", right_only=True)):
+    for collate in (Collate(1), Collate(1, "lm"), Collate(1, "lm", gold_only=True)):
         batch = collate(encoded)
         with torch.no_grad():
             whole = loss_of(candidate_scores(model_logits(model, batch), batch), batch)
@@ -152,7 +152,7 @@ def test_no_loss_without_labels() -> None:
 
 def test_scores_of_half_precision_logits_are_float32() -> None:
     batch = two_examples("classification")
-    logits = torch.randn(len(batch.place_row), 16, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(len(batch.logit_row), 16, generator=torch.Generator().manual_seed(0))
     half = logits.bfloat16()
     assert candidate_scores(half, batch).dtype == torch.float32
     assert torch.equal(candidate_scores(half, batch), candidate_scores(half.float(), batch))

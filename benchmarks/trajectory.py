@@ -15,6 +15,7 @@ import logging
 import random
 import tempfile
 import warnings
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -26,10 +27,10 @@ from common import machine, print_table, smollm2, smollm2_file, write_json
 from lightning.pytorch import Trainer
 
 from smezo_pl import PromptDataModule, SeedCheckpoint, SparseMeZO, SparseMeZOModule, export, replay
+from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.header import Header
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.recorder import Recorder, describe, named_tensors
-from smezo_pl.trajectory.records import Rates, StepRow
 from smezo_pl.trajectory.resume import SEED_KEY
 from smezo_pl.trajectory.snapshots import pack_thresholds, write_anchor
 
@@ -132,12 +133,13 @@ def simulated(folder: Path, trained: torch.nn.Module, real: Path) -> dict[str, A
     thresholds = pack_thresholds(tuple(optimizer.thresholds().values()))
     folder.mkdir()
     path, anchor = folder / "trajectory.smezo", folder / "anchors" / f"step-{STEPS - ANCHORS}.safetensors"
-    noise, rates = random.Random(0), Rates((1e-6,), (0.0,), (1e-3,), (0.8,))
+    noise, rates = random.Random(0), {"lr": (1e-6,), "weight_decay": (0.0,), "eps": (1e-3,), "sparsity": (0.8,)}
     with TrajectoryWriter.create(path, header) as writer:
         for step in range(STEPS):
             plus, minus = 0.7 + noise.gauss(0, 0.05), 0.7 + noise.gauss(0, 0.05)
             gradient = float(torch.tensor((plus - minus) / 2e-3, dtype=torch.float32))
-            writer.append(StepRow(step, (gradient,), ((plus, minus),), rates, refresh=None if step else thresholds))
+            record = StepRecord(step, ((plus, minus),), (gradient,), **rates)
+            writer.append(record if step else replace(record, refreshed=True, thresholds=thresholds))
             if (step + 1) % CHECKPOINTS == 0:
                 writer.mark("weights", root="0" * 64)
                 writer.mark("checkpoint", file="last.ckpt", sha256="0" * 64)
@@ -148,7 +150,7 @@ def simulated(folder: Path, trained: torch.nn.Module, real: Path) -> dict[str, A
         writer.mark("anchor", file=str(anchor.relative_to(folder)), sha256=digest)
         for step in range(STEPS - ANCHORS, STEPS - 1):
             gradient = float(torch.tensor(noise.gauss(0, 30.0), dtype=torch.float32))
-            writer.append(StepRow(step, (gradient,), ((0.7, 0.7),), rates))
+            writer.append(StepRecord(step, ((0.7, 0.7),), (gradient,), **rates))
         checkpoint(folder / "checkpoints" / "last.ckpt", writer, header, real)
     began = perf_counter()
     trainer(folder, STEPS).validate(module(), data(), ckpt_path=folder / "checkpoints" / "last.ckpt", verbose=False)

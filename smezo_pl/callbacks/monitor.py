@@ -14,7 +14,7 @@ from smezo_pl.callbacks.common import log_scalars, zeroth_order_optimizer
 from smezo_pl.callbacks.figures import density_figure, gradient_figure
 from smezo_pl.callbacks.mask_refresh import churn, density, sampled_names
 from smezo_pl.data.batch import batch_size
-from smezo_pl.optim import SparseMeZO, StepReport
+from smezo_pl.optim import SparseMeZO, StepRecord
 
 QUANTILES = (0.1, 0.5, 0.9)
 
@@ -85,19 +85,19 @@ class ZerothOrderMonitor(Callback):
     ) -> None:
         """Add the step, and log what is due."""
         optimizer = zeroth_order_optimizer(trainer, self)
-        report, step = optimizer.last_step, trainer.global_step
+        record, step = optimizer.last_step, trainer.global_step
         now = perf_counter()
         self._seconds += now - self._clock
         self._clock = now
         self._examples += batch_size(batch) * trainer.world_size
-        self._forward += report.forward_seconds
-        self._total += report.total_seconds
-        self._gradients.extend(report.projected_gradients)
+        self._forward += record.forward_seconds
+        self._total += record.total_seconds
+        self._gradients.extend(record.projected_gradients)
         if not trainer.loggers:
             return
         scalars: dict[str, float] = {}
         if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            scalars |= self._scalars(optimizer, report, pl_module.device)
+            scalars |= self._scalars(optimizer, record, pl_module.device)
             self._reset()
         if step % self.masks_every_n_steps == 0:
             scalars |= self._mask_scalars(optimizer)
@@ -112,19 +112,19 @@ class ZerothOrderMonitor(Callback):
         if self.figures_every_n_steps is not None and trainer.global_step % self.figures_every_n_steps != 0:
             self._draw(trainer, zeroth_order_optimizer(trainer, self))
 
-    def _scalars(self, optimizer: SparseMeZO, report: StepReport, device: torch.device) -> dict[str, float]:
-        samples = len(report.losses)
+    def _scalars(self, optimizer: SparseMeZO, record: StepRecord, device: torch.device) -> dict[str, float]:
+        samples = len(record.losses)
         scalars = {
-            "zo/loss_plus": sum(plus for plus, _ in report.losses) / samples,
-            "zo/loss_minus": sum(minus for _, minus in report.losses) / samples,
-            "zo/lr": report.lr[0],
-            "zo/eps": report.eps[0],
+            "zo/loss_plus": sum(plus for plus, _ in record.losses) / samples,
+            "zo/loss_minus": sum(minus for _, minus in record.losses) / samples,
+            "zo/lr": record.lr[0],
+            "zo/eps": record.eps[0],
             "zo/skipped_steps": float(optimizer.skipped_steps),
             "zo/forward_share": self._forward / self._total if self._total else 0.0,
             "zo/examples_per_second": self._examples / self._seconds if self._seconds else 0.0,
         }
-        if not report.skipped:
-            scalars["zo/projected_gradient"] = sum(report.projected_gradients) / samples
+        if not record.skipped:
+            scalars["zo/projected_gradient"] = sum(record.projected_gradients) / samples
         if self._gradients:
             magnitudes = torch.tensor(list(self._gradients), dtype=torch.float64).abs()
             values = magnitudes.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()

@@ -11,11 +11,11 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
+from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.database import is_written
 from smezo_pl.trajectory.exports import load
 from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_record, locate
-from smezo_pl.trajectory.records import StepRow
 
 
 def found_below(folder: Path) -> list[Path]:
@@ -139,8 +139,8 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "settings": header.settings,
         "steps": trajectory.next_step,
         "skipped": sum(row.skipped for row in rows),
-        "refreshes": [row.step for row in rows if row.refresh is not None],
-        "lr": list(rows[-1].rates.lr) if rows else None,
+        "refreshes": [row.step for row in rows if row.refreshed],
+        "lr": list(rows[-1].lr) if rows else None,
         "loss": {"first": losses[0], "last": losses[-1], "least": min(losses)} if losses else None,
         "sound": trajectory.damage is None,
         "damage": trajectory.damage,
@@ -189,7 +189,7 @@ def cleaned(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
-def sparkline(rows: Sequence[StepRow], width: int = 40) -> str:
+def sparkline(rows: Sequence[StepRecord], width: int = 40) -> str:
     """The losses as bars: means over equal parts of the run."""
     losses = [row.loss for row in rows if row.losses and isfinite(row.loss)]
     width = min(width, len(losses))
@@ -211,14 +211,9 @@ def comparison(one: Trajectory, other: Trajectory) -> dict[str, Any]:
     if differing:
         words = f"the same starting weights, but another {', '.join(differing)}"
         return {"same_start": True, "first_difference": one.header.first_step, "text": words}
+    compared = ("projected_gradients", "lr", "weight_decay", "eps", "sparsity", "skipped", "refreshed")
     for a, b in zip(one.rows, other.rows, strict=False):
-        same = (a.projected_gradients, a.rates, a.skipped, a.refresh is None) == (
-            b.projected_gradients,
-            b.rates,
-            b.skipped,
-            b.refresh is None,
-        )
-        if not same:
+        if any(getattr(a, name) != getattr(b, name) for name in compared):
             return {
                 "same_start": True,
                 "first_difference": a.step,

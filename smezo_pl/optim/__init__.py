@@ -2,6 +2,6 @@
 
 from smezo_pl.optim.selection import MaskStat
 from smezo_pl.optim.sparse_mezo import NonFiniteLossError, SparseMeZO
-from smezo_pl.optim.step import StepReport
+from smezo_pl.optim.step import StepRecord
 
-__all__ = ["MaskStat", "NonFiniteLossError", "SparseMeZO", "StepReport"]
+__all__ = ["MaskStat", "NonFiniteLossError", "SparseMeZO", "StepRecord"]

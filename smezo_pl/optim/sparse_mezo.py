@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from smezo_pl.optim.perturbation.directions import StepMoves
 from smezo_pl.optim.perturbation.forwards import Closure, Forwards, deferred_interrupt
 from smezo_pl.optim.perturbation.layerwise import Layerwise
 from smezo_pl.optim.selection import MaskStat, Member, Selection
-from smezo_pl.optim.step import RecordedStep, StepReport, check_recorded, coefficients, update_in_blocks
+from smezo_pl.optim.step import StepRecord, check_recorded, coefficients, update_in_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class SparseMeZO(Optimizer):
         self._steps_done = self._skipped_in_row = self._skipped = 0
         self._refreshed = False
         self._copied_bytes = 0
-        self._last_step: StepReport | None = None
+        self._last_step: StepRecord | None = None
         self._said: set[str] = set()
         self._wire()
         defaults = {
@@ -373,7 +374,7 @@ class SparseMeZO(Optimizer):
         return self._skipped
 
     @property
-    def last_step(self) -> StepReport:
+    def last_step(self) -> StepRecord:
         """What the last step did.
 
         Raises:
@@ -413,23 +414,17 @@ class SparseMeZO(Optimizer):
         eps = self.param_groups[0]["eps"]
         gradients = tuple(float32((plus - minus) / (2.0 * eps)) for plus, minus in losses)
         skipped = not all(math.isfinite(value) for value in (*gradients, *(v for pair in losses for v in pair)))
-        lr = tuple(float(group["lr"]) for group in self.param_groups)
-        decay = tuple(float(group["weight_decay"]) for group in self.param_groups)
-        refreshed = self._refreshed
-        step = self._steps_done
-        self.replay_step(step, () if skipped else gradients, lr, decay, skipped=skipped)
-        self._last_step = StepReport(
-            step=step,
+        record = StepRecord(
+            step=self._steps_done,
             losses=losses,
             projected_gradients=() if skipped else gradients,
-            lr=lr,
-            eps=tuple(float(group["eps"]) for group in self.param_groups),
-            weight_decay=decay,
+            **self._rates(),
             skipped=skipped,
-            refreshed=refreshed,
+            refreshed=self._refreshed,
             forward_seconds=forwards.seconds,
-            total_seconds=perf_counter() - started,
         )
+        self.replay_steps([record])
+        self._last_step = replace(record, total_seconds=perf_counter() - started)
         if self._skipped_in_row >= self.max_skipped:
             raise NonFiniteLossError(
                 f"the loss was not finite in {self._skipped_in_row} steps in a row (last pair {losses[-1]}); the "
@@ -457,9 +452,10 @@ class SparseMeZO(Optimizer):
         Raises:
             ValueError: If the step is not the next one, or numbers are missing.
         """
-        self.replay_steps([RecordedStep(step, projected_gradients, lr, weight_decay, skipped)])
+        rates = self._rates() | {"lr": tuple(lr), "weight_decay": tuple(weight_decay)}
+        self.replay_steps([StepRecord(step, (), tuple(projected_gradients), **rates, skipped=skipped)])
 
-    def replay_steps(self, steps: Sequence[RecordedStep]) -> None:
+    def replay_steps(self, steps: Sequence[StepRecord]) -> None:
         """Make the updates of several steps again, with the bits of `replay_step` one by one.
 
         Much faster where numba makes the updates: a block of weights takes many steps while it is in cache.
@@ -493,8 +489,13 @@ class SparseMeZO(Optimizer):
         moved = self._members() if members is None else members
         return StepMoves(moved, self._selection, self._kernel, self.noise, self.seed, step)
 
+    def _rates(self) -> dict[str, Any]:
+        """What a record has for each parameter group."""
+        names = ("lr", "weight_decay", "eps", "sparsity")
+        return {name: tuple(float(group[name]) for group in self.param_groups) for name in names}
+
     @torch.no_grad()
-    def _update(self, steps: Sequence[RecordedStep]) -> None:
+    def _update(self, steps: Sequence[StepRecord]) -> None:
         if len(steps) > 1:
             update_in_blocks(self, [(member, self._kernel(member.parameter)) for member in self._members()], steps)
             return

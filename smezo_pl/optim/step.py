@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,34 +17,38 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class StepReport:
+class StepRecord:
     """The record of one step: with the base seed it is all that is needed to make the step again.
 
     Attributes:
         step: Index of the step, counted from 0; the noise of the step is drawn with it.
-        losses: ``(l+, l-)`` of each sample.
+        losses: ``(l+, l-)`` of each sample; empty where they were not kept, as in an exported run.
         projected_gradients: ``(l+ - l-) / (2 eps)`` of each sample, rounded to float32, with the ``eps`` of the first
             parameter group. Empty when the step was skipped.
         lr: Learning rate of each parameter group.
-        eps: Perturbation scale of each parameter group.
         weight_decay: Weight decay of each parameter group.
+        eps: Perturbation scale of each parameter group.
+        sparsity: Sparsity of each parameter group.
         skipped: Whether a loss was not finite, so that no weight was changed.
         refreshed: Whether masks were refreshed since the step before.
+        thresholds: The thresholds of that refresh as a trajectory stores them; empty where they are not kept.
         forward_seconds: Wall-clock seconds in the closure, without the writing of perturbed copies on a CPU. On an
             accelerator launches return early and the time of the perturbations inside a layer counts here.
-        total_seconds: Wall-clock seconds of the whole step.
+        total_seconds: Wall-clock seconds of the whole step. Neither of the two is compared or stored.
     """
 
     step: int
     losses: tuple[tuple[float, float], ...]
     projected_gradients: tuple[float, ...]
     lr: tuple[float, ...]
-    eps: tuple[float, ...]
     weight_decay: tuple[float, ...]
-    skipped: bool
-    refreshed: bool
-    forward_seconds: float
-    total_seconds: float
+    eps: tuple[float, ...]
+    sparsity: tuple[float, ...]
+    skipped: bool = False
+    refreshed: bool = False
+    thresholds: bytes = b""
+    forward_seconds: float = field(default=0.0, compare=False)
+    total_seconds: float = field(default=0.0, compare=False)
 
     @property
     def loss(self) -> float:
@@ -57,25 +61,7 @@ class StepReport:
         return self.total_seconds - self.forward_seconds
 
 
-class RecordedStep(NamedTuple):
-    """A step as a record has it.
-
-    Attributes:
-        step: Its index.
-        projected_gradients: One float32 number a sample; empty when skipped.
-        lr: Learning rate of each group.
-        weight_decay: Weight decay of each group.
-        skipped: Whether the step changed nothing.
-    """
-
-    step: int
-    projected_gradients: Sequence[float]
-    lr: Sequence[float]
-    weight_decay: Sequence[float]
-    skipped: bool = False
-
-
-def coefficients(groups: Sequence[dict[str, Any]], step: RecordedStep) -> list[tuple[list[float], float]]:
+def coefficients(groups: Sequence[dict[str, Any]], step: StepRecord) -> list[tuple[list[float], float]]:
     """What an update multiplies with: for each group the factor of each sample's noise, and the decay, in float64."""
     first_eps, gradients = groups[0]["eps"], step.projected_gradients
     found = []
@@ -86,7 +72,7 @@ def coefficients(groups: Sequence[dict[str, Any]], step: RecordedStep) -> list[t
     return found
 
 
-def check_recorded(recorded: RecordedStep, step: int, groups: int, samples: int) -> None:
+def check_recorded(recorded: StepRecord, step: int, groups: int, samples: int) -> None:
     """Refuse a step that cannot be made now.
 
     Args:
@@ -108,7 +94,7 @@ def check_recorded(recorded: RecordedStep, step: int, groups: int, samples: int)
         )
 
 
-def update_in_blocks(optimizer: Any, members: Sequence[tuple[Member, Kernel]], steps: Sequence[RecordedStep]) -> None:
+def update_in_blocks(optimizer: Any, members: Sequence[tuple[Member, Kernel]], steps: Sequence[StepRecord]) -> None:
     """Make the updates of several steps, tensor by tensor. No mask is refreshed and no eps changed between them.
 
     The bits are those of the steps one after the other: no tensor's update looks at another tensor.
@@ -139,7 +125,7 @@ def update_in_blocks(optimizer: Any, members: Sequence[tuple[Member, Kernel]], s
 
 
 def _numbers(
-    groups: Sequence[dict[str, Any]], steps: Sequence[RecordedStep]
+    groups: Sequence[dict[str, Any]], steps: Sequence[StepRecord]
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
     """Of each group: index, scales and decay of those steps that change it."""
     made = [coefficients(groups, step) for step in steps]

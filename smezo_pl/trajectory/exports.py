@@ -20,10 +20,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.files import write_atomically
 from smezo_pl.trajectory.header import MAX_HEADER_BYTES, Header, TrajectoryError, inflate
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_record, locate
-from smezo_pl.trajectory.records import MAX_SAMPLES, Mark, Rates, StepRow
+from smezo_pl.trajectory.records import MAX_SAMPLES, RATES, Mark
 
 MOST_VALUES = 1 << 26
 """Most values that are unpacked: bounds what a damaged file can make a reader allocate."""
@@ -143,14 +144,14 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
     """
     trajectory = source.upto(steps) if isinstance(source, Trajectory) else load(source, steps)
     rows, path = trajectory.rows, Path(path)
-    packed = {name: pack_columns([getattr(row.rates, name) for row in rows]) for name in Rates._fields}
+    packed = {name: pack_columns([getattr(row, name) for row in rows]) for name in RATES}
     root = _final_root(trajectory)
     content = {
         "header": json.loads(zlib.decompress(trajectory.header.to_bytes())),
         "pieces": {name: found for name, (found, _) in packed.items()},
         "columns": [len(column) for _, column in packed.values()],
         "skipped": [index for index, row in enumerate(rows) if row.skipped],
-        "refreshed": [index for index, row in enumerate(rows) if row.refresh is not None],
+        "refreshed": [index for index, row in enumerate(rows) if row.refreshed],
         "final": root,
     }
     header = zlib.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), 9)
@@ -230,21 +231,21 @@ def _from_content(
         raise ValueError(f"{header.num_samples} samples a step")
     steps, groups = len(gradients), len(header.groups)
     lengths = [int(length) for length in content["columns"]]
-    if len(lengths) != len(Rates._fields) or min(lengths) < 0 or sum(lengths) != len(columns):
+    if len(lengths) != len(RATES) or min(lengths) < 0 or sum(lengths) != len(columns):
         raise ValueError("the columns differ in length from what is said of them")
     rates, offset = [], 0
-    for name, length in zip(Rates._fields, lengths, strict=True):
+    for name, length in zip(RATES, lengths, strict=True):
         rates.append(unpack_columns(content["pieces"][name], columns[offset : offset + length], steps, groups))
         offset += length
     skipped, refreshed = _indices(content["skipped"], steps), _indices(content["refreshed"], steps)
     rows = [
-        StepRow(
+        StepRecord(
             step=header.first_step + index,
             projected_gradients=() if index in skipped else tuple(values),
             losses=(),
-            rates=Rates(*each),
+            **dict(zip(RATES, each, strict=True)),
             skipped=index in skipped,
-            refresh=b"" if index in refreshed else None,
+            refreshed=index in refreshed,
         )
         for index, (values, *each) in enumerate(zip(gradients.tolist(), *rates, strict=True))
     ]

@@ -10,10 +10,11 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
+from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory import database as store
 from smezo_pl.trajectory.database import WriterLock
 from smezo_pl.trajectory.header import Header, TrajectoryError, header_digest
-from smezo_pl.trajectory.records import Mark, Rates, StepRow, check_of, pack_mark, pack_row, unpack_mark, unpack_row
+from smezo_pl.trajectory.records import Mark, check_of, pack_mark, pack_row, unpack_mark, unpack_row
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Trajectory:
 
     path: Path
     header: Header
-    rows: Sequence[StepRow]
+    rows: Sequence[StepRecord]
     checks: Sequence[bytes]
     marks: Sequence[Mark]
     damage: str | None = None
@@ -143,9 +144,9 @@ def _read_header(connection: sqlite3.Connection, path: Path) -> tuple[Header, by
 
 def _read_rows(
     connection: sqlite3.Connection, header: Header, digest: bytes
-) -> tuple[list[StepRow], list[bytes], str | None]:
+) -> tuple[list[StepRecord], list[bytes], str | None]:
     """Rows as far as they are sound, their checks, and what is wrong with the next one."""
-    rows: list[StepRow] = []
+    rows: list[StepRecord] = []
     checks: list[bytes] = []
     step = header.first_step
     try:
@@ -156,7 +157,7 @@ def _read_rows(
             refresh = refreshes.pop(step, None)
             if not isinstance(data, bytes) or not isinstance(refresh, bytes | None):
                 return rows, checks, f"step {step} is damaged: not bytes"
-            before = rows[-1].rates if rows else None
+            before = rows[-1] if rows else None
             rows.append(unpack_row(step, data, refresh, before, checks[-1] if checks else digest, len(header.groups)))
             checks.append(check_of(data))
             step += 1
@@ -214,7 +215,7 @@ class TrajectoryWriter:
         self.path, self.header = path, header
         self._connection, self._lock = connection, lock
         self._check = trajectory.check if trajectory else header_digest(header.to_bytes())
-        self._rates: Rates | None = trajectory.rows[-1].rates if trajectory and trajectory.rows else None
+        self._last = trajectory.rows[-1] if trajectory and trajectory.rows else None
         self._next = trajectory.next_step if trajectory else header.first_step
         self._closed = False
         self._synced_step, self._synced_at = self._next, monotonic()
@@ -280,7 +281,7 @@ class TrajectoryWriter:
         """Check of the last row: a name for all that the record says so far."""
         return self._check
 
-    def append(self, row: StepRow) -> None:
+    def append(self, row: StepRecord) -> None:
         """Add the next step.
 
         Raises:
@@ -288,13 +289,13 @@ class TrajectoryWriter:
         """
         if row.step != self._next:
             raise TrajectoryError(f"{self.path}: step {row.step} cannot be recorded: the next one is {self._next}")
-        data = pack_row(row, self._rates, self._check)
+        data = pack_row(row, self._last, self._check)
         with store.explained(self.path, "write"), self._connection:
             self._connection.execute("BEGIN")
             self._connection.execute("INSERT INTO steps VALUES (?, ?)", (row.step, data))
-            if row.refresh is not None:
-                self._connection.execute("INSERT INTO refreshes VALUES (?, ?)", (row.step, row.refresh))
-        self._next, self._rates, self._check = row.step + 1, row.rates, check_of(data)
+            if row.refreshed:
+                self._connection.execute("INSERT INTO refreshes VALUES (?, ?)", (row.step, row.thresholds))
+        self._next, self._last, self._check = row.step + 1, row, check_of(data)
         if self._next - self._synced_step >= SYNC_STEPS or monotonic() - self._synced_at >= SYNC_SECONDS:
             self.sync()
 
@@ -344,17 +345,17 @@ def rewrite(trajectory: Trajectory, path: Path) -> None:
     Raises:
         TrajectoryError: If there is a file already, or it cannot be written.
     """
-    check, rates = header_digest(trajectory.header.to_bytes()), None
+    check, before = header_digest(trajectory.header.to_bytes()), None
     checks = {trajectory.header.first_step: check}
     with TrajectoryWriter.create(path, trajectory.header) as writer, store.explained(path, "write"), writer._connection:
         writer._connection.execute("BEGIN")
         for row in trajectory.rows:
-            data = pack_row(row, rates, check)
-            check, rates = check_of(data), row.rates
+            data = pack_row(row, before, check)
+            check, before = check_of(data), row
             checks[row.step + 1] = check
             writer._connection.execute("INSERT INTO steps VALUES (?, ?)", (row.step, data))
-            if row.refresh is not None:
-                writer._connection.execute("INSERT INTO refreshes VALUES (?, ?)", (row.step, row.refresh))
+            if row.refreshed:
+                writer._connection.execute("INSERT INTO refreshes VALUES (?, ?)", (row.step, row.thresholds))
         for mark in trajectory.marks:
             packed = pack_mark(mark, checks[mark.steps])
             writer._connection.execute("INSERT INTO marks (steps, data) VALUES (?, ?)", (mark.steps, packed))

@@ -7,6 +7,7 @@ import logging
 import math
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from smezo_pl.trajectory.fingerprint import (
 )
 from smezo_pl.trajectory.header import GroupInfo, Header, TensorInfo, TrajectoryError
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
-from smezo_pl.trajectory.records import Rates, StepRow, pack_thresholds
+from smezo_pl.trajectory.records import pack_thresholds
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -135,27 +136,18 @@ class Recorder:
             self.writer.close()
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
-        report = self.optimizer.last_step
+        record = self.optimizer.last_step
         groups = self.optimizer.param_groups
         if _constant_settings(self.optimizer) != self._constant:
             raise TrajectoryError(
                 f"{self.writer.path}: the optimizer's groups, seed, noise, mask or num_samples changed during the run; "
                 "a record holds them once: start another one"
             )
-        # the group's own number says the same as report.refreshed, and outlives a resume between refresh and step
-        refreshed = report.refreshed or any(group["mask_step"] == report.step for group in groups)
+        # the group's own number says the same as record.refreshed, and outlives a resume between refresh and step
+        refreshed = record.refreshed or any(group["mask_step"] == record.step for group in groups)
         thresholds = tuple(self.optimizer.thresholds().values()) if refreshed else ()
         self.writer.append(
-            StepRow(
-                step=report.step,
-                projected_gradients=report.projected_gradients,
-                losses=report.losses,
-                rates=Rates(
-                    report.lr, report.weight_decay, report.eps, tuple(float(group["sparsity"]) for group in groups)
-                ),
-                skipped=report.skipped,
-                refresh=pack_thresholds(thresholds) if refreshed else None,
-            )
+            replace(record, refreshed=refreshed, thresholds=pack_thresholds(thresholds) if refreshed else b"")
         )
 
     def __enter__(self) -> Recorder:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any
 
+from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.header import inflate
 
 CHECK_SIZE = 8
@@ -31,73 +32,40 @@ class Flag(IntFlag):
     SPARSITY = 32
 
 
-_RATE_FLAGS = (Flag.LR, Flag.WEIGHT_DECAY, Flag.EPS, Flag.SPARSITY)
+RATES = {"lr": Flag.LR, "weight_decay": Flag.WEIGHT_DECAY, "eps": Flag.EPS, "sparsity": Flag.SPARSITY}
+"""What may change from step to step, one value for each parameter group, and the flag of a row that stores it."""
 
 
-class Rates(NamedTuple):
-    """What may change from step to step: one value a parameter group."""
-
-    lr: tuple[float, ...]
-    weight_decay: tuple[float, ...]
-    eps: tuple[float, ...]
-    sparsity: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StepRow:
-    """What one step adds to the record.
-
-    Attributes:
-        step: Index of the step, the one its noise was drawn with.
-        projected_gradients: One float32 a sample; empty when skipped.
-        losses: ``(l+, l-)`` of each sample, float32.
-        rates: Learning rate, weight decay, eps and sparsity of each parameter group.
-        skipped: Whether the step left the weights alone.
-        refresh: Thresholds, as `smezo_pl.trajectory.records` packs them, if masks were refreshed before the step.
-    """
-
-    step: int
-    projected_gradients: tuple[float, ...]
-    losses: tuple[tuple[float, float], ...]
-    rates: Rates
-    skipped: bool = False
-    refresh: bytes | None = None
-
-    @property
-    def loss(self) -> float:
-        """Mean of ``l+`` and ``l-`` over the samples."""
-        return sum(plus + minus for plus, minus in self.losses) / (2 * len(self.losses))
-
-
-def pack_row(row: StepRow, before: Rates | None, check: bytes) -> bytes:
+def pack_row(row: StepRecord, before: StepRecord | None, check: bytes) -> bytes:
     """Bytes of a row, its check included.
 
     Args:
         row: The step.
-        before: Rates of the row before, None for the first.
+        before: The row before, None for the first: learning rates and the like are stored where they change.
         check: Check of the row before, for the first row the header's digest.
     """
-    flags = Flag.SKIPPED * row.skipped | Flag.REFRESHED * (row.refresh is not None)
+    flags = Flag.SKIPPED * row.skipped | Flag.REFRESHED * row.refreshed
     rates = b""
-    for flag, new, old in zip(_RATE_FLAGS, row.rates, before or (None,) * 4, strict=True):
-        if new != old:
+    for name, flag in RATES.items():
+        new = getattr(row, name)
+        if before is None or new != getattr(before, name):
             flags |= flag
             rates += struct.pack(f"<{len(new)}d", *new)
     values = [*row.projected_gradients, *(narrow(value) for pair in row.losses for value in pair)]
     body = bytes([flags]) + struct.pack(f"<{len(values)}f", *values) + rates
-    return body + _chain(check, row.step, body, row.refresh)
+    return body + _chain(check, row.step, body, row.thresholds)
 
 
 def unpack_row(
-    step: int, data: bytes, refresh: bytes | None, before: Rates | None, check: bytes, groups: int
-) -> StepRow:
+    step: int, data: bytes, refresh: bytes | None, before: StepRecord | None, check: bytes, groups: int
+) -> StepRecord:
     """The row again, checked against the one before it.
 
     Args:
         step: Index of the step.
         data: What `pack_row` gave.
-        refresh: The refresh kept for this step, if there is one.
-        before: Rates of the row before.
+        refresh: Packed thresholds of the refresh kept for this step, if there is one.
+        before: The row before.
         check: Check of the row before.
         groups: Number of parameter groups, from the header.
 
@@ -105,39 +73,36 @@ def unpack_row(
         ValueError: When the bytes are not those that were written.
     """
     body, found = data[:-CHECK_SIZE], data[-CHECK_SIZE:]
-    if found != _chain(check, step, body, refresh):
+    if found != _chain(check, step, body, refresh or b""):
         raise ValueError("its check does not match")
     flags = Flag(body[0])
     if bool(flags & Flag.REFRESHED) != (refresh is not None):
         raise ValueError(
             "its mask refresh is missing" if refresh is None else "it has a mask refresh that it does not name"
         )
-    changed = [bool(flags & flag) for flag in _RATE_FLAGS]
-    if before is None and not all(changed):
+    changed = [name for name, flag in RATES.items() if flags & flag]
+    if before is None and len(changed) < len(RATES):
         raise ValueError("the first step names no learning rate")
     per_sample = 8 if flags & Flag.SKIPPED else 12
-    samples, rest = divmod(len(body) - 1 - 8 * groups * sum(changed), per_sample)
+    samples, rest = divmod(len(body) - 1 - 8 * groups * len(changed), per_sample)
     if rest or not 1 <= samples <= MAX_SAMPLES:
         raise ValueError(f"it has {len(data)} bytes, which fits no number of samples")
     width = samples * per_sample // 4
     values = struct.unpack_from(f"<{width}f", body, 1)
     gradients, losses = values[: width - 2 * samples], values[width - 2 * samples :]
     offset = 1 + 4 * width
-    rates: list[tuple[float, ...]] = []
-    for index, present in enumerate(changed):
-        if present:
-            rates.append(struct.unpack_from(f"<{groups}d", body, offset))
-            offset += 8 * groups
-        else:
-            assert before is not None
-            rates.append(before[index])
-    return StepRow(
+    rates: dict[str, Any] = {name: getattr(before, name, ()) for name in RATES}
+    for name in changed:
+        rates[name] = struct.unpack_from(f"<{groups}d", body, offset)
+        offset += 8 * groups
+    return StepRecord(
         step=step,
         projected_gradients=gradients,
         losses=tuple(zip(losses[::2], losses[1::2], strict=True)),
-        rates=Rates(*rates),
+        **rates,
         skipped=bool(flags & Flag.SKIPPED),
-        refresh=refresh,
+        refreshed=refresh is not None,
+        thresholds=refresh or b"",
     )
 
 
@@ -151,8 +116,8 @@ def narrow(value: float) -> float:
     return value if not math.isfinite(value) or abs(value) <= _FLOAT32_MAX else math.copysign(math.inf, value)
 
 
-def _chain(check: bytes, step: int, body: bytes, refresh: bytes | None) -> bytes:
-    content = step.to_bytes(8, "little") + len(body).to_bytes(4, "little") + body + (refresh or b"")
+def _chain(check: bytes, step: int, body: bytes, thresholds: bytes) -> bytes:
+    content = step.to_bytes(8, "little") + len(body).to_bytes(4, "little") + body + thresholds
     return blake2b(content, digest_size=CHECK_SIZE, key=check).digest()
 
 

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim import SparseMeZO, StepRecord
 from smezo_pl.optim.kernels import KernelName, get_kernel
-from smezo_pl.optim.step import RecordedStep
 from smezo_pl.trajectory.exports import load
 from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE, fingerprint, model_tensors, root_digest
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import Trajectory
-from smezo_pl.trajectory.records import StepRow, unpack_thresholds
+from smezo_pl.trajectory.records import RATES, unpack_thresholds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -207,7 +206,7 @@ def rebuild(header: Header, tensors: Mapping[str, Tensor], kernel: KernelName = 
 
 def replay_rows(
     optimizer: SparseMeZO,
-    rows: Iterable[StepRow],
+    rows: Iterable[StepRecord],
     source: str,
     *,
     check_masks: bool = True,
@@ -228,14 +227,14 @@ def replay_rows(
     size = _FIRST_BLOCK
     for block in _between_barriers(rows):
         set_rates(optimizer, block[0])
-        if block[0].refresh is not None:
+        if block[0].refreshed:
             optimizer.refresh_masks()
-            if check_masks and block[0].refresh:  # an exported run has no thresholds
+            if check_masks and block[0].thresholds:  # an exported run has no thresholds
                 _check_thresholds(optimizer, block[0], source)
         begin = 0
         while begin < len(block):
             part, began = block[begin : begin + size], perf_counter()
-            optimizer.replay_steps([_recorded(row) for row in part])
+            optimizer.replay_steps(part)
             begin += len(part)
             if progress is not None:
                 progress(part[-1].step + 1)
@@ -245,11 +244,11 @@ def replay_rows(
         set_rates(optimizer, block[-1])
 
 
-def _between_barriers(rows: Iterable[StepRow]) -> Iterator[list[StepRow]]:
+def _between_barriers(rows: Iterable[StepRecord]) -> Iterator[list[StepRecord]]:
     """Runs of steps that may be made together: masks are refreshed, eps and sparsity change, before the first alone."""
-    block: list[StepRow] = []
+    block: list[StepRecord] = []
     for row in rows:
-        if block and (row.refresh is not None or row.rates[2:] != block[0].rates[2:]):
+        if block and (row.refreshed or (row.eps, row.sparsity) != (block[0].eps, block[0].sparsity)):
             yield block
             block = []
         block.append(row)
@@ -257,14 +256,11 @@ def _between_barriers(rows: Iterable[StepRow]) -> Iterator[list[StepRow]]:
         yield block
 
 
-def _recorded(row: StepRow) -> RecordedStep:
-    return RecordedStep(row.step, row.projected_gradients, row.rates.lr, row.rates.weight_decay, row.skipped)
-
-
-def set_rates(optimizer: SparseMeZO, row: StepRow) -> None:
-    """Give each group the rates of a row."""
-    for group, lr, decay, eps, sparsity in zip(optimizer.param_groups, *row.rates, strict=True):
-        group.update(lr=lr, weight_decay=decay, eps=eps, sparsity=sparsity)
+def set_rates(optimizer: SparseMeZO, row: StepRecord) -> None:
+    """Give each group the learning rate, weight decay, eps and sparsity of a row."""
+    for name in RATES:
+        for group, value in zip(optimizer.param_groups, getattr(row, name), strict=True):
+            group[name] = value
 
 
 def matches_run(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> bool | None:
@@ -275,10 +271,9 @@ def matches_run(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> bool |
     return root_digest(fingerprint(tensors)).hex() == noted[-1].facts.get("root")
 
 
-def _check_thresholds(optimizer: SparseMeZO, row: StepRow, source: str) -> None:
-    assert row.refresh is not None
+def _check_thresholds(optimizer: SparseMeZO, row: StepRecord, source: str) -> None:
     found = optimizer.thresholds()
-    recorded = unpack_thresholds(row.refresh, len(found))
+    recorded = unpack_thresholds(row.thresholds, len(found))
     for (name, here), there in zip(found.items(), recorded, strict=True):
         if here != there:
             raise TrajectoryError(

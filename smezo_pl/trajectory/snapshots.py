@@ -93,9 +93,9 @@ def load_anchor(
             tensors[name].copy_(content[name])
     optimizer = rebuild(header, tensors, kernel)
     rows = trajectory.rows[: mark.steps - header.first_step]
-    refresh = next((row for row in reversed(rows) if row.refresh is not None), None)
-    if refresh is not None and refresh.refresh is not None:
-        thresholds = iter(unpack_thresholds(refresh.refresh, len(header.active)))
+    refresh = next((row for row in reversed(rows) if row.refreshed), None)
+    if refresh is not None:
+        thresholds = iter(unpack_thresholds(refresh.thresholds, len(header.active)))
         for group in optimizer.param_groups:
             found = [next(thresholds) for _ in group["names"]]
             group.update(thresholds=[None if isinf(h) else h for h in found], ready=True, mask_step=refresh.step)

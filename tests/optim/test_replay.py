@@ -1,12 +1,12 @@
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from smezo_pl.optim import SparseMeZO
-from smezo_pl.optim.step import RecordedStep
+from smezo_pl.optim import SparseMeZO, StepRecord
 
 
 def parameters(dtype: torch.dtype) -> list[tuple[str, nn.Parameter]]:
@@ -21,7 +21,7 @@ def optimizer(dtype: torch.dtype, kernel: Any = "numba", **settings: Any) -> Spa
     return SparseMeZO(groups, kernel=kernel, seed=3, **settings)
 
 
-def steps(samples: int, count: int = 9) -> list[RecordedStep]:
+def steps(samples: int, count: int = 9) -> list[StepRecord]:
     """Changing rates; one group still for a while, a step that was skipped, one that moves nothing."""
     recorded = []
     for step in range(count):
@@ -29,7 +29,8 @@ def steps(samples: int, count: int = 9) -> list[RecordedStep]:
         gradients = (
             () if step == 4 else tuple(0.0 if step == 6 else (-1.0) ** (step + q) * (q + 1) for q in range(samples))
         )
-        recorded.append(RecordedStep(step, gradients, lr, (0.1 if step % 2 else 0.0, 0.0), step == 4))
+        decay = (0.1 if step % 2 else 0.0, 0.0)
+        recorded.append(StepRecord(step, (), gradients, lr, decay, (1e-3, 5e-4), (0.8, 0.8), skipped=step == 4))
     return recorded
 
 
@@ -60,7 +61,7 @@ def test_many_steps_at_once_are_the_steps_one_by_one(dtype: torch.dtype, setting
     together.replay_steps(recorded[:2])
     together.replay_steps(recorded[2:])
     for each in recorded:
-        apart.replay_step(*each)
+        apart.replay_step(each.step, each.projected_gradients, each.lr, each.weight_decay, each.skipped)
     assert all(torch.equal(a, b) for a, b in zip(weights(together), weights(apart), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(weights(together), before, strict=True))
     assert together.state_dict()["smezo"]["steps_done"] == 9
@@ -74,9 +75,9 @@ def test_steps_in_another_order_are_refused_before_anything_is_written() -> None
     with pytest.raises(ValueError, match="step 3 cannot be made now: the next step is 1"):
         own.replay_steps([recorded[0], recorded[3]])
     with pytest.raises(ValueError, match="step 1 has 2 projected gradients, expected 1"):
-        own.replay_steps([recorded[0], recorded[1]._replace(projected_gradients=(1.0, 2.0))])
+        own.replay_steps([recorded[0], replace(recorded[1], projected_gradients=(1.0, 2.0))])
     with pytest.raises(ValueError, match="one number for each of the 2 groups"):
-        own.replay_steps([recorded[0]._replace(lr=(1e-3,))])
+        own.replay_steps([replace(recorded[0], lr=(1e-3,))])
     assert all(torch.equal(a, b) for a, b in zip(weights(own), before, strict=True))
     assert own.steps_done == 0
 

@@ -4,9 +4,8 @@ import struct
 
 import pytest
 
+from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.records import (
-    Rates,
-    StepRow,
     check_of,
     pack_row,
     pack_thresholds,
@@ -15,51 +14,52 @@ from smezo_pl.trajectory.records import (
 )
 
 KEY = b"0" * 32
-RATES = Rates((1e-6, 3e-5), (0.0, 0.1), (1e-3, 1e-3), (0.8, 0.5))
+RATES = {"lr": (1e-6, 3e-5), "weight_decay": (0.0, 0.1), "eps": (1e-3, 1e-3), "sparsity": (0.8, 0.5)}
+BEFORE = StepRecord(0, (), (), **RATES)
 
 
 def f32(value: float) -> float:
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
-def make(step: int = 0, samples: int = 1, **changes: object) -> StepRow:
+def make(step: int = 0, samples: int = 1, **changes: object) -> StepRecord:
     noise = random.Random(step)
     values = [f32(noise.gauss(0, 1)) for _ in range(3 * samples)]
     row = {
         "step": step,
         "projected_gradients": tuple(values[:samples]),
         "losses": tuple(zip(values[samples::2], values[samples + 1 :: 2], strict=True)),
-        "rates": RATES,
+        **RATES,
     }
-    return StepRow(**{**row, **changes})  # type: ignore[arg-type]
+    return StepRecord(**{**row, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("samples", [1, 3, 64])
-@pytest.mark.parametrize("refresh", [None, b"thresholds"])
-def test_a_row_comes_back_as_it_was(samples: int, refresh: bytes | None) -> None:
-    row = make(5, samples, refresh=refresh)
+@pytest.mark.parametrize("refresh", [{}, {"refreshed": True, "thresholds": b"thresholds"}])
+def test_a_row_comes_back_as_it_was(samples: int, refresh: dict[str, object]) -> None:
+    row = make(5, samples, **refresh)
     data = pack_row(row, None, KEY)
-    assert unpack_row(5, data, refresh, None, KEY, groups=2) == row
+    assert unpack_row(5, data, refresh.get("thresholds"), None, KEY, groups=2) == row
 
 
 def test_a_skipped_row_keeps_losses_that_are_not_finite() -> None:
     row = make(1, projected_gradients=(), losses=((math.inf, 1.5),), skipped=True)
-    assert unpack_row(1, pack_row(row, RATES, KEY), None, RATES, KEY, groups=2) == row
+    assert unpack_row(1, pack_row(row, BEFORE, KEY), None, BEFORE, KEY, groups=2) == row
 
 
 def test_a_loss_beyond_float32_becomes_infinite() -> None:
     row = make(1, losses=((1e300, -1e300),))
-    back = unpack_row(1, pack_row(row, RATES, KEY), None, RATES, KEY, groups=2)
+    back = unpack_row(1, pack_row(row, BEFORE, KEY), None, BEFORE, KEY, groups=2)
     assert back.losses == ((math.inf, -math.inf),)
 
 
 def test_rates_are_stored_where_they_change() -> None:
-    constant = pack_row(make(1), RATES, KEY)
+    constant = pack_row(make(1), BEFORE, KEY)
     assert len(constant) == 1 + 12 + 8
-    changed = RATES._replace(lr=(2e-6, 3e-5))
-    data = pack_row(make(1, rates=changed), RATES, KEY)
+    changed = make(1, lr=(2e-6, 3e-5))
+    data = pack_row(changed, BEFORE, KEY)
     assert len(data) == len(constant) + 16
-    assert unpack_row(1, data, None, RATES, KEY, groups=2).rates == changed
+    assert unpack_row(1, data, None, BEFORE, KEY, groups=2) == changed
 
 
 def test_every_flipped_bit_is_found() -> None:
@@ -80,12 +80,12 @@ def test_every_cut_is_found() -> None:
 
 def test_a_row_is_tied_to_its_step_its_refresh_and_the_row_before() -> None:
     data = pack_row(make(3), None, KEY)
-    after = pack_row(make(4), RATES, check_of(data))
-    assert unpack_row(4, after, None, RATES, check_of(data), groups=2) == make(4)
+    after = pack_row(make(4), BEFORE, check_of(data))
+    assert unpack_row(4, after, None, BEFORE, check_of(data), groups=2) == make(4)
     for step, refresh, check in ((5, None, check_of(data)), (4, b"x", check_of(data)), (4, None, KEY)):
         with pytest.raises(ValueError, match="check"):
-            unpack_row(step, after, refresh, RATES, check, groups=2)
-    with_refresh = pack_row(make(3, refresh=b"abc"), None, KEY)
+            unpack_row(step, after, refresh, BEFORE, check, groups=2)
+    with_refresh = pack_row(make(3, refreshed=True, thresholds=b"abc"), None, KEY)
     for refresh in (None, b"abd"):
         with pytest.raises(ValueError, match="check"):
             unpack_row(3, with_refresh, refresh, None, KEY, groups=2)
@@ -93,7 +93,7 @@ def test_a_row_is_tied_to_its_step_its_refresh_and_the_row_before() -> None:
 
 def test_the_first_row_must_name_its_rates() -> None:
     with pytest.raises(ValueError, match="learning rate"):
-        unpack_row(0, pack_row(make(0), RATES, KEY), None, None, KEY, groups=2)
+        unpack_row(0, pack_row(make(0), BEFORE, KEY), None, None, KEY, groups=2)
 
 
 def test_a_number_of_groups_that_does_not_fit_is_refused() -> None:

@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim import SparseMeZO, StepRecord
 from smezo_pl.trajectory import database as store
 from smezo_pl.trajectory import log as module
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.recorder import describe
-from smezo_pl.trajectory.records import Rates, StepRow
 from tests.trajectory.runs import network
-
-RATES = Rates((1e-3,), (0.0,), (1e-3,), (0.8,))
 
 
 @pytest.fixture
@@ -32,14 +29,16 @@ def path(tmp_path: Path) -> Path:
     return folder / "trajectory.smezo"
 
 
-def row(step: int, refresh: bytes | None = None) -> StepRow:
-    return StepRow(step, (step / 8,), ((1.0 + step, 1.0),), RATES, refresh=refresh)
+def row(step: int, thresholds: bytes = b"") -> StepRecord:
+    rates = {"lr": (1e-3,), "weight_decay": (0.0,), "eps": (1e-3,), "sparsity": (0.8,)}
+    losses = ((1.0 + step, 1.0),)
+    return StepRecord(step, losses, (step / 8,), **rates, refreshed=bool(thresholds), thresholds=thresholds)
 
 
 def written(path: Path, header: Header, steps: int = 10) -> Path:
     with TrajectoryWriter.create(path, header) as writer:
         for step in range(steps):
-            writer.append(row(step, refresh=b"thresholds" if step % 4 == 0 else None))
+            writer.append(row(step, b"thresholds" if step % 4 == 0 else b""))
         writer.mark("checkpoint", file="last.ckpt", sha256="00")
     return path
 
@@ -94,7 +93,7 @@ def test_a_record_goes_on(path: Path, header: Header, steps: int | None) -> None
     with TrajectoryWriter.resume(written(path, header), steps) as writer:
         assert writer.steps == (10 if steps is None else steps)
         for step in range(writer.steps, 12):
-            writer.append(row(step, refresh=b"thresholds" if step % 4 == 0 else None))
+            writer.append(row(step, b"thresholds" if step % 4 == 0 else b""))
     trajectory = Trajectory.read(path)
     assert trajectory.check == straight.check
     assert len(trajectory.marks) == (1 if steps in (None, 10) else 0)
@@ -137,7 +136,7 @@ def test_a_reader_sees_a_consistent_run_while_it_is_written(path: Path, header: 
         reader = threading.Thread(target=read)
         reader.start()
         for step in range(600):
-            writer.append(row(step, refresh=b"x" if step % 50 == 0 else None))
+            writer.append(row(step, b"x" if step % 50 == 0 else b""))
         done.set()
         reader.join()
     assert not failures

@@ -46,7 +46,7 @@ def written(path: Path, header: Header, steps: int = 10) -> Path:
 def test_what_is_written_is_read(path: Path, header: Header) -> None:
     trajectory = Trajectory.read(written(path, header))
     assert trajectory.header == header
-    assert list(trajectory.rows) == [row(step, b"thresholds" if step % 4 == 0 else None) for step in range(10)]
+    assert list(trajectory.rows) == [row(step, b"thresholds" if step % 4 == 0 else b"") for step in range(10)]
     assert [(mark.steps, mark.kind, mark.facts["file"]) for mark in trajectory.marks] == [
         (10, "checkpoint", "last.ckpt")
     ]

@@ -1,7 +1,6 @@
 """Evaluation batches: neighbours together, alike in length, filled up to a limit."""
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from smezo_pl.data.batch import PromptBatch
 from smezo_pl.data.collate import Collate, group_examples
@@ -104,8 +102,8 @@ class EncodedDataset(Dataset[Any]):
 class EpochSampler(DistributedSampler[Any]):
     """All examples once an epoch, in an order that is a pure function of the seed and the epoch.
 
-    Process r of W takes the places r, r + W, r + 2W, ... of that order, so W processes with batches of B together read,
-    step by step, what one process with batches of W B reads. If the number of examples does not divide by W, the
+    Process r of W takes the positions r, r + W, r + 2W, ... of that order, so W processes with batches of B together
+    read, step by step, what one process with batches of W B reads. If the number of examples does not divide by W, the
     first ones of the epoch come again at its end, at most W - 1 of them, so that all processes take equally many steps.
 
     Args:
@@ -117,95 +115,36 @@ class EpochSampler(DistributedSampler[Any]):
 
     def __init__(self, count: int, seed: int, world_size: int = 1, rank: int = 0) -> None:
         super().__init__(range(count), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
-        self._latest: EpochIterator | None = None
-        self._resumed: dict[str, int] | None = None
-        self._goes_on = False
-        self._earliest = 0
+        self._earliest = (0, 0)
+        self._start: tuple[int, int] | None = None
         again = self.total_size - count
         if again:
             logger.info(
                 "%d training examples come twice an epoch, so that %d processes have as many", again, world_size
             )
 
+    @property
+    def start(self) -> tuple[int, int]:
+        """Where the latest pass began, or the first one will: an epoch, and how many of its examples are skipped."""
+        return self._start or max((self.epoch, 0), self._earliest)
+
+    def resume(self, epoch: int, read: int) -> None:
+        """Begin the next pass after ``read`` examples of an epoch; the end of an epoch is the start of the next."""
+        self._earliest, self._start = (epoch, read) if read < len(self) else (epoch + 1, 0), None
+
     def order(self, epoch: int) -> list[int]:
         """What this process reads in an epoch."""
         count = len(self.dataset)  # type: ignore[arg-type]
         everything = permutation(count, self.seed, epoch)
-        return [everything[place % count] for place in range(self.rank, self.total_size, self.num_replicas)]
+        return [everything[position % count] for position in range(self.rank, self.total_size, self.num_replicas)]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Read this epoch from the next pass on; called by Lightning."""
-        super().set_epoch(epoch)
-        if self._latest is not None:
-            self._latest.skip_to(epoch)
-
-    def go_on(self, position: dict[str, int]) -> None:
-        """Begin the next pass where a position says; see :meth:`position`."""
-        self._resumed, self._goes_on = position, True
-
-    def position(self, read: int = 0) -> dict[str, int]:
-        """Epoch and number of examples read in it, when so many were read of the latest pass."""
-        if self._latest is None:
-            return self._resumed or {"epoch": self.epoch, "yielded": 0}
-        return self._latest.position(read)
-
-    def __iter__(self) -> "EpochIterator":
-        self._latest = EpochIterator(self, max(self.epoch, self._earliest))
-        if self._resumed is not None:
-            self._latest.load_state_dict(self._resumed)
-        return self._latest
-
-
-class EpochIterator(Iterator[int]):
-    """One pass over an :class:`EpochSampler` that knows its epoch, with a position that can be saved.
-
-    On a resume Lightning makes the loader's iterator before it tells the sampler the epoch, so the epoch is saved with
-    the position. It also goes on with that iterator where the checkpoint was written after an epoch's last batch, and
-    would find it empty and lose an epoch (seen with 2.6 and any stateful loader). So the end of an epoch is taken up as
-    the start of the next, and an iterator that nothing was read from follows the sampler to a later epoch: where
-    `limit_train_batches` ended one early, and where a checkpoint holds no position (`save_on_train_epoch_end`).
-    """
-
-    def __init__(self, sampler: EpochSampler, epoch: int) -> None:
-        self._sampler = sampler
-        self._untouched = True
-        self._begin(epoch, 0)
-
-    def _begin(self, epoch: int, yielded: int) -> None:
-        self._epoch, self._yielded, self._begun = epoch, yielded, yielded
-        self._order = self._sampler.order(epoch)
-
-    def __next__(self) -> int:
-        if self._untouched:
-            # not before: torchdata begins more than one pass for its workers and reads the last alone
-            self._untouched, self._sampler._resumed = False, None
-        if self._yielded == len(self._order):
-            raise StopIteration
-        self._yielded += 1
-        if self._yielded == len(self._order) and self._sampler._goes_on:
-            # Lightning 2.6 counts an epoch too few after two resumes that each began at an epoch's last batch
-            self._sampler._earliest = self._epoch + 1
-        return self._order[self._yielded - 1]
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch and how many examples of it were handed out."""
-        return {"epoch": self._epoch, "yielded": self._yielded}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on where :meth:`state_dict` was taken; from an epoch's end, with the next epoch."""
-        self._begin(state_dict["epoch"], state_dict["yielded"])
-        if self._yielded >= len(self._order):
-            self._begin(self._epoch + 1, 0)
-        self._untouched = True
-
-    def position(self, read: int) -> dict[str, int]:
-        """The state when so many examples were read; workers fetch more than that ahead."""
-        return {"epoch": self._epoch, "yielded": min(self._begun + read, len(self._order))}
-
-    def skip_to(self, epoch: int) -> None:
-        """Start a later epoch, unless this pass has begun."""
-        if self._untouched and epoch > self._epoch:
-            self._begin(epoch, 0)
+    def __iter__(self) -> Iterator[int]:
+        # A later epoch than that of the checkpoint: `limit_train_batches` ended it, or it was saved after its end.
+        epoch, read = self._start = max((self.epoch, 0), self._earliest)
+        if self._earliest != (0, 0):
+            # Lightning 2.6 counts an epoch too few after two resumes that each began at an epoch's last batch.
+            self._earliest = (epoch + 1, 0)
+        return iter(self.order(epoch)[read:])
 
 
 class LengthSampler(DistributedSampler[Any]):
@@ -256,48 +195,36 @@ def _even(batches: list[list[int]], examples: int, world_size: int) -> list[list
     return batches
 
 
-class TrainLoader(StatefulDataLoader[Any]):  # type: ignore[misc]
-    """A loader over an :class:`EpochSampler` whose position is an epoch and a number of examples.
+class TrainLoader(DataLoader[Any]):
+    """A loader over an `EpochSampler` whose position can be saved and restored, to the bit, with any number of workers.
 
-    torchdata's own state holds that of each worker and fits that number of workers alone. The order here is a function
-    of seed and epoch, so the position says all, and a run may go on with more workers, fewer, or none. With another
-    sampler, such as the one that Lightning puts in for ``overfit_batches``, the state is torchdata's.
-
-    Args:
-        dataset: The examples.
-        options: The other arguments of torch's ``DataLoader``. (Lightning makes a loader again from its attributes, and
-            wants them like this.)
+    The order is a function of seed and epoch, so an epoch and a number of examples are the position. Lightning finds
+    it by ``state_dict`` and ``load_state_dict``. With another sampler, such as the one that it puts in for
+    ``overfit_batches``, nothing is saved.
     """
 
-    def __init__(self, dataset: Dataset[Any], **options: Any) -> None:
-        with warnings.catch_warnings():
-            # torchdata 0.11 calls it at every construction; torch has deprecated it since.
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
-            super().__init__(dataset, **options)
-        self._order = self.sampler if isinstance(self.sampler, EpochSampler) else None
-        self._batches = 0
+    _batches = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator, so that workers begin with the first batch: Lightning asks for an iterator before it tells the
+        # sampler the epoch.
         self._batches = 0
-        return self._counted(super().__iter__())
-
-    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
+        for batch in super().__iter__():
             self._batches += 1
             yield batch
 
-    def state_dict(self) -> dict[str, Any]:
-        """The epoch and how many examples of it were handed out."""
-        if self._order is None or self.batch_size is None:
-            return dict(super().state_dict())
-        return dict(self._order.position(self._batches * self.batch_size))
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and how many examples of it were handed out; workers have fetched more than that."""
+        if not isinstance(self.sampler, EpochSampler):
+            return {}
+        epoch, begun = self.sampler.start
+        return {"epoch": epoch, "yielded": min(begun + self._batches * (self.batch_size or 1), len(self.sampler))}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken; a state that torchdata made is taken too."""
-        if "yielded" in state_dict and self._order is not None:
-            self._order.go_on({"epoch": state_dict["epoch"], "yielded": state_dict["yielded"]})
-        else:
-            super().load_state_dict(state_dict)
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue where `state_dict` was taken."""
+        self._batches = 0
+        if isinstance(self.sampler, EpochSampler) and state_dict:
+            self.sampler.resume(state_dict["epoch"], state_dict["yielded"])
 
 
 def train_loader(
@@ -308,11 +235,12 @@ def train_loader(
     num_workers: int = 0,
     world_size: int = 1,
     rank: int = 0,
-) -> "StatefulDataLoader[PromptBatch]":
-    """A shuffled loader whose position can be saved and taken up again in the middle of an epoch, to the bit."""
+) -> DataLoader[PromptBatch]:
+    """A shuffled loader that resumes in the middle of an epoch."""
     order = EpochSampler(len(examples), seed, world_size, rank)
-    options = {"batch_size": batch_size, "collate_fn": collate, "num_workers": num_workers}
-    return TrainLoader(EncodedDataset(examples), sampler=order, **options)
+    return TrainLoader(
+        EncodedDataset(examples), sampler=order, batch_size=batch_size, collate_fn=collate, num_workers=num_workers
+    )
 
 
 def evaluation_loader(

@@ -29,8 +29,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory .* exists and is not empty",
     # Lightning: the resumed run here saves nothing.
     "ignore:Be aware that when using `ckpt_path`, callbacks",
-    # torchdata, when Lightning makes a loader again.
-    "ignore:'set_vital' is deprecated",
 )
 
 

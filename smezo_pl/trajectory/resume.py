@@ -1,8 +1,8 @@
-"""Checkpoints without weights in the Trainer: read in Lightning's own place, completed by replay when a stage starts.
+"""Checkpoints without weights in the Trainer: written and read where Lightning does it, completed by replay.
 
-A module calls `install` in ``setup`` and `restore` in ``on_train_start``, ``on_validation_start``, ``on_test_start``
-and ``on_predict_start``: when Lightning reads the file the weights may still be on another device and in another dtype.
-`SeedCheckpoint` calls both as well, so a Trainer with it needs nothing of the module.
+When Lightning reads a checkpoint the weights may still be on another device and in another dtype. So a module calls
+`install` in ``setup``, and `restore` in ``on_train_start``, ``on_validation_start``, ``on_test_start`` and
+``on_predict_start``. `SeedCheckpoint` calls both as well, so a Trainer with it needs nothing of the module.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from smezo_pl.optim import SparseMeZO
+from smezo_pl.trajectory.database import copy, move
+from smezo_pl.trajectory.files import check_readable, serialised, write_atomically
 from smezo_pl.trajectory.fingerprint import fingerprint, machine, root_digest
 from smezo_pl.trajectory.header import Header, TrajectoryError
-from smezo_pl.trajectory.log import FILE_NAME, Trajectory
+from smezo_pl.trajectory.log import FILE_NAME, Trajectory, TrajectoryWriter, rewrite
+from smezo_pl.trajectory.recorder import Recorder, describe
 from smezo_pl.trajectory.replaying import check_shapes, matches_run, replay, replay_rows, tensors_of
 from smezo_pl.trajectory.snapshots import load_anchor, nearest_anchor
 
@@ -35,24 +38,27 @@ log = logging.getLogger(__name__)
 
 SEED_KEY = "smezo_pl"
 """Entry of a checkpoint that stands for its weights: ``run``, ``steps``, ``check`` and ``record`` (a path from the
-checkpoint's folder)."""
+checkpoint's folder to the trajectory)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """A checkpoint without weights that was read.
+def place_in(writer: TrajectoryWriter) -> dict[str, Any]:
+    """What identifies the present position of a trajectory: its run, its number of steps, and their checksum."""
+    return {"run": writer.header.run, "steps": writer.steps, "check": writer.check.hex()}
+
+
+@dataclass(frozen=True)
+class Atomic:
+    """``storage_options`` of a checkpoint that is written whole or not at all.
 
     Attributes:
-        trajectory: The run up to the checkpoint.
-        done: Whether its weights are back.
+        writer: The trajectory that stands for the weights, which are left out; None to keep them.
     """
 
-    trajectory: Trajectory
-    done: bool = False
+    writer: TrajectoryWriter | None = None
 
 
 class SeedCheckpointIO(CheckpointIO):
-    """Reads checkpoints with and without weights; writes as the strategy did before.
+    """Writes and reads checkpoints without weights; all others as the strategy did before.
 
     Args:
         inner: What the strategy used before.
@@ -61,27 +67,51 @@ class SeedCheckpointIO(CheckpointIO):
 
     def __init__(self, inner: CheckpointIO, trainer: Trainer) -> None:
         self.inner, self.trainer = inner, trainer
-        self.restored: Restored | None = None
+        self.trajectory: Trajectory | None = None  # up to the checkpoint that was read last, if it had no weights
+        self.is_restored = False
+        self._is_checked = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint."""
-        self.inner.save_checkpoint(checkpoint, path, storage_options)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; one without weights gets today's weights in their place until `restore`.
+        """Write a checkpoint.
 
         Raises:
-            TrajectoryError: If it is damaged, or belongs to another model or to a record that is not there.
+            TrajectoryError: If it cannot be written, or could not be read back.
         """
-        self.restored = None
+        if not isinstance(storage_options, Atomic):
+            self.inner.save_checkpoint(checkpoint, path, storage_options)
+            return
+        path, writer = Path(path), storage_options.writer
+        without = {name: value for name, value in checkpoint.items() if name != "state_dict"}
+        if writer is not None:
+            checkpoint = without
+            checkpoint[SEED_KEY] = {**place_in(writer), "record": os.path.relpath(writer.path, path.parent)}
+            for state in checkpoint["optimizer_states"]:
+                if "smezo" in state:
+                    state["smezo"]["bits"] = {}  # constant masks: the replay makes them again
+        if not self._is_checked:
+            check_readable(without)
+            self._is_checked = True
+        data = serialised(checkpoint)
+        if writer is not None:
+            # before the file is there: without the event it would be taken for corrupted
+            writer.mark("checkpoint", file=path.name, sha256=sha256(data).hexdigest())
+        write_atomically(path, data)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; one without weights gets the present ones in their place until `restore`.
+
+        Raises:
+            TrajectoryError: If it is corrupted, or belongs to another model or to a trajectory that is not there.
+        """
+        self.trajectory = None
         try:
             checkpoint = self.inner.load_checkpoint(path, weights_only=weights_only)
         except FileNotFoundError:
             raise
-        except Exception as error:  # a damaged pickle can raise anything
+        except Exception as error:  # a corrupted pickle can raise anything
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise TrajectoryError(
-                f"{path}: the checkpoint cannot be read, it is damaged or cut short ({reason})"
+                f"{path}: the checkpoint cannot be read, it is corrupted or truncated ({reason})"
             ) from error
         if isinstance(checkpoint, dict) and self.trainer.state.fn != TrainerFn.FITTING:
             # their states are of no use here, and Lightning would warn of each callback that is not there
@@ -90,12 +120,12 @@ class SeedCheckpointIO(CheckpointIO):
             return checkpoint
         if not isinstance(checkpoint, dict) or SEED_KEY not in checkpoint:
             raise TrajectoryError(
-                f"{path}: the checkpoint is damaged: it holds neither weights nor a place in a record"
+                f"{path}: the checkpoint is corrupted: it holds neither weights nor a position in a trajectory"
             )
-        trajectory = find_record(Path(path), checkpoint[SEED_KEY])
+        trajectory = find_trajectory(Path(path), checkpoint[SEED_KEY])
         module = self.trainer.lightning_module
         check_shapes(trajectory.header, network_of(module, trajectory.header), str(path))
-        self.restored = Restored(trajectory)
+        self.trajectory, self.is_restored = trajectory, False
         # Lightning loads this onto itself; the weights of the checkpoint come in restore()
         return {**checkpoint, "state_dict": module.state_dict()}
 
@@ -105,7 +135,7 @@ class SeedCheckpointIO(CheckpointIO):
 
 
 def install(trainer: Trainer) -> SeedCheckpointIO:
-    """Let the Trainer read checkpoints without weights. To be called in ``setup``; calling it again does nothing."""
+    """Let the Trainer write and read checkpoints without weights. Call it in ``setup``; again, it does nothing."""
     present = trainer.strategy.checkpoint_io
     if not isinstance(present, SeedCheckpointIO):
         present = SeedCheckpointIO(present, trainer)
@@ -120,25 +150,26 @@ def restore(trainer: Trainer) -> None:
         TrajectoryError: If they cannot be brought back.
     """
     checkpoints = trainer.strategy.checkpoint_io
-    if not isinstance(checkpoints, SeedCheckpointIO) or checkpoints.restored is None or checkpoints.restored.done:
+    if not isinstance(checkpoints, SeedCheckpointIO) or checkpoints.is_restored or checkpoints.trajectory is None:
         return
-    trajectory, module = checkpoints.restored.trajectory, trainer.lightning_module
-    began = perf_counter()
+    trajectory, module, began = checkpoints.trajectory, trainer.lightning_module, perf_counter()
     with torch.inference_mode(False), torch.no_grad():
         tensors = tensors_of(trajectory.header, network_of(module, trajectory.header), str(trajectory.path))
-        replayed = _from_anchor(trajectory, tensors)
+        replayed = _from_snapshot(trajectory, tensors)
         if replayed is None:
-            _start_again(trajectory.header, tensors, trainer)
+            _load_starting_weights(trajectory.header, tensors, trainer)
             replayed = replay(trajectory, tensors)
         _hand_over(replayed, trainer)
-    checkpoints.restored = Restored(trajectory, done=True)
-    log.info(
-        "the weights after %d steps are back, by replay of %s in %.1f s",
-        trajectory.next_step,
-        trajectory.path,
-        perf_counter() - began,
-    )
-    _compare_machines(trajectory.header, next(iter(tensors.values())).device)
+    checkpoints.is_restored = True
+    steps, seconds = trajectory.next_step, perf_counter() - began
+    log.info("restored the weights after %d steps, by replay of %s in %.1f s", steps, trajectory.path, seconds)
+    then, now = trajectory.header.machine, machine(next(iter(tensors.values())).device)
+    differing = [f"{key} {then[key]} then, {now[key]} now" for key in now if key in then and then[key] != now[key]]
+    if differing:
+        log.info(
+            "the weights are exact, but the model's forward may differ in its last bits from the run's: %s",
+            "; ".join(differing),
+        )
 
 
 def refuse_unrestored(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
@@ -147,73 +178,60 @@ def refuse_unrestored(module: LightningModule, checkpoint: Mapping[str, Any]) ->
     Raises:
         TrajectoryError: If the module is not in a Trainer that reads such checkpoints.
     """
-    if SEED_KEY not in checkpoint:
-        return
-    trainer = module._trainer if hasattr(module, "_trainer") else None
-    if trainer is None or not isinstance(trainer.strategy.checkpoint_io, SeedCheckpointIO):
+    trainer = getattr(module, "_trainer", None)
+    if SEED_KEY in checkpoint and (trainer is None or not isinstance(trainer.strategy.checkpoint_io, SeedCheckpointIO)):
         raise TrajectoryError(
             "this checkpoint holds no weights, they come back by replay: give it to the Trainer (fit, validate, test "
             "or predict with ckpt_path=...), or make a model of it with smezo_pl.replay"
         )
 
 
-def find_record(path: Path, seed: Mapping[str, Any]) -> Trajectory:
-    """The record that a checkpoint speaks of, up to the checkpoint.
+def find_trajectory(path: Path, seed: Mapping[str, Any]) -> Trajectory:
+    """The trajectory of a checkpoint, up to the checkpoint.
 
     Args:
         path: The checkpoint's file.
         seed: Its entry `SEED_KEY`.
 
     Raises:
-        TrajectoryError: If the record is missing, of another run or too short, or the checkpoint is damaged.
+        TrajectoryError: If the trajectory is missing, of another run or too short, or the checkpoint is corrupted.
     """
     try:
-        run, steps, check, named = (
-            seed["run"],
-            int(seed["steps"]),
-            str(seed["check"]),
-            Path(os.path.normpath(path.parent / str(seed["record"]))),
-        )
+        run, steps, check = seed["run"], int(seed["steps"]), str(seed["check"])
+        named = Path(os.path.normpath(path.parent / str(seed["record"])))
     except (KeyError, TypeError, ValueError) as error:
         raise TrajectoryError(
-            f"{path}: the checkpoint is damaged: its place in the record is unreadable ({error})"
+            f"{path}: the checkpoint is corrupted: its position in the trajectory is unreadable ({error})"
         ) from None
-    candidates = dict.fromkeys(
-        [named, path.parent / named.name, path.parent / FILE_NAME, path.parent.parent / FILE_NAME]
-    )
-    record = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if record is None:
+    candidates = [named, path.parent / named.name, path.parent / FILE_NAME, path.parent.parent / FILE_NAME]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
         raise TrajectoryError(
-            f"{path} holds no weights; they come back from the run's record, which is not at {named}: put the run's "
-            f"{FILE_NAME} there or beside the checkpoint"
+            f"{path} holds no weights; they come back from the run's trajectory, which is not at {named}: put the "
+            f"run's {FILE_NAME} there or beside the checkpoint"
         )
-    trajectory = Trajectory.read(record, damaged=True)
-    digest = sha256(path.read_bytes()).hexdigest()
-    known = digest in {mark.facts.get("sha256") for mark in trajectory.marked("checkpoint")}
+    trajectory = Trajectory.read(file, damaged=True)
     if trajectory.header.run != run:
-        raise TrajectoryError(f"{path} belongs to another run than {record}: put that run's {FILE_NAME} beside it")
+        raise TrajectoryError(f"{path} belongs to another run than {file}: put that run's {FILE_NAME} beside it")
     if steps > trajectory.next_step:
-        left = trajectory.next_step - trajectory.header.first_step
+        reason = trajectory.damage or f"{file.name}-wal, the log beside it, is missing or corrupted"
+        left = f"`smezo replay --step {trajectory.next_step}` gives the weights so far"
         raise TrajectoryError(
-            f"{path} is the checkpoint after {steps} steps, and {record} holds only {trajectory.next_step}: "
-            + (trajectory.damage or f"{record.name}-wal, the log beside it, is gone or damaged")
-            + (
-                f". `smezo replay --step {trajectory.next_step}` gives the weights so far"
-                if left
-                else ". No step is left"
-            )
+            f"{path} is the checkpoint after {steps} steps, and {file} holds only {trajectory.next_step}: {reason}. "
+            + (left if trajectory.rows else "No step is left")
         )
-    upto = trajectory.upto(steps)
-    if not known or upto.check.hex() != check:
+    known = {event.facts.get("sha256") for event in trajectory.marked("checkpoint")}
+    trajectory = trajectory.upto(steps)
+    if sha256(path.read_bytes()).hexdigest() not in known or trajectory.check.hex() != check:
         raise TrajectoryError(
-            f"{path} is not a checkpoint that {record} knows: it is damaged, or the run was resumed from an earlier "
+            f"{path} is not a checkpoint that {file} knows: it is corrupted, or the run was resumed from an earlier "
             "one and went another way"
         )
-    return upto
+    return trajectory
 
 
 def network_of(module: LightningModule, header: Header | None = None) -> nn.Module:
-    """The network that a record speaks of: the module's ``model`` if it has the record's tensors, else the module."""
+    """The network of a trajectory: the module's ``model`` if it has the trajectory's tensors, else the module."""
     network = getattr(module, "model", None)
     if not isinstance(network, nn.Module):
         return module
@@ -222,67 +240,128 @@ def network_of(module: LightningModule, header: Header | None = None) -> nn.Modu
     return module
 
 
-def _from_anchor(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> SparseMeZO | None:
-    """The weights by way of the last anchor; None if there is none that holds."""
+def _from_snapshot(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> SparseMeZO | None:
+    """The weights from the last full-weight snapshot; None if there is no valid one."""
     found = nearest_anchor(trajectory)
     if found is None:
         return None
-    mark, path = found
-    optimizer = load_anchor(trajectory, mark, path, tensors)
-    after = trajectory.rows[mark.steps - trajectory.header.first_step :]
+    event, path = found
+    optimizer = load_anchor(trajectory, event, path, tensors)
+    after = trajectory.rows[event.steps - trajectory.header.first_step :]
     replay_rows(optimizer, after, str(trajectory.path))
     if matches_run(trajectory, tensors) is False:
         raise TrajectoryError(
             f"{trajectory.path}: the weights made from {path} are not those that the run had; without that file "
             "they are made from the start"
         )
-    log.info("replayed %d steps from the anchor %s", len(after), path)
+    log.info("replayed %d steps from the full-weight snapshot %s", len(after), path)
     return optimizer
 
 
-def _start_again(header: Header, tensors: Mapping[str, Tensor], trainer: Trainer) -> None:
+def _load_starting_weights(header: Header, tensors: Mapping[str, Tensor], trainer: Trainer) -> None:
     """Give the network its starting weights again if it was trained in this process."""
-    if root_digest(fingerprint(tensors)) == header.root:
-        return
     reload = getattr(trainer.lightning_module, "starting_network", None)
-    if reload is None:
+    if reload is None or root_digest(fingerprint(tensors)) == header.root:
         return
     with trainer.precision_plugin.module_init_context():
         network = reload()
-    if network is None:
-        return
-    start = network.state_dict()
+    start = {} if network is None else network.state_dict()
     for name, tensor in tensors.items():
         if name in start and start[name].shape == tensor.shape:
             tensor.copy_(start[name])
 
 
 def _hand_over(replayed: SparseMeZO, trainer: Trainer) -> None:
-    """Give the masks to the optimizer that trains on; its other state is in the checkpoint."""
+    """Give the masks to the optimizer that continues; its other state is in the checkpoint."""
     for optimizer in trainer.optimizers:
         if not isinstance(optimizer, SparseMeZO):
             continue
         if optimizer.steps_done != replayed.steps_done:
             raise TrajectoryError(
-                f"the checkpoint's optimizer has done {optimizer.steps_done} steps, its record {replayed.steps_done}"
+                f"the checkpoint's optimizer has done {optimizer.steps_done} steps, its trajectory "
+                f"{replayed.steps_done}"
             )
         if any(group["mask_step"] == optimizer.steps_done for group in optimizer.param_groups):
             optimizer.refresh_masks()  # as was done after the last step and before the checkpoint
             continue
-        for own, its in zip(optimizer.param_groups, replayed.param_groups, strict=True):
-            its["names"] = list(own["names"])  # the record's are the network's, which may differ by a prefix
+        for own, other in zip(optimizer.param_groups, replayed.param_groups, strict=True):
+            other["names"] = list(own["names"])  # the trajectory's are the network's, which may differ by a prefix
         optimizer.adopt_masks(replayed)
 
 
-def _compare_machines(header: Header, device: torch.device) -> None:
-    here = machine(device)
-    differing = [
-        f"{key} {header.machine[key]} then, {value} now"
-        for key, value in here.items()
-        if key in header.machine and header.machine[key] != value
-    ]
-    if differing:
-        log.info(
-            "the weights are exact, but the model's forward may differ in its last bits from the run's: %s",
-            "; ".join(differing),
+def earlier_trajectory(trainer: Trainer, place: Mapping[str, Any]) -> Trajectory | None:
+    """The trajectory that a resumed run continues, up to where it does; None for a new run.
+
+    Args:
+        trainer: The Trainer, after its checkpoint was read.
+        place: The position that the callback's state holds, empty if there is none.
+    """
+    if (restored := install(trainer).trajectory) is not None:
+        return restored
+    if not place:
+        return None
+    # a checkpoint of ModelCheckpoint: the weights were in it, the trajectory is where it was
+    path, steps = Path(place["record"]), place["steps"]
+    if path.is_file():
+        trajectory = Trajectory.read(path, damaged=True)
+        if trajectory.header.run == place["run"] and trajectory.next_step >= steps:
+            trajectory = trajectory.upto(steps)
+            if trajectory.check.hex() == place["check"]:
+                return trajectory
+    log.warning(
+        "the trajectory of the run's first %d steps is not in %s: a new one begins with the weights of the "
+        "checkpoint, and can be replayed on those alone",
+        steps,
+        path,
+    )
+    return None
+
+
+def open_trajectory(optimizer: SparseMeZO, module: LightningModule, path: Path, earlier: Trajectory | None) -> Recorder:
+    """Begin a trajectory, or continue an earlier one in this run's folder.
+
+    Raises:
+        TrajectoryError: If the folder holds the trajectory of another run, or cannot be written.
+    """
+    if earlier is not None:
+        writer = _continue(earlier, path)
+        log.info("the run resumes after %d steps, recorded in %s", writer.steps, path)
+        return Recorder(optimizer, writer, network_of(module, writer.header))
+    network = network_of(module)
+    header = describe(
+        optimizer,
+        network,
+        pretrained=getattr(module, "pretrained", None),
+        revision=getattr(module, "revision", None),
+        adapter=getattr(module, "adapter", None),
+        adapter_seed=getattr(module, "adapter_seed", 0),
+    )
+    return Recorder(optimizer, TrajectoryWriter.create(path, header), network)
+
+
+def _continue(earlier: Trajectory, path: Path) -> TrajectoryWriter:
+    steps = earlier.next_step
+    if not path.exists():
+        copy(earlier.path, path)
+    elif not os.path.samefile(earlier.path, path):
+        raise TrajectoryError(f"{path} is the trajectory of another run: give SeedCheckpoint another dirpath")
+    whole = Trajectory.read(path, damaged=True)
+    later = [event.steps for event in whole.marked("checkpoint") if event.steps > steps]
+    if whole.damage is not None:
+        kept, anew = _free_name(path, "damaged"), _free_name(path, "sound")
+        log.warning(
+            "%s is corrupted (%s): its valid part is rewritten, the file is kept as %s", path, whole.damage, kept
         )
+        rewrite(whole.upto(steps), anew)
+        move(path, kept)
+        os.replace(anew, path)
+    elif later:
+        kept = _free_name(path, f"until-{max(later)}")
+        copy(path, kept)
+        log.info("the run resumes from step %d of %d; the trajectory so far is kept as %s", steps, max(later), kept)
+    return TrajectoryWriter.resume(path, steps)
+
+
+def _free_name(path: Path, why: str) -> Path:
+    names = (path.with_name(f"{path.stem}-{why}{number or ''}{path.suffix}") for number in range(1 << 20))
+    return next(name for name in names if not name.exists())

@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint, seed_checkpoint
+from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory import files as checkpoint_files
+from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import Trajectory
 from smezo_pl.trajectory.replaying import replay
@@ -154,7 +155,7 @@ class TestAnchors:
             resumed.model[3].bias.add_(1.0)  # whatever takes part may be anything
         with caplog.at_level(logging.INFO):
             watch = fit(tmp_path / "killed", resumed, *callbacks(), anchored(), ckpt_path=tmp_path / "killed" / LAST)
-        assert "replayed 4 steps from the anchor" in caplog.text
+        assert "replayed 4 steps from the full-weight snapshot" in caplog.text
         assert equal_after(watch, seen)
         assert same(resumed.model, trained.model)
         again = network(dtype=next(trained.model.parameters()).dtype)
@@ -312,7 +313,7 @@ def test_going_on_from_an_earlier_checkpoint_keeps_the_later_steps(
         fit(tmp_path, Classifier(), ckpt_path=tmp_path / "checkpoints" / "twelve.ckpt", max_steps=15)
     assert Trajectory.read(tmp_path).next_step == 15
     assert Trajectory.read(tmp_path / "trajectory-until-20.smezo").next_step == 20
-    assert "the record until now is kept as" in caplog.text
+    assert "the trajectory so far is kept as" in caplog.text
 
 
 def test_a_run_that_ended_before_its_first_step_is_replaced(tmp_path: Path) -> None:
@@ -342,7 +343,7 @@ def test_damage_after_a_checkpoint_does_not_keep_the_run_from_going_on(
     assert Trajectory.read(tmp_path, damaged=True).damage
     again = Classifier()
     fit(tmp_path, again, ckpt_path=early)
-    assert "its sound part is written anew" in caplog.text
+    assert "its valid part is rewritten" in caplog.text
     assert same(again.model, straight[1].model)
     assert Trajectory.read(tmp_path).next_step == 20
     assert (tmp_path / "trajectory-damaged.smezo").is_file()
@@ -387,19 +388,21 @@ class TestRefused:
             wrong = bytearray(data)
             wrong[place] ^= 0x10
             (self.folder / LAST).write_bytes(bytes(wrong))
-            with pytest.raises(TrajectoryError, match=r"last\.ckpt.*damaged"):
+            with pytest.raises(TrajectoryError, match=r"last\.ckpt.*corrupted"):
                 self.validate(Classifier())
 
     @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
     def test_cut_short(self, share: float) -> None:
         size = (self.folder / LAST).stat().st_size
         os.truncate(self.folder / LAST, int(share * size))
-        with pytest.raises(TrajectoryError, match="it is damaged or cut short"):
+        with pytest.raises(TrajectoryError, match="it is corrupted or truncated"):
             self.validate(Classifier())
 
     def test_without_its_record(self) -> None:
         (self.folder / RECORD).unlink()
-        with pytest.raises(TrajectoryError, match="no weights; they come back from the run's record, which is not at"):
+        with pytest.raises(
+            TrajectoryError, match="no weights; they come back from the run's trajectory, which is not at"
+        ):
             self.validate(Classifier())
 
     def test_with_its_record_beside_it(self) -> None:
@@ -554,10 +557,10 @@ class TestWriting:
                     write(path, data)
             write(path, data)
 
-        monkeypatch.setattr(seed_checkpoint, "write_atomically", full)
+        monkeypatch.setattr(resume, "write_atomically", full)
         with pytest.raises(TrajectoryError, match="No space left"):
             fit(tmp_path, Classifier())
-        monkeypatch.setattr(seed_checkpoint, "write_atomically", write)
+        monkeypatch.setattr(resume, "write_atomically", write)
         resumed = Classifier()
         fit(tmp_path, resumed, ckpt_path=tmp_path / LAST)
         assert same(resumed.model, straight[1].model)

@@ -20,7 +20,7 @@ help:
 	@echo "make slow         all tests, the slow ones too"
 	@echo "make lint format  ruff and mypy alone; ruff's own fixes"
 	@echo "make notebook     run notebooks/*.ipynb in place"
-	@echo "make docs         the pages of docs/ and the API as a site, in site/"
+	@echo "make docs         the pages of docs/ and the API as a site, in site/ (Python >= 3.11)"
 	@echo "make install      .venv alone (PYTHON=$(PYTHON))"
 
 install: $(READY)

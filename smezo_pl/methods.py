@@ -1,30 +1,23 @@
-"""The methods that one key chooses between, so that they share data, scoring and ``metrics.json``."""
+"""The methods that ``--model.method`` chooses between, so that they share data, scoring and ``metrics.json``."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from smezo_pl.data.batch import batch_weight
-from smezo_pl.optim.sparse_mezo import NonFiniteLossError
+from smezo_pl.optim.sparse_mezo import NonFiniteLossError, SparseMeZO
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
-    from torch import nn
-
-    from smezo_pl.optim import SparseMeZO
-
 
 logger = logging.getLogger(__name__)
-
-MethodName = Literal["s-mezo", "mezo", "r-mezo", "full", "lora", "prefix", "linear-probe", "zero-shot"]
-"""Names of the methods, see `METHODS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +26,10 @@ class Method:
 
     Attributes:
         summary: What it does, in a few words.
-        order: 0 for forwards alone (`SparseMeZO`), 1 for backpropagation (AdamW), None for no
-            training.
+        order: 0 for forward passes alone (`SparseMeZO`), 1 for gradients (AdamW), None for no training.
         mask: The optimizer's mask, for order 0.
-        adapter: The adapter where the configuration names none; ``peft_type`` is also what a given one must have.
-        lr: AdamW's learning rate where the configuration names none, for order 1.
+        adapter: The adapter if the configuration names none; ``peft_type`` is also what a given one must have.
+        lr: AdamW's learning rate if the configuration names none, for order 1: a starting point, not a tuned one.
     """
 
     summary: str
@@ -48,14 +40,14 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "s-mezo": Method("Sparse MeZO: forwards alone, the smallest weights of each tensor", 0, "small"),
-    "mezo": Method("MeZO: forwards alone, all weights", 0, "dense"),
-    "r-mezo": Method("R-MeZO: forwards alone, a random choice of weights", 0, "random"),
-    "full": Method("full fine-tuning by backpropagation", 1, lr=1e-5),
+    "s-mezo": Method("Sparse MeZO: forward passes alone, the smallest weights of each tensor", 0, "small"),
+    "mezo": Method("MeZO: forward passes alone, all weights", 0, "dense"),
+    "r-mezo": Method("R-MeZO: forward passes alone, a random choice of weights", 0, "random"),
+    "full": Method("full fine-tuning with AdamW", 1, lr=1e-5),
     # MeZO's adapters; which matrices LoRA goes to is PEFT's choice by architecture (query and value for most).
-    "lora": Method("LoRA by backpropagation", 1, adapter={"peft_type": "LORA", "r": 8, "lora_alpha": 16}, lr=1e-4),
+    "lora": Method("LoRA with AdamW", 1, adapter={"peft_type": "LORA", "r": 8, "lora_alpha": 16}, lr=1e-4),
     "prefix": Method(
-        "prefix tuning by backpropagation",
+        "prefix tuning with AdamW",
         1,
         adapter={"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5, "init_weights": "zero"},
         lr=1e-2,
@@ -63,7 +55,12 @@ METHODS: dict[str, Method] = {
     "linear-probe": Method("a linear layer on frozen features of the last position", 1, lr=1e-2),
     "zero-shot": Method("no training", None),
 }
-"""Every method by name. The learning rates of order 1 are starting points, not tuned ones."""
+"""Every method by name."""
+
+if TYPE_CHECKING:
+    MethodName: TypeAlias = str
+else:
+    MethodName = Literal[tuple(METHODS)]  # the choices that the command line shows
 
 
 def method_of(name: str | None) -> Method | None:
@@ -72,11 +69,9 @@ def method_of(name: str | None) -> Method | None:
     Raises:
         ValueError: If there is no such method.
     """
-    if name is None:
-        return None
-    if name not in METHODS:
+    if name is not None and name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    return METHODS[name]
+    return None if name is None else METHODS[name]
 
 
 def adapter_of(name: str | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -88,17 +83,17 @@ def adapter_of(name: str | None, given: Mapping[str, Any] | None) -> dict[str, A
     method = method_of(name)
     if method is None or method.order == 0:
         return None if given is None else dict(given)
-    wanted = method.adapter.get("peft_type")
     if given is None:
         return dict(method.adapter) or None
-    kind = str(given.get("peft_type", wanted)).upper()
-    if wanted is None or kind != wanted:
-        allowed = f"an adapter of peft_type {wanted}" if wanted else "no adapter"
+    own = method.adapter.get("peft_type")
+    kind = str(given.get("peft_type", own)).upper()
+    if own is None or kind != own:
+        allowed = f"an adapter of peft_type {own}" if own else "no adapter"
         raise ValueError(f"method {name!r} takes {allowed}, got adapter={dict(given)}")
     return {**given, "peft_type": kind}
 
 
-def use_mask(optimizer: SparseMeZO, name: str | None) -> None:
+def set_mask(optimizer: SparseMeZO, name: str | None) -> None:
     """Give the optimizer the mask of its method; to be called before its first step.
 
     Raises:
@@ -114,28 +109,9 @@ def use_mask(optimizer: SparseMeZO, name: str | None) -> None:
     optimizer.defaults["mask"] = method.mask
 
 
-def say(name: str | None, parameters: Iterable[tuple[str, nn.Parameter]], details: str) -> None:
-    """One line of the log: the method, what is learned, what is frozen."""
-    learned = frozen = 0
-    for _, parameter in parameters:
-        if parameter.requires_grad:
-            learned += parameter.numel()
-        else:
-            frozen += parameter.numel()
-    summary = METHODS[name].summary if name else "the configured optimizer"
-    logger.info(
-        "method %s (%s): %s weights are learned, %s are frozen%s",
-        *(name or "none", summary, f"{learned:,}", f"{frozen:,}", details),
-    )
-
-
-MAX_SKIPPED = 20
-"""Steps in a row that may be skipped for a loss or gradient that is not finite, as in `SparseMeZO`."""
-
-
 @dataclass(frozen=True)
 class FirstOrder:
-    """AdamW's settings, for the methods that need gradients.
+    """AdamW's settings, for the first-order baselines.
 
     Args:
         lr: Learning rate, at least 0. None: the method's own, 1e-5 for full, 1e-4 for lora, 1e-2 for prefix and
@@ -160,23 +136,26 @@ class FirstOrder:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.lr is not None and not 0.0 <= self.lr < math.inf:
-            raise ValueError(f"first_order.lr must be in [0, inf), got {self.lr}")
-        if not 0.0 <= self.weight_decay < math.inf:
-            raise ValueError(f"first_order.weight_decay must be in [0, inf), got {self.weight_decay}")
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"first_order.{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0.0 < self.eps < math.inf:
-            raise ValueError(f"first_order.eps must be in (0, inf), got {self.eps}")
-        if self.gradient_clip is not None and not self.gradient_clip > 0.0:
-            raise ValueError(f"first_order.gradient_clip must be above 0, or null for none, got {self.gradient_clip}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"first_order.seed must be in [0, 2^63), got {self.seed}")
+        valid = {
+            "lr": (self.lr is None or 0.0 <= self.lr < math.inf, "in [0, inf)"),
+            "weight_decay": (0.0 <= self.weight_decay < math.inf, "in [0, inf)"),
+            "beta1": (0.0 <= self.beta1 < 1.0, "in [0, 1)"),
+            "beta2": (0.0 <= self.beta2 < 1.0, "in [0, 1)"),
+            "eps": (0.0 < self.eps < math.inf, "in (0, inf)"),
+            "gradient_clip": (self.gradient_clip is None or self.gradient_clip > 0.0, "above 0, or null for none"),
+            "seed": (0 <= self.seed < 2**63, "in [0, 2^63)"),
+        }
+        for name, (holds, allowed) in valid.items():
+            if not holds:
+                raise ValueError(f"first_order.{name} must be {allowed}, got {getattr(self, name)}")
 
 
-class Backpropagation:
-    """What a module trains by backpropagation with: an AdamW optimizer and its step.
+MAX_SKIPPED = 20
+"""Steps in a row that may be skipped for a loss or gradient that is not finite, as in `SparseMeZO`."""
+
+
+class FirstOrderBaseline:
+    """Training with AdamW, for comparison: the optimizer and the step.
 
     The network stays in ``eval()`` mode as for the other methods, so there is no dropout. The weights are updated in
     their own dtype: in bfloat16 an update below about 1/256 of a weight is lost by rounding, so ``full`` and ``prefix``
@@ -189,7 +168,7 @@ class Backpropagation:
     Attributes:
         last_loss: The loss of the last step, before its update.
         gradient_norm: The norm of its gradient, before clipping.
-        skipped_steps: Steps that changed nothing for a loss or gradient that was not finite.
+        skipped_steps: Number of steps without an update, as the loss or gradient was not finite.
     """
 
     def __init__(self, method: str, settings: FirstOrder) -> None:
@@ -199,9 +178,9 @@ class Backpropagation:
         self.skipped_steps = self._skipped_in_row = 0
 
     def optimizer(self, network: nn.Module) -> torch.optim.AdamW:
-        """AdamW on the network's learned weights."""
-        learned = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-        coarse = sorted({str(p.dtype).removeprefix("torch.") for _, p in learned if p.dtype.itemsize < 4})
+        """AdamW on the network's trained weights."""
+        trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        coarse = sorted({str(p.dtype).removeprefix("torch.") for _, p in trained if p.dtype.itemsize < 4})
         if coarse:
             logger.warning(
                 "AdamW updates weights in %s, where an update that is small beside its weight is rounded away: "
@@ -209,7 +188,7 @@ class Backpropagation:
                 " and ".join(coarse),
             )
         s = self.settings
-        return torch.optim.AdamW(learned, lr=self.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay)
+        return torch.optim.AdamW(trained, lr=self.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay)
 
     def hyperparameters(self) -> dict[str, Any]:
         """The settings as plain values."""
@@ -229,33 +208,30 @@ class Backpropagation:
             ValueError: If the loss has no gradient.
             NonFiniteLossError: After `MAX_SKIPPED` steps in a row whose loss or gradient was not finite.
         """
-        without = (
-            f"method {self.method!r} needs a loss with a gradient, and this objective has none: take a zeroth-order "
-            "method (s-mezo, mezo, r-mezo) or another objective"
-        )
-        if getattr(parts[0], "reward", None) is not None:
-            raise ValueError(without)
         optimizer: Any = module.optimizers()
         optimizer.zero_grad(set_to_none=True)
         weights = [batch_weight(part) for part in parts]
         losses = []
         for part, weight in zip(parts, weights, strict=True):
+            reward = getattr(part, "reward", None) is not None
             loss = module.loss(part).float().reshape(()) * (weight / sum(weights))  # type: ignore[operator]
-            if not loss.requires_grad:
-                raise ValueError(without)
+            if reward or not loss.requires_grad:
+                raise ValueError(
+                    f"method {self.method!r} needs a loss with a gradient, and this objective has none: choose a "
+                    "zeroth-order method (s-mezo, mezo, r-mezo) or another objective"
+                )
             module.manual_backward(loss)
             losses.append(loss.detach())
         total = torch.stack(losses).sum()
-        learned = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(learned, self.settings.gradient_clip or math.inf)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, self.settings.gradient_clip or math.inf)
         self.last_loss, self.gradient_norm = torch.stack([total, norm.float()]).tolist()
-        sound = math.isfinite(self.last_loss) and math.isfinite(self.gradient_norm)
-        if not sound:
+        if math.isfinite(self.last_loss) and math.isfinite(self.gradient_norm):
+            self._skipped_in_row = 0
+        else:
             self._skip()
             optimizer.zero_grad(set_to_none=True)  # AdamW passes over weights without a gradient
-        else:
-            self._skipped_in_row = 0
-        optimizer.step()  # also where nothing is done, as it counts the Trainer's steps
+        optimizer.step()  # also for a skipped step, as it counts the Trainer's steps
         return total
 
     def _skip(self) -> None:
@@ -269,16 +245,15 @@ class Backpropagation:
             )
 
 
-def learned_only(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a module's state that are learned; all of them if nothing is frozen."""
-    parameters = dict(module.named_parameters())
-    if all(p.requires_grad for p in parameters.values()):
-        return dict(state)
-    return {name: tensor for name, tensor in state.items() if name in parameters and parameters[name].requires_grad}
+def trained_only(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a module's state that are trained; all of them if nothing is frozen."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    return {name: tensor for name, tensor in state.items() if not frozen or name in trained}
 
 
-def check_learned(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse a state that lacks learned weights, as that of another method does.
+def check_trained(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse a state that lacks trained weights, as that of another method does.
 
     Raises:
         ValueError: Names the first few.
@@ -286,6 +261,6 @@ def check_learned(module: nn.Module, state: Mapping[str, Any]) -> None:
     missing = [name for name, p in module.named_parameters() if p.requires_grad and name not in state]
     if missing:
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} of the weights that this method learns ({', '.join(missing[:3])}, "
+            f"the checkpoint lacks {len(missing)} of the weights that this method trains ({', '.join(missing[:3])}, "
             "...): it is of another method or model"
         )

@@ -1,14 +1,13 @@
-"""The LightningModule: checks the Trainer, builds the optimizer, defines the closure, logs and scores."""
+"""The LightningModule: builds network and optimizer, defines the closure, logs and scores."""
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -16,15 +15,15 @@ from torch import Tensor, nn
 from smezo_pl.data import PromptBatch, PromptDataModule
 from smezo_pl.data.batch import batch_size, batch_weight, split_batch
 from smezo_pl.methods import (
-    Backpropagation,
+    METHODS,
     FirstOrder,
+    FirstOrderBaseline,
     MethodName,
     adapter_of,
-    check_learned,
-    learned_only,
+    check_trained,
     method_of,
-    say,
-    use_mask,
+    set_mask,
+    trained_only,
 )
 from smezo_pl.models import add_adapter, kind_of, load_network, load_tokenizer
 from smezo_pl.optim import SparseMeZO
@@ -40,150 +39,11 @@ from smezo_pl.scoring.evaluation import (
     scores_of,
 )
 from smezo_pl.scoring.linear_probe import LinearProbe
-from smezo_pl.strategies import ForwardDDPStrategy
+from smezo_pl.strategies import check_trainer, silence_expected_warnings
 from smezo_pl.tasks.objectives import reward_of
 from smezo_pl.trajectory import resume
 
 logger = logging.getLogger(__name__)
-
-PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed")
-
-
-def check_trainer(trainer: Trainer) -> None:
-    """Refuse settings that would be ignored or go wrong.
-
-    It runs in ``configure_callbacks``, the one hook that comes before Lightning's own check of manual optimisation,
-    whose message knows nothing of micro-batches.
-
-    Raises:
-        MisconfigurationException: For gradient clipping, gradient accumulation, a precision that scales gradients or
-            quantises weights, or several processes without `ForwardDDPStrategy`.
-    """
-    if trainer.gradient_clip_val:
-        raise MisconfigurationException(
-            f"gradient_clip_val={trainer.gradient_clip_val}: there are no gradients to clip. Leave it out; for smaller "
-            "steps lower lr, for smaller memory set micro_batch_size in the model"
-        )
-    if trainer.accumulate_grad_batches != 1:
-        raise MisconfigurationException(
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: there are no gradients to accumulate. Set a "
-            "larger batch_size in the data and micro_batch_size in the model: the batch then runs in parts in one step"
-        )
-    check_precision(trainer.precision)
-    if trainer.world_size > 1 and not isinstance(trainer.strategy, ForwardDDPStrategy):
-        raise MisconfigurationException(
-            f"{trainer.world_size} processes with {type(trainer.strategy).__name__}: it would wrap the network for "
-            "gradients or shard it, and replicas could drift apart. Use strategy='forward_ddp', or devices=1"
-        )
-
-
-def check_precision(precision: str | int) -> None:
-    """Refuse a precision in which a forward-only step does not hold.
-
-    Raises:
-        MisconfigurationException: If it is not one of `PRECISIONS`.
-    """
-    if precision == "16-mixed":
-        raise MisconfigurationException(
-            "precision='16-mixed' scales gradients, and there are none here: use 'bf16-mixed', '16-true' or 'bf16-true'"
-        )
-    if precision not in PRECISIONS:
-        raise MisconfigurationException(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-
-
-def silence_expected_warnings(data_in_memory: bool) -> None:
-    """Drop the warnings of Lightning that take for a mistake what is meant to be so here, or are about itself.
-
-    Args:
-        data_in_memory: Whether batches are made of what is in memory, so that worker processes would gain nothing.
-    """
-    messages = [
-        # Both forwards must see the same function, so dropout is off.
-        r"Found \d+ module\(s\) in eval mode at the start of training",
-        # The module can validate; whether there is something to validate on is the caller's choice.
-        "You defined a `validation_step` but have no `val_dataloader`",
-        # Method zero-shot trains nothing.
-        "`LightningModule.configure_optimizers` returned `None`",
-        # Lightning 2.6 asks torch's pytree by a name that torch 2.13 deprecates.
-        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-        # The weights after the step are the ones to keep: there is no other state to save in the middle of a step.
-        "Using ModelCheckpoint with manual optimization and every_n_train_steps",
-    ]
-    if data_in_memory:
-        messages.append(r"The '\w+_dataloader' does not have many workers")
-    for message in messages:
-        warnings.filterwarnings("ignore", message=message)
-
-
-def build_optimizers(module: "SparseMeZOModule") -> Any:
-    """The optimizer of the module's method on its network, attached, and the scheduler; None for zero-shot.
-
-    Raises:
-        TypeError: If the configured optimizer is another one.
-        MisconfigurationException: If several processes would train by backpropagation.
-    """
-    optimizer: torch.optim.Optimizer
-    if module.backpropagation is not None:
-        if module.trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"method {module.method!r} runs in one process, as nothing here adds up gradients over "
-                f"{module.trainer.world_size}: set devices=1"
-            )
-        optimizer = module.backpropagation.optimizer(module.model)
-        module.save_hyperparameters({"adamw": module.backpropagation.hyperparameters()})
-    elif not module.zeroth_order:
-        return None
-    else:
-        optimizer = module.build_optimizer(module.model.named_parameters())
-        if not isinstance(optimizer, SparseMeZO):
-            raise TypeError(f"optimizer must build a SparseMeZO, got {type(optimizer).__name__}, which needs gradients")
-        use_mask(optimizer, module.method)
-        if module.perturbation == "layerwise":
-            optimizer.attach(module.model)
-        module.save_hyperparameters({"sparse_mezo": optimizer.settings()})
-    return optimizer if module.build_scheduler is None else ([optimizer], [module.build_scheduler(optimizer)])
-
-
-def announce(module: "SparseMeZOModule") -> None:
-    """Say what is trained, in what, and whether it can be replayed."""
-    logger.info("precision %s, perturbation %s, device %s", *_setting(module))
-    if module.method is not None:
-        details = "" if module.backpropagation is None else f", {module.backpropagation.hyperparameters()}"
-        say(module.method, module.model.named_parameters(), details)
-    if module.pretrained is None and module.zeroth_order:
-        logger.warning(
-            "no file holds the starting weights of this network: the record of the run can be replayed only if "
-            "they are saved, for instance by torch.save(module.model.state_dict(), 'start.pt') before fit"
-        )
-
-
-def _setting(module: "SparseMeZOModule") -> tuple[Any, ...]:
-    return module.trainer.precision, module.perturbation if module.zeroth_order else "none", module.device
-
-
-def batch_loss(module: "SparseMeZOModule", parts: list[Any]) -> Tensor:
-    """The module's loss over the parts of a batch and over all processes, weighted by example (``lm``: by token).
-
-    Returns:
-        A float32 scalar, the same bits on every process.
-    """
-    weights = [batch_weight(part) for part in parts]
-    weight = float(sum(weights))
-    if isinstance(parts[0], PromptBatch) and parts[0].reward is not None:
-        # Of all parts together, as an F1 of the whole is no mean of the parts' F1.
-        answers = [answer for part in parts for answer in answers_of(module.model, part, module.text_tokenizer)]
-        reward = reward_of(parts[0].reward, parts[0].num_labels)
-        total = torch.tensor(reward.loss(answers), dtype=torch.float32, device=module.device) * weight
-    else:
-        losses = [module.loss(part).float().reshape(()) * w for part, w in zip(parts, weights, strict=True)]
-        total = torch.stack(losses).sum()
-    if module.trainer.world_size == 1:
-        return total / weight
-    # Gathered and added in the order of ranks, where a reduction might add in another order on each process.
-    both = torch.stack([total, total.new_tensor(weight)])
-    total, overall = module.trainer.strategy.all_gather(both).sum(0).unbind()
-    return total / overall
-
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -195,30 +55,30 @@ else:
 
 
 class SparseMeZOModule(LightningModule):
-    """Fine-tunes a language model, causal or masked, with Sparse MeZO: two forwards a step, no backward.
+    """Fine-tunes a language model, causal or masked, with Sparse MeZO: two forwards per step, no backward.
 
-    ``method`` puts another method in its place, for comparisons on the same data with the same scoring. The network is
-    in ``eval()`` mode throughout. Logged: ``train/loss`` at every step (zeroth-order: the mean of both sides),
+    ``method`` chooses another method instead, for comparison on the same data with the same scoring. The network is in
+    ``eval()`` mode throughout. Logged: ``train/loss`` at every step (zeroth-order: the mean of both sides),
     ``val/loss``, ``val/accuracy``, ``test/loss`` and ``test/accuracy`` over the whole split; ``ModelCheckpoint`` and
-    ``EarlyStopping`` can watch these. For another kind of model subclass and override `loss`; for other metrics
+    ``EarlyStopping`` can monitor these. For another kind of model subclass and override `loss`; for other metrics
     override `evaluate_batch`.
 
     Args:
         pretrained: Name on the Hugging Face hub, local folder, GGUF file, or (from Python) a ready ``nn.Module``.
         optimizer: The optimizer and its settings; given the network's named parameters.
-        lr_scheduler: A scheduler of torch, stepped once a step; one that waits for a metric is stepped after
+        lr_scheduler: A scheduler of torch, stepped once per step; one that waits for a metric is stepped after
             validation.
         perturbation: ``layerwise`` perturbs each layer inside its own forward and never writes the weights;
-            ``in_place`` perturbs the whole model and brings it back from a copy of the active weights.
+            ``in_place`` perturbs the whole model and restores it from a copy of the active weights.
         micro_batch_size: Examples in one forward; a batch is run in parts of that size and weighted by example. None:
             the whole batch at once.
         adapter: PEFT adapter, which alone is trained, for instance
             ``{peft_type: LORA, r: 8, lora_alpha: 16, target_modules: [q_proj, v_proj]}``.
         revision: Branch, tag or commit of ``pretrained`` on the hub.
         method: ``s-mezo``, ``mezo`` and ``r-mezo`` give ``optimizer`` their mask; ``full``, ``lora``, ``prefix`` and
-            ``linear-probe`` train by backpropagation with AdamW instead; ``zero-shot`` trains nothing. None: what
-            ``optimizer`` says.
-        first_order: AdamW's settings, for the methods by backpropagation.
+            ``linear-probe`` are first-order baselines, trained with AdamW instead; ``zero-shot`` trains nothing. None:
+            what ``optimizer`` says.
+        first_order: AdamW's settings, for the first-order baselines.
         save_pretrained: Folder that the trained model and its tokenizer are written to, in Hugging Face's format, when
             ``fit`` ends.
 
@@ -256,18 +116,15 @@ class SparseMeZOModule(LightningModule):
         )
         self.automatic_optimization = False
         self.pretrained: str | None = None if ready else str(pretrained)
-        self.build_optimizer = optimizer
-        self.build_scheduler = lr_scheduler
-        self.perturbation = perturbation
-        self.micro_batch_size = micro_batch_size
+        self.revision, self.perturbation, self.micro_batch_size = revision, perturbation, micro_batch_size
+        self.build_optimizer, self.build_scheduler = optimizer, lr_scheduler
         self.method, self.adapter, self.adapter_seed = method, adapter_of(method, adapter), first_order.seed
         chosen = method_of(method)
         self.zeroth_order = chosen is None or chosen.order == 0
-        self.backpropagation = Backpropagation(str(method), first_order) if chosen and chosen.order == 1 else None
-        self.revision = revision
+        self.baseline = FirstOrderBaseline(str(method), first_order) if chosen and chosen.order == 1 else None
         self.save_folder = save_pretrained
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._means: dict[str, WeightedMeans] = {"val": WeightedMeans(), "test": WeightedMeans()}
+        self._means = WeightedMeans()
         if isinstance(pretrained, nn.Module):
             self.model = self._adapted(pretrained)
 
@@ -285,15 +142,15 @@ class SparseMeZOModule(LightningModule):
         self._tokenizer = tokenizer
 
     @property
-    def is_masked(self) -> bool:
-        """Whether the network fills in a mask; known before it is loaded."""
+    def is_masked_lm(self) -> bool:
+        """Whether the network is a masked language model; known before it is loaded."""
         network = self._modules.get("model")
         network = network.network if isinstance(network, LinearProbe) else network
         source = network if self.pretrained is None else self.pretrained
         return source is not None and kind_of(source, revision=self.revision) == "masked"
 
     def text_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer that answers are read with: the data module's, else the module's.
+        """The tokenizer that generated text is decoded with: the data module's, else the module's.
 
         Raises:
             RuntimeError: If there is neither.
@@ -310,10 +167,6 @@ class SparseMeZOModule(LightningModule):
         silence_expected_warnings(isinstance(getattr(self.trainer, "datamodule", None), PromptDataModule))
         return []
 
-    def setup(self, stage: str) -> None:
-        """Let checkpoints without weights be read."""
-        resume.install(self.trainer)
-
     def configure_model(self) -> None:
         """Load the network, once, in the dtype that is the default: that of the Trainer's ``*-true`` precision."""
         if "model" not in self._modules and (network := self.starting_network()) is not None:
@@ -327,19 +180,6 @@ class SparseMeZOModule(LightningModule):
         if self.adapter is not None:
             network = add_adapter(network, self.adapter, seed=self.adapter_seed)
         return (LinearProbe(network) if self.method == "linear-probe" else network).eval()
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights into the network, which is made first where it is not there (as after a run in subprocesses)."""
-        self.configure_model()
-        if self.backpropagation is not None:
-            check_learned(self, args[0])
-            kwargs["strict"] = False  # frozen weights are not in it
-        return super().load_state_dict(*args, **kwargs)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep frozen weights, which ``pretrained`` holds, out of the checkpoints of a run by backpropagation."""
-        if self.backpropagation is not None and "state_dict" in checkpoint:
-            checkpoint["state_dict"] = learned_only(self, checkpoint["state_dict"])
 
     def to(self, *args: Any, **kwargs: Any) -> "SparseMeZOModule":
         """Move to a device; a loaded network keeps the dtypes it was loaded with.
@@ -359,15 +199,53 @@ class SparseMeZOModule(LightningModule):
     # ------------------------------------------------------------------ training
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer on the network's named parameters, attach it, and build the scheduler."""
-        return build_optimizers(self)
+        """The method's optimizer on the network, attached, and the scheduler; None for zero-shot.
+
+        Raises:
+            TypeError: If the configured optimizer needs gradients.
+            MisconfigurationException: If several processes would train a first-order baseline.
+        """
+        optimizer: Any
+        if self.baseline is not None:
+            if self.trainer.world_size > 1:
+                raise MisconfigurationException(
+                    f"method {self.method!r} runs in one process, as nothing here adds up gradients over "
+                    f"{self.trainer.world_size}: set devices=1"
+                )
+            optimizer = self.baseline.optimizer(self.model)
+            self.save_hyperparameters({"adamw": self.baseline.hyperparameters()})
+        elif not self.zeroth_order:
+            return None
+        else:
+            optimizer = self.build_optimizer(self.model.named_parameters())
+            if not isinstance(optimizer, SparseMeZO):
+                kind = type(optimizer).__name__
+                raise TypeError(f"optimizer must build a SparseMeZO, got {kind}, which needs gradients")
+            set_mask(optimizer, self.method)
+            if self.perturbation == "layerwise":
+                optimizer.attach(self.model)
+            self.save_hyperparameters({"sparse_mezo": optimizer.settings()})
+        return optimizer if self.build_scheduler is None else ([optimizer], [self.build_scheduler(optimizer)])
 
     def on_fit_start(self) -> None:
-        """Say what is trained, in what, and whether it can be replayed."""
-        announce(self)
+        """Log what is trained, in which precision, and whether the run can be replayed."""
+        perturbation = self.perturbation if self.zeroth_order else "none"
+        logger.info("precision %s, perturbation %s, device %s", self.trainer.precision, perturbation, self.device)
+        if self.method is not None:
+            trained, frozen = (
+                sum(p.numel() for p in self.model.parameters() if p.requires_grad is flag) for flag in (True, False)
+            )
+            settings = "" if self.baseline is None else f", {self.baseline.hyperparameters()}"
+            summary = f"method {self.method} ({METHODS[self.method].summary})"
+            logger.info("%s: %s weights are trained, %s are frozen%s", summary, f"{trained:,}", f"{frozen:,}", settings)
+        if self.pretrained is None and self.zeroth_order:
+            logger.warning(
+                "no file holds the starting weights of this network: the run can be replayed only if they are saved, "
+                "for instance by torch.save(module.model.state_dict(), 'start.pt') before fit"
+            )
 
     def on_train_start(self) -> None:
-        """Bring back the weights of a checkpoint that holds none, and turn dropout off."""
+        """Restore the weights of a checkpoint that holds none, and turn dropout off."""
         resume.restore(self.trainer)
         self.model.eval()
         self.trainer.should_stop |= self.method == "zero-shot"
@@ -375,8 +253,8 @@ class SparseMeZOModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One step of the optimizer on one batch."""
         parts = split_batch(batch, self.micro_batch_size)  # here, as it waits for a GPU, and the closure runs twice
-        if self.backpropagation is not None:
-            loss = self.backpropagation.step(self, parts)
+        if self.baseline is not None:
+            loss = self.baseline.step(self, parts)
         else:
             loss = self.optimizers().step(closure=lambda: self.batch_loss(parts))  # type: ignore[union-attr]
         self.log("train/loss", loss, prog_bar=True, batch_size=batch_size(batch))
@@ -402,7 +280,22 @@ class SparseMeZOModule(LightningModule):
         Returns:
             A float32 scalar, the same bits on every process.
         """
-        return batch_loss(self, parts)
+        weights = [batch_weight(part) for part in parts]
+        weight = float(sum(weights))
+        if isinstance(parts[0], PromptBatch) and parts[0].reward is not None:
+            # Of all parts together, as an F1 of the whole is no mean of the parts' F1.
+            answers = [answer for part in parts for answer in answers_of(self.model, part, self.text_tokenizer)]
+            reward = reward_of(parts[0].reward, parts[0].num_labels)
+            total = torch.tensor(reward.loss(answers), dtype=torch.float32, device=self.device) * weight
+        else:
+            losses = [self.loss(part).float().reshape(()) * w for part, w in zip(parts, weights, strict=True)]
+            total = torch.stack(losses).sum()
+        if self.trainer.world_size == 1:
+            return total / weight
+        # Gathered and added in the order of ranks, where a reduction might add in another order on each process.
+        both = torch.stack([total, total.new_tensor(weight)])
+        total, overall = self.trainer.strategy.all_gather(both).sum(0).unbind()
+        return total / overall
 
     # ------------------------------------------------------------------ evaluation
 
@@ -417,17 +310,10 @@ class SparseMeZOModule(LightningModule):
         return batch_sums(self.model, batch, self.text_tokenizer)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a batch to ``val/...``."""
-        self._means["val"].update(self.evaluate_batch(batch), self.device)
+        """Add a batch to the metrics of the split."""
+        self._means.update(self.evaluate_batch(batch), self.device)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a batch to ``test/...``."""
-        self._means["test"].update(self.evaluate_batch(batch), self.device)
-
-    def _log_means(self, stage: str) -> dict[str, Tensor]:
-        values = {f"{stage}/{name}": value.float() for name, value in self._means[stage].compute().items()}
-        self.log_dict(values, prog_bar=True)
-        return values
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/...``, and step a scheduler that waits for it."""
@@ -442,24 +328,46 @@ class SparseMeZOModule(LightningModule):
         """Log ``test/...``."""
         self._log_means("test")
 
+    def _log_means(self, stage: str) -> dict[str, Tensor]:
+        values = {f"{stage}/{name}": value.float() for name, value in self._means.compute().items()}
+        self.log_dict(values, prog_bar=True)
+        return values
+
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """What the model makes of each example: index in its data set, and its answer beside the right one."""
+        """The prediction for each example: its index in the dataset, the answer, and the gold one."""
         if batch.prompts is not None:
             return generation_rows(batch, generated(self.model, batch, self.text_tokenizer))
         scores = scores_of(self.model, batch)
         return prediction_rows(batch, calibrated(self.model, scores, batch))
 
-    def on_validation_start(self) -> None:
-        """Bring back the weights of a checkpoint that holds none."""
-        resume.restore(self.trainer)
+    # ------------------------------------------------------------------ checkpoints and the end
 
-    on_test_start = on_predict_start = on_validation_start
+    def setup(self, stage: str) -> None:
+        """Let the Trainer read checkpoints without weights."""
+        resume.install(self.trainer)
 
-    # ------------------------------------------------------------------ the end
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights into the network, which is built first if needed (as after a run in subprocesses)."""
+        self.configure_model()
+        if self.baseline is not None:
+            check_trained(self, args[0])
+            kwargs["strict"] = False  # frozen weights are not in it
+        return super().load_state_dict(*args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep frozen weights, which ``pretrained`` holds, out of the checkpoints of a first-order baseline."""
+        if self.baseline is not None and "state_dict" in checkpoint:
+            checkpoint["state_dict"] = trained_only(self, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to be a network without weights."""
         resume.refuse_unrestored(self, checkpoint)
+
+    def on_validation_start(self) -> None:
+        """Restore the weights of a checkpoint that holds none."""
+        resume.restore(self.trainer)
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_fit_end(self) -> None:
         """Write the trained model as a Hugging Face folder."""

@@ -1,14 +1,19 @@
-"""Data parallelism for forward-only training: replicas share losses, never weights or gradients."""
+"""Forward-only data parallelism, and which settings of a Trainer go with forward-only training."""
 
 import logging
+import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed")
 
 
 class ReplicasDifferError(RuntimeError):
@@ -73,39 +78,99 @@ class ForwardDDPStrategy(DDPStrategy):
         """
         assert self.model is not None
         names, sums = zip(*((name, checksum(tensor)) for name, tensor in self.model.named_parameters()), strict=True)
-        mine = torch.stack(sums)
-        all_sums = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(all_sums, mine)
-        for rank, others in enumerate(all_sums):
-            if (differs := (others != all_sums[0]).nonzero()).numel():
+        own_sums = torch.stack(sums)
+        all_sums = [torch.empty_like(own_sums) for _ in range(self.world_size)]
+        dist.all_gather(all_sums, own_sums)
+        for rank, rank_sums in enumerate(all_sums):
+            if (differing := (rank_sums != all_sums[0]).nonzero()).numel():
                 raise ReplicasDifferError(
-                    f"the weights of process {rank} are not those of process 0: {len(differs)} of {len(names)} tensors "
-                    f"differ, the first is {names[int(differs[0])]}. Was a parameter changed outside the optimizer, or "
-                    "on one process alone?"
+                    f"the weights of process {rank} are not those of process 0: {len(differing)} of {len(names)} "
+                    f"tensors differ, the first is {names[int(differing[0])]}. Was a parameter changed outside the "
+                    "optimizer, or on one process alone?"
                 )
         logger.debug("replicas compared: %d processes hold the same bits", self.world_size)
 
 
 def checksum(tensor: Tensor, chunk: int = 1 << 22) -> Tensor:
-    """A 64-bit sum of a tensor's bits that depends on every element and its place; int64, on the tensor's device."""
+    """A 64-bit sum of a tensor's bits that depends on every element and its index; int64, on the tensor's device."""
     flat = tensor.detach().contiguous().view(-1)
     words = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, words.numel(), chunk):
         part = words[start : start + chunk].to(torch.int64)
         # Odd multipliers are invertible modulo 2**64: a change of any one element changes the sum.
-        place = torch.arange(start, start + part.numel(), device=tensor.device) * 2 + 1
-        total += (part * (place * 0x2545F4914F6CDD1D)).sum()
+        index = torch.arange(start, start + part.numel(), device=tensor.device) * 2 + 1
+        total += (part * (index * 0x2545F4914F6CDD1D)).sum()
     return total
 
 
-def _register() -> None:
-    name = ForwardDDPStrategy.strategy_name
-    if name not in StrategyRegistry:
-        for suffix, method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork")):
-            StrategyRegistry.register(
-                name + suffix, ForwardDDPStrategy, description="forward-only data parallelism", start_method=method
-            )
+for _suffix, _method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork")):
+    StrategyRegistry.register(
+        ForwardDDPStrategy.strategy_name + _suffix,
+        ForwardDDPStrategy,
+        description="forward-only data parallelism",
+        override=True,
+        start_method=_method,
+    )
 
 
-_register()
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse settings that would be ignored or give wrong results. To be called in ``configure_callbacks``.
+
+    That is the one hook before Lightning's own check of manual optimization, whose message knows nothing of
+    micro-batches.
+
+    Raises:
+        MisconfigurationException: For gradient clipping, gradient accumulation, a precision that scales gradients or
+            quantizes weights, or several processes without `ForwardDDPStrategy`.
+    """
+    if trainer.gradient_clip_val:
+        raise MisconfigurationException(
+            f"gradient_clip_val={trainer.gradient_clip_val}: there are no gradients to clip. Leave it out; for smaller "
+            "steps lower lr, for smaller memory set micro_batch_size in the model"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise MisconfigurationException(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: there are no gradients to accumulate. Set a "
+            "larger batch_size in the data and micro_batch_size in the model: the batch then runs in parts in one step"
+        )
+    check_precision(trainer.precision)
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, ForwardDDPStrategy):
+        raise MisconfigurationException(
+            f"{trainer.world_size} processes with {type(trainer.strategy).__name__}: it would wrap the network for "
+            "gradients or shard it, and replicas could drift apart. Use strategy='forward_ddp', or devices=1"
+        )
+
+
+def check_precision(precision: str | int) -> None:
+    """Refuse a precision that forward-only training does not support."""
+    if precision == "16-mixed":
+        raise MisconfigurationException(
+            "precision='16-mixed' scales gradients, and there are none here: use 'bf16-mixed', '16-true' or 'bf16-true'"
+        )
+    if precision not in PRECISIONS:
+        raise MisconfigurationException(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def silence_expected_warnings(data_in_memory: bool) -> None:
+    """Ignore warnings of Lightning about what is intended here, or about Lightning itself.
+
+    Args:
+        data_in_memory: Whether batches are made of what is in memory, so that worker processes would gain nothing.
+    """
+    messages = [
+        # Both forwards must see the same function, so dropout is off.
+        r"Found \d+ module\(s\) in eval mode at the start of training",
+        # The module can validate; whether there is something to validate on is the caller's choice.
+        "You defined a `validation_step` but have no `val_dataloader`",
+        # Method zero-shot trains nothing.
+        "`LightningModule.configure_optimizers` returned `None`",
+        # Lightning 2.6 asks torch's pytree by a name that torch 2.13 deprecates.
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        # The weights after the step are the ones to keep: there is no other state to save in the middle of a step.
+        "Using ModelCheckpoint with manual optimization and every_n_train_steps",
+    ]
+    if data_in_memory:
+        messages.append(r"The '\w+_dataloader' does not have many workers")
+    for message in messages:
+        warnings.filterwarnings("ignore", message=message)

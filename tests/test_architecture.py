@@ -27,7 +27,7 @@ ALLOWED = {
     "module": {"optim", "tasks", "data", "scoring", "models", "methods", "strategies", "trajectory"},
     "callbacks": {"optim", "data", "scoring", "trajectory"},
     "cli": {"optim", "data", "module", "callbacks"},
-    "commands": {"optim", "data", "models", "module", "trajectory", "callbacks", "cli", "scoring", "tasks"},
+    "commands": {"optim", "data", "models", "methods", "module", "trajectory", "callbacks", "cli", "scoring", "tasks"},
     "__main__": {"commands"},
 }
 

@@ -111,7 +111,7 @@ def test_a_folder_is_loaded_as_what_it_is(tiny_roberta_folder: Path, caplog: pyt
     with caplog.at_level(logging.INFO, "smezo_pl"):
         assert type(load_network(tiny_roberta_folder)).__name__ == "RobertaForMaskedLM"
     assert f"{tiny_roberta_folder} is a masked language model: it answers where the prompt holds a mask" in caplog.text
-    assert SparseMeZOModule(str(tiny_roberta_folder)).is_masked
+    assert SparseMeZOModule(str(tiny_roberta_folder)).is_masked_lm
 
 
 def saved(folder: Path, config: Any, architectures: list[str] | None) -> Path:

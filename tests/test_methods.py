@@ -6,7 +6,8 @@ import math
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from lightning.pytorch import Trainer
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.callbacks import RunMetrics, SeedCheckpoint, WeightCheckpoint
 from smezo_pl.cli import main
-from smezo_pl.methods import METHODS, FirstOrder
+from smezo_pl.methods import METHODS, FirstOrder, MethodName
 from smezo_pl.optim.sparse_mezo import NonFiniteLossError
 from smezo_pl.scoring.evaluation import scores_of
 from smezo_pl.scoring.linear_probe import LinearProbe
@@ -48,10 +49,6 @@ def module_of(method: Any, folder: Path, **changes: Any) -> SparseMeZOModule:
 
 
 def test_every_method_is_declared_and_has_a_summary() -> None:
-    from typing import get_args
-
-    from smezo_pl.methods import MethodName
-
     assert tuple(METHODS) == get_args(MethodName)
     assert all(method.summary for method in METHODS.values())
 
@@ -63,12 +60,12 @@ def test_the_training_loss_falls_and_what_is_frozen_stays(method: str, tiny_fold
     start = {name: p.detach().clone() for name, p in module.model.named_parameters()}
     data = demo(num_train=8, num_dev=8)  # one batch, again and again
     Trainer(**QUIET, max_steps=1).fit(module, data)
-    assert module.backpropagation is not None
-    first = module.backpropagation.last_loss
+    assert module.baseline is not None
+    first = module.baseline.last_loss
     module = module_of(method, tiny_folder)
     Trainer(**QUIET, max_steps=25).fit(module, data)
-    assert module.backpropagation is not None
-    assert module.backpropagation.last_loss < 0.6 * first
+    assert module.baseline is not None
+    assert module.baseline.last_loss < 0.6 * first
     for name, p in module.model.named_parameters():
         assert torch.equal(p, start[name]) is (not p.requires_grad), name
     learned = [name for name, p in module.model.named_parameters() if p.requires_grad]
@@ -193,7 +190,7 @@ def test_a_checkpoint_of_another_method_is_refused(tiny_folder: Path, tmp_path: 
     keep = WeightCheckpoint(str(tmp_path))
     trainer = Trainer(**{**QUIET, "enable_checkpointing": True}, max_steps=1, callbacks=[keep])
     trainer.fit(module_of("linear-probe", tiny_folder), demo(num_dev=8))
-    with pytest.raises(ValueError, match="the checkpoint lacks 8 of the weights that this method learns"):
+    with pytest.raises(ValueError, match="the checkpoint lacks 8 of the weights that this method trains"):
         Trainer(**QUIET).validate(module_of("lora", tiny_folder), demo(), keep.last_model_path)
 
 
@@ -241,7 +238,7 @@ def test_lora_by_the_command_line(
     assert len(metrics["curve"]["train_loss"]) == 4
     log = capsys.readouterr().err
     assert "left out, as method lora is not zeroth-order: SeedCheckpoint" in log
-    assert "method lora (LoRA by backpropagation): 1,792 weights are learned" in log
+    assert "method lora (LoRA with AdamW): 1,792 weights are trained" in log
     assert not (run / "trajectory.smezo").exists()
     main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--name=t"])
     scored = json.loads((tmp_path / "runs/t/version_0/test.json").read_text())
@@ -323,7 +320,7 @@ def test_losses_that_are_not_finite_are_skipped_and_end_the_run(tiny_folder: Pat
     start = [p.detach().clone() for p in module.model.parameters()]
     with pytest.raises(NonFiniteLossError, match="20 losses or gradients in a row were not finite"):
         Trainer(**QUIET, max_steps=30).fit(module, demo(num_dev=8))
-    assert module.backpropagation is not None and module.backpropagation.skipped_steps == 20
+    assert module.baseline is not None and module.baseline.skipped_steps == 20
     for p, before in zip(module.model.parameters(), start, strict=True):
         assert torch.equal(p, before)
 
@@ -349,13 +346,9 @@ def test_callbacks_of_zeroth_order_say_what_they_need(tiny_folder: Path, tmp_pat
 
 
 def test_several_processes_are_refused(tiny_folder: Path) -> None:
-    from types import SimpleNamespace
-
-    from smezo_pl.module import build_optimizers
-
-    module = SimpleNamespace(backpropagation=object(), method="lora", trainer=SimpleNamespace(world_size=2))
+    module = SimpleNamespace(baseline=object(), method="lora", trainer=SimpleNamespace(world_size=2))
     with pytest.raises(MisconfigurationException, match="method 'lora' runs in one process.*set devices=1"):
-        build_optimizers(module)  # type: ignore[arg-type]
+        SparseMeZOModule.configure_optimizers(module)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix", "linear-probe"])

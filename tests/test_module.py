@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.data.batch import split_batch
 from smezo_pl.models import load_network
-from smezo_pl.module import check_precision
+from smezo_pl.strategies import check_precision
 
 QUIET = {
     "accelerator": "cpu",

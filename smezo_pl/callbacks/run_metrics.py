@@ -168,7 +168,7 @@ class RunMetrics(Callback):
         """Add the step's loss to the curve, and log time and memory."""
         self._clock.end_step()
         optimizer = _zeroth_order(trainer)
-        loss = pl_module.backpropagation.last_loss if optimizer is None else optimizer.last_step.loss
+        loss = pl_module.baseline.last_loss if optimizer is None else optimizer.last_step.loss
         self._curve.add_train(trainer.global_step, loss)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             scalars = {STEP_SECONDS: self._clock.step_seconds, PEAK_MEMORY: self._clock.peak}
@@ -269,7 +269,7 @@ def _settings(trainer: Trainer, module: Any) -> dict[str, Any]:
     """Seed, hyperparameters and skipped steps of whatever trains."""
     if (optimizer := _zeroth_order(trainer)) is not None:
         seed, settings, skipped = optimizer.seed, optimizer.settings(), optimizer.skipped_steps
-    elif (baseline := getattr(module, "backpropagation", None)) is not None:
+    elif (baseline := getattr(module, "baseline", None)) is not None:
         seed, settings, skipped = baseline.settings.seed, baseline.hyperparameters(), baseline.skipped_steps
     else:
         seed, settings, skipped = None, {}, 0

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from smezo_pl.callbacks.run_metrics import PEAK_MEMORY, STEP_SECONDS
+from smezo_pl.methods import METHODS
 from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory
 
@@ -113,8 +114,8 @@ def _running(folder: Path, config: Mapping[str, Any], max_steps: int | None, tes
     scalars = _scalars(folder)
     model = config.get("model") or {}
     method = model.get("method")
-    by_backpropagation = method in ("full", "lora", "prefix", "linear-probe")
-    settings = model.get("first_order" if by_backpropagation else "optimizer") or {}
+    first_order = method in METHODS and METHODS[method].order == 1
+    settings = model.get("first_order" if first_order else "optimizer") or {}
     settings = settings.get("init_args", settings)
     held_out: dict[int, dict[str, float]] = {}
     for tag, values in scalars.items():

@@ -196,7 +196,7 @@ class PromptDataModule(pl.LightningDataModule):
         Raises:
             ValueError: If there are none for it, or an argument does not go with them.
         """
-        masked = getattr(getattr(self.trainer, "lightning_module", None), "is_masked", None)
+        masked = getattr(getattr(self.trainer, "lightning_module", None), "is_masked_lm", None)
         if masked is not None and not masked and self.task.is_masked:
             raise ValueError(
                 f"task {self.task.name!r} has a prompt with {MASK}, and the model is no masked language model"

@@ -14,22 +14,13 @@ from smezo_pl.tasks.task import Loss
 
 @dataclass
 class GenerationPrompts:
-    """N prompts to generate after.
+    """N prompts to generate after."""
 
-    Attributes:
-        input_ids: int64 ``[N, P]``, padded on the left.
-        attention_mask: int64 ``[N, P]``, 0 on padding.
-        max_new_tokens: Most tokens of an answer.
-        stop_ids: Tokens that end an answer.
-        stop: Texts that end an answer.
-        pad_id: The padding token.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
+    input_ids: Tensor  # int64 [N, P], padded on the left
+    attention_mask: Tensor  # int64 [N, P], 0 on padding
     max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]  # tokens that end an answer
+    stop: tuple[str, ...]  # texts that end an answer
     pad_id: int
 
     def map(self, change: Callable[[Tensor], Tensor]) -> GenerationPrompts:
@@ -45,15 +36,10 @@ class GenerationPrompts:
 
 @dataclass
 class Calibration:
-    """The candidates after content-free prompts; a prompt that several examples have in common is there once.
-
-    Attributes:
-        batch: What is scored.
-        candidate: int64 ``[K]``, for each candidate of the examples its index among those of ``batch``.
-    """
+    """The candidates after content-free prompts; a prompt that several examples have in common is there once."""
 
     batch: PromptBatch
-    candidate: Tensor
+    candidate: Tensor  # int64 [K], for each candidate of the examples its index among those of `batch`
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Calibration:
         """The same with every tensor changed."""
@@ -75,72 +61,38 @@ class PromptBatch:
     A row holds a tree of tokens in depth-first order (`smezo_pl.data.packing`): a passage, the prompts that begin with
     it, and after each prompt its candidates without their last tokens, which are never input. A common prefix is there
     once. A row of a single text is that text. Rows are padded on the right, which a causal LM never sees.
-
-    Attributes:
-        input_ids: int64 ``[R, T]``.
-        attention_mask: int64 ``[R, T]``, 0 on padding.
-        position_ids: int64 ``[R, T]``, the position of each token in its text, 0 for the first one.
-        subtree_end: int64 ``[R, T]``. Token i follows from token j, or is it, exactly if ``j <= i < subtree_end[j]``.
-        logit_row: int64 ``[P]``, the row of each position that something is predicted at.
-        logit_pos: int64 ``[P]``, that position in the row.
-        token_logit: int64 ``[S]``, which of the P positions each scored token is predicted at.
-        token_id: int64 ``[S]``, the token.
-        token_candidate: int64 ``[S]``, its candidate, 0 to K - 1.
-        token_order: int64 ``[S]``, its index in its candidate.
-        candidate_example: int64 ``[K]``, the candidate's example, 0 to N - 1.
-        candidate_index: int64 ``[K]``, its index among its example's candidates.
-        candidate_tokens: int64 ``[K]``, the number of its tokens.
-        candidate_correct: bool ``[K]``, whether it counts as correct (several may).
-        example_row: int64 ``[N]``, the row that holds each example's prompt.
-        example_pos: int64 ``[N]``, the position of the prompt's last token.
-        labels: int64 ``[N]``, index of the gold candidate, the one that is trained on; -1 if unknown.
-        index: int64 ``[N]``, the example's row in its dataset.
-        branching: Whether a row holds more than one text, so that its tokens must not attend to all those before them.
-        bidirectional: Whether every token of a row attends to every other (masked LMs).
-        longest_candidate: The most tokens that a candidate has.
-        num_candidates: The most candidates that an example has.
-        answer_tokens: Tokens of all gold candidates; 0 if a label is unknown.
-        objective: The loss, ``"classification"`` or ``"lm"``.
-        group: int64 ``[N]``, a number that all answers to one question share; None for no groups.
-        answers: What each candidate of each example is called in metrics on texts.
-        references: The correct answers to each example as texts.
-        metrics: Names of the metrics.
-        num_labels: Number of labels of the task, 0 where examples have candidates of their own.
-        reward: A metric's name or a function's import path that training maximizes instead of the loss.
-        prompts: What answers are generated after; None where nothing is generated.
-        calibration: The candidates after content-free prompts; None for scores that are not calibrated.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    subtree_end: Tensor
-    logit_row: Tensor
-    logit_pos: Tensor
-    token_logit: Tensor
-    token_id: Tensor
-    token_candidate: Tensor
-    token_order: Tensor
-    candidate_example: Tensor
-    candidate_index: Tensor
-    candidate_tokens: Tensor
-    candidate_correct: Tensor
-    example_row: Tensor
-    example_pos: Tensor
-    labels: Tensor
-    index: Tensor
-    branching: bool
-    bidirectional: bool
-    longest_candidate: int
-    num_candidates: int
-    answer_tokens: int
+    input_ids: Tensor  # int64 [R, T]
+    attention_mask: Tensor  # int64 [R, T], 0 on padding
+    position_ids: Tensor  # int64 [R, T], the position of each token in its text, 0 for the first one
+    subtree_end: Tensor  # int64 [R, T]; token i follows from token j, or is it, exactly if j <= i < subtree_end[j]
+    logit_row: Tensor  # int64 [P], the row of each position that something is predicted at
+    logit_pos: Tensor  # int64 [P], that position in the row
+    token_logit: Tensor  # int64 [S], which of the P positions each scored token is predicted at
+    token_id: Tensor  # int64 [S], the token
+    token_candidate: Tensor  # int64 [S], its candidate, 0 to K - 1
+    token_order: Tensor  # int64 [S], its index in its candidate
+    candidate_example: Tensor  # int64 [K], the candidate's example, 0 to N - 1
+    candidate_index: Tensor  # int64 [K], its index among its example's candidates
+    candidate_tokens: Tensor  # int64 [K], the number of its tokens
+    candidate_correct: Tensor  # bool [K], whether it counts as correct (several may)
+    example_row: Tensor  # int64 [N], the row that holds each example's prompt
+    example_pos: Tensor  # int64 [N], the position of the prompt's last token
+    labels: Tensor  # int64 [N], index of the gold candidate, the one that is trained on; -1 if unknown
+    index: Tensor  # int64 [N], the example's row in its dataset
+    branching: bool  # a row holds more than one text, so that its tokens must not attend to all those before them
+    bidirectional: bool  # every token of a row attends to every other (masked LMs)
+    longest_candidate: int  # the most tokens that a candidate has
+    num_candidates: int  # the most candidates that an example has
+    answer_tokens: int  # tokens of all gold candidates; 0 if a label is unknown
     objective: Loss
-    group: Tensor | None = None
-    answers: tuple[tuple[str, ...], ...] = ()
-    references: tuple[tuple[str, ...], ...] = ()
+    group: Tensor | None = None  # int64 [N], a number that all answers to one question share
+    answers: tuple[tuple[str, ...], ...] = ()  # what each candidate of each example is called in metrics on texts
+    references: tuple[tuple[str, ...], ...] = ()  # the correct answers to each example as texts
     metrics: tuple[str, ...] = ()
-    num_labels: int = 0
-    reward: str | None = None
+    num_labels: int = 0  # labels of the task, 0 where examples have candidates of their own
+    reward: str | None = None  # a metric or a function's import path that training maximizes instead of the loss
     prompts: GenerationPrompts | None = None
     calibration: Calibration | None = None
 

@@ -22,32 +22,18 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example as tokens.
+    """An example as tokens."""
 
-    Attributes:
-        prompt: Tokens of the prompt, special ones at the start included.
-        candidates: Tokens of each candidate, at least one each.
-        label: Index of the gold candidate, -1 if unknown.
-        correct: Indices of all candidates that count as correct.
-        index: Row of the dataset.
-        cut: Number of prompt tokens left out because the example was too long.
-        example: The example as text.
-        generated_after: Tokens of the prompt with room left for ``max_new_tokens``; empty where nothing is generated.
-        calibration: Tokens of the content-free prompt, and of each candidate after it; None where there is none.
-        mask_position: Position of the mask token in ``prompt``, where a masked LM predicts every candidate; -1 for
-            causal LMs, where candidates follow the prompt.
-    """
-
-    prompt: Tokens
-    candidates: tuple[Tokens, ...]
-    label: int
-    correct: tuple[int, ...]
-    index: int
-    cut: int = 0
+    prompt: Tokens  # special tokens at the start included
+    candidates: tuple[Tokens, ...]  # at least one token each
+    label: int  # index of the gold candidate, -1 if unknown
+    correct: tuple[int, ...]  # indices of all candidates that count as correct
+    index: int  # row of the dataset
+    cut: int = 0  # prompt tokens left out because the example was too long
     example: Example | None = field(default=None, compare=False)
-    generated_after: Tokens = ()
-    calibration: tuple[Tokens, tuple[Tokens, ...]] | None = None
-    mask_position: int = -1
+    generated_after: Tokens = ()  # the prompt with room left for max_new_tokens; empty where nothing is generated
+    calibration: tuple[Tokens, tuple[Tokens, ...]] | None = None  # the content-free prompt, and the candidates after it
+    mask_position: int = -1  # where a masked LM predicts every candidate; -1 for causal LMs: after the prompt
 
     @property
     def bidirectional(self) -> bool:

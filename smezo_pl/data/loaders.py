@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,69 +20,58 @@ from smezo_pl.data.splits import permutation
 
 @dataclass(frozen=True)
 class BatchLimit:
-    """How much a forward may read in evaluation.
+    """How much a forward may read in evaluation."""
 
-    Args:
-        rows: Most texts, a candidate that does not begin another counting as one; no limit if None.
-        tokens: Most tokens, padding included; no limit if None.
-    """
-
-    rows: int | None = None
-    tokens: int | None = None
+    rows: int | None = None  # most texts, where a prefix of another one does not count; None: no limit
+    tokens: int | None = None  # most tokens, padding included; None: no limit
 
 
 def fill(examples: Sequence[Encoded], limit: BatchLimit) -> list[list[int]]:
-    """Numbers of the examples of each batch, the batches with the longest rows first.
+    """Indices of the examples of each batch, the batches with the longest rows first.
 
-    Examples that share a row (`group_examples`) are in one batch, unless they are more than the limit. A single
-    example with more than that is a batch of its own.
+    Examples that share a row (`group_examples`) are in one batch, unless they exceed the limit. A single example that
+    exceeds it is a batch of its own.
     """
-    units = [
-        unit for members in group_examples(examples, limit.tokens) for unit in _within(examples, members, limit.rows)
-    ]
-    lengths = [_row_length(examples, unit) for unit in units]
+    units: list[list[int]] = []
+    for members in group_examples(examples, limit.tokens):
+        units.append([])
+        texts = 0
+        for member in members:
+            texts += examples[member].rows
+            if units[-1] and limit.rows is not None and texts > limit.rows:
+                units.append([])
+                texts = examples[member].rows
+            units[-1].append(member)
+    lengths = [_row_length([examples[member] for member in unit]) for unit in units]
+
     batches: list[list[int]] = []
     rows = texts = width = 0
-    # Longest first: too little memory shows at once, and the progress bar's time left is never too short.
-    for number in sorted(range(len(units)), key=lambda number: -lengths[number]):
-        more = sum(examples[member].rows for member in units[number])
+    # Longest first: too little memory shows at once, and the progress bar never underestimates the time left.
+    for index in sorted(range(len(units)), key=lambda index: -lengths[index]):
+        more = sum(examples[member].rows for member in units[index])
         full = (limit.rows is not None and texts + more > limit.rows) or (
             limit.tokens is not None and (rows + 1) * width > limit.tokens
         )
         if not batches or full:
             batches.append([])
-            rows, texts, width = 0, 0, lengths[number]
-        batches[-1] += units[number]
+            rows, texts, width = 0, 0, lengths[index]
+        batches[-1] += units[index]
         rows, texts = rows + 1, texts + more
     return batches
 
 
-def _within(examples: Sequence[Encoded], members: list[int], rows: int | None) -> list[list[int]]:
-    """A group cut where it holds more texts than a batch may."""
-    units: list[list[int]] = []
-    texts = 0
-    for member in members:
-        more = examples[member].rows
-        if not units or (rows is not None and texts + more > rows):
-            units.append([])
-            texts = 0
-        units[-1].append(member)
-        texts += more
-    return units
-
-
-def _row_length(examples: Sequence[Encoded], members: list[int]) -> int:
+def _row_length(members: list[Encoded]) -> int:
     if len(members) == 1:
-        return examples[members[0]].tokens
-    shared = (examples[m].prompt + tokens[:-1] for m in members for tokens in examples[m].candidates)
-    return tree_size([*shared, *(examples[m].prompt for m in members)])
+        return members[0].tokens
+    texts = [example.prompt + tokens[:-1] for example in members for tokens in example.candidates]
+    return tree_size([*texts, *(example.prompt for example in members)])
 
 
 logger = logging.getLogger(__name__)
 
 
 class EncodedDataset(Dataset[Any]):
-    """Encoded examples by number, or a list of them by a list of numbers."""
+    """Encoded examples by index, or a list of them by a list of indices."""
 
     def __init__(self, examples: Sequence[Encoded]) -> None:
         self.examples = examples
@@ -148,15 +138,9 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class LengthSampler(DistributedSampler[Any]):
-    """Batches of example numbers, the longest rows first, filled up to a limit (`fill`).
+    """Batches of example indices, the longest rows first, filled up to a limit (`fill`).
 
     Each example is in one batch of one process; all processes have equally many batches.
-
-    Args:
-        examples: The examples.
-        limit: How much a batch may hold.
-        world_size: Number of processes.
-        rank: This process.
 
     Raises:
         ValueError: If there are fewer examples than processes.
@@ -177,9 +161,9 @@ class LengthSampler(DistributedSampler[Any]):
 
 
 def _even(batches: list[list[int]], examples: int, world_size: int) -> list[list[int]]:
-    """The batches, some halved so that their number divides by `world_size`; put together if there is nothing to halve.
+    """The batches, some halved, or joined if too few can be, so that ``world_size`` divides their number.
 
-    They keep their order by length, so that the processes' batches of one turn are alike.
+    They stay sorted by length, so that the processes' batches of one turn are alike.
     """
     extra = len(batches) % world_size
     if not extra:
@@ -189,7 +173,7 @@ def _even(batches: list[list[int]], examples: int, world_size: int) -> list[list
         tail = batches[-2 * extra :]
         return batches[: -2 * extra] + [one + two for one, two in zip(tail[::2], tail[1::2], strict=True)]
     for _ in range(more):
-        largest = max(range(len(batches)), key=lambda place: len(batches[place]))
+        largest = max(range(len(batches)), key=lambda index: len(batches[index]))
         half = len(batches[largest]) // 2
         batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
     return batches
@@ -251,30 +235,25 @@ def evaluation_loader(
     world_size: int = 1,
     rank: int = 0,
 ) -> DataLoader[PromptBatch]:
-    """A loader of batches of similar length. ``PromptBatch.index`` says which rows of the data set they hold."""
+    """A loader of batches of similar length. ``PromptBatch.index`` has their rows of the dataset."""
     return DataLoader(
         EncodedDataset(examples),
         # The sampler gives whole batches, of different sizes.
         batch_size=None,
         sampler=LengthSampler(examples, limit, world_size, rank),
-        collate_fn=_CollateAny(collate),
+        collate_fn=partial(_collate_any, collate),
         num_workers=num_workers,
     )
 
 
-class _CollateAny:
-    """A batch of a list, or of one example where a sampler of Lightning's own hands them out singly."""
-
-    def __init__(self, collate: Collate) -> None:
-        self.collate = collate
-
-    def __call__(self, examples: Encoded | list[Encoded]) -> PromptBatch:
-        return self.collate([examples] if isinstance(examples, Encoded) else examples)
+def _collate_any(collate: Collate, examples: Encoded | list[Encoded]) -> PromptBatch:
+    """A batch of a list, or of one example where a sampler of Lightning's own yields them singly."""
+    return collate([examples] if isinstance(examples, Encoded) else examples)
 
 
 CPU_TOKENS = 1024
-"""Tokens of a forward on a CPU: the matrices are large enough to be worth it, and the activations of a layer still lie
-in its caches. Half or twice as many are read about as quickly; memory is no concern."""
+"""Tokens per forward on a CPU: the matrices are large enough to be efficient, and a layer's activations still fit in
+the caches. Half or twice as many take about as long per token; memory is no concern."""
 
 CPU_GENERATION_TOKENS = 16384
 """The same where answers are generated: all rows together read the weights once for every further token."""
@@ -283,7 +262,7 @@ _FIRST, _MOST = 2048, 1 << 18
 
 
 def found_budget(trainer: pl.Trainer | None, examples: Sequence[Encoded], collate: Collate) -> int:
-    """The most tokens of a forward for the Trainer's module, by trying it on these examples; the same on every process.
+    """The most tokens per forward for the Trainer's module, by trying it on these examples; the same on every process.
 
     Args:
         trainer: The Trainer, whose module is on its device; without one the CPU's number is taken.
@@ -292,12 +271,12 @@ def found_budget(trainer: pl.Trainer | None, examples: Sequence[Encoded], collat
     """
     module: Any = getattr(trainer, "lightning_module", None)
     on_cpu = CPU_GENERATION_TOKENS if collate.max_new_tokens else CPU_TOKENS
+
     if trainer is None or module is None:
         return token_budget(torch.device("cpu"), lambda tokens: tokens, on_cpu)
 
     def trial(tokens: int) -> int:
-        numbers = fill(examples, BatchLimit(tokens=tokens))[0]
-        batch = collate([examples[number] for number in numbers]).to(module.device)
+        batch = collate([examples[index] for index in fill(examples, BatchLimit(tokens=tokens))[0]]).to(module.device)
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
             module.evaluate_batch(batch)
         return batch.input_ids.numel()
@@ -309,42 +288,36 @@ def found_budget(trainer: pl.Trainer | None, examples: Sequence[Encoded], collat
 
 
 def token_budget(device: torch.device, trial: Callable[[int], int], on_cpu: int = CPU_TOKENS) -> int:
-    """The most tokens of a forward for `device`; the log says how it was chosen.
+    """The most tokens per forward for `device`; how it was chosen is logged.
 
-    On a CPU it is a stated number. Elsewhere forwards of twice as many tokens each are tried until memory runs out or
+    On a CPU it is a fixed number. Elsewhere forwards of twice as many tokens each are tried until memory runs out or
     the data does.
 
     Args:
         device: Where the model is.
-        trial: Runs the batch that needs most under a limit of so many tokens, and gives the tokens it held.
+        trial: Runs the batch that needs most under a limit of so many tokens, and returns the tokens it held.
         on_cpu: The number for a CPU.
 
     Raises:
         torch.OutOfMemoryError: If not even the first trial fits.
     """
     if device.type == "cpu":
-        logger.info("eval_batch_size auto: %d tokens a forward, which suits a CPU's caches", on_cpu)
+        logger.info("eval_batch_size auto: %d tokens per forward, which suits a CPU's caches", on_cpu)
         return on_cpu
     fits, asked = 0, _FIRST
     while asked <= _MOST:
         try:
             held = trial(asked)
         except torch.OutOfMemoryError:
-            _empty_cache(device)
+            torch.cuda.empty_cache()  # does nothing where CUDA is not used
             if not fits:
                 raise
-            logger.info("eval_batch_size auto: %d tokens a forward; %d did not fit on %s", fits, asked, device)
+            logger.info("eval_batch_size auto: %d tokens per forward; %d did not fit on %s", fits, asked, device)
             return fits
         fits = asked
-        if held <= asked // 2:
-            # All that there is was in it.
+        if held <= asked // 2:  # all the data was in it
             break
         asked *= 2
-    _empty_cache(device)
-    logger.info("eval_batch_size auto: %d tokens a forward on %s, all that was tried fits", fits, device)
+    torch.cuda.empty_cache()
+    logger.info("eval_batch_size auto: %d tokens per forward on %s, all that was tried fits", fits, device)
     return fits
-
-
-def _empty_cache(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -61,19 +61,11 @@ def group_by_prefix(
 
 @dataclass
 class PackedRow:
-    """A tree of tokens in depth-first order: every branch comes after the tokens that it continues.
-
-    Token ``j`` precedes token ``i`` in some sequence, or is that token, exactly if ``j <= i < end[j]``.
-
-    Attributes:
-        tokens: The tokens.
-        depth: Number of tokens before each one in its sequence: its position.
-        end: The index after the last token that follows from each one.
-    """
+    """A tree of tokens in depth-first order: every branch comes after the tokens that it continues."""
 
     tokens: list[int] = field(default_factory=list)
-    depth: list[int] = field(default_factory=list)
-    end: list[int] = field(default_factory=list)
+    depth: list[int] = field(default_factory=list)  # number of tokens before each one in its sequence
+    end: list[int] = field(default_factory=list)  # j precedes i in some sequence, or is i, exactly if j <= i < end[j]
 
 
 def pack(sequences: Iterable[tuple[int, ...]]) -> tuple[PackedRow, dict[tuple[int, ...], list[int]]]:

@@ -33,7 +33,7 @@ def test_a_gpu_is_tried_until_it_is_full(caplog: pytest.LogCaptureFixture) -> No
         assert token_budget(GPU, forwards(10_000, 1 << 20, asked)) == 8192
     assert asked == [2048, 4096, 8192, 16384]
     assert [r.message for r in caplog.records] == [
-        "eval_batch_size auto: 8192 tokens a forward; 16384 did not fit on meta"
+        "eval_batch_size auto: 8192 tokens per forward; 16384 did not fit on meta"
     ]
 
 
@@ -42,7 +42,7 @@ def test_a_gpu_is_tried_until_all_data_fits(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.INFO, "smezo_pl"):
         assert token_budget(GPU, forwards(1 << 30, 5000, asked)) == 16384
     assert asked == [2048, 4096, 8192, 16384]
-    assert "16384 tokens a forward on meta, all that was tried fits" in caplog.text
+    assert "16384 tokens per forward on meta, all that was tried fits" in caplog.text
 
 
 def test_a_gpu_on_which_nothing_fits() -> None:
@@ -55,7 +55,7 @@ def test_a_cpu_has_a_stated_number(caplog: pytest.LogCaptureFixture) -> None:
         assert token_budget(torch.device("cpu"), forwards(0, 1, [])) == CPU_TOKENS
         assert found_budget(None, [], Collate(0)) == CPU_TOKENS
         assert found_budget(None, [], Collate(0, "lm", max_new_tokens=5)) == CPU_GENERATION_TOKENS
-    assert f"eval_batch_size auto: {CPU_TOKENS} tokens a forward, which suits a CPU's caches" in caplog.text
+    assert f"eval_batch_size auto: {CPU_TOKENS} tokens per forward, which suits a CPU's caches" in caplog.text
 
 
 def test_the_modules_own_evaluation_is_what_is_tried(
@@ -88,5 +88,5 @@ def test_the_modules_own_evaluation_is_what_is_tried(
         tried = len(sizes)
         trainer.test(module, data, verbose=False)
     said = [record.message for record in caplog.records if record.name == "smezo_pl.data.loaders"]
-    assert said == ["eval_batch_size auto: 256 tokens a forward; 512 did not fit on meta"]
+    assert said == ["eval_batch_size auto: 256 tokens per forward; 512 did not fit on meta"]
     assert len([size for size in sizes if size > 256]) == 1 and len(sizes) > tried

@@ -38,9 +38,9 @@ def test_the_rows_are_a_function_of_the_seed() -> None:
 def test_no_word_of_judgement_is_in_two_splits() -> None:
     judging: dict[str, set[str]] = {}
     for split, words in VOCABULARIES.items():
-        phrases = [phrase for pair in (*words.indirect, *words.comparison) for phrase in pair]
-        judging[split] = {*words.praise.split(), *words.blame.split(), *phrases}
-        assert not set(words.praise.split()) & set(words.blame.split())
+        phrases = [phrase for pair in (*words["indirect"], *words["comparison"]) for phrase in pair]
+        judging[split] = {*words["praise"], *words["blame"], *phrases}
+        assert not set(words["praise"]) & set(words["blame"])
     for one in SPLITS:
         for other in SPLITS:
             if one < other:
@@ -51,7 +51,7 @@ def test_no_word_of_judgement_is_in_two_splits() -> None:
 def test_held_out_adjectives_are_nowhere_in_the_training_sentences() -> None:
     trained = set(re.findall(r"[\w-]+", " ".join(sentences("train")).lower()))
     for split in ("validation", "test"):
-        assert not trained & set(f"{VOCABULARIES[split].praise} {VOCABULARIES[split].blame}".split())
+        assert not trained & {*VOCABULARIES[split]["praise"], *VOCABULARIES[split]["blame"]}
 
 
 def test_the_answers_are_nowhere_in_the_sentences() -> None:

@@ -5,19 +5,19 @@ import sys
 import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 from smezo_pl import __version__
-from smezo_pl.commands import VERBS
+from smezo_pl.commands import SUBCOMMANDS
 
 _HELP = """\
-usage: smezo VERB [--config FILE] [--GROUP.KEY VALUE ...]
+usage: smezo SUBCOMMAND [--config FILE] [--GROUP.KEY VALUE ...]
 
-Sparse MeZO: fine-tune language models from forward passes alone.
+Sparse MeZO: fine-tune language models with forward passes alone.
 
-verbs:
-{verbs}
+subcommands:
+{subcommands}
 
 examples:
   smezo fit --config configs/sst2.yaml --model.pretrained facebook/opt-1.3b
@@ -25,34 +25,35 @@ examples:
   smezo test --config runs/sst2/version_0/config.yaml --ckpt_path runs/sst2/version_0/checkpoints/last.ckpt
   smezo fit --print_config > mine.yaml
 
-`smezo VERB --help` lists every key of a verb, `smezo fit --model.optimizer.help` those of the optimizer."""
+`smezo SUBCOMMAND --help` lists the keys of a subcommand, `smezo fit --model.optimizer.help` those of the optimizer."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a verb.
+    """Run a subcommand.
 
     Args:
-        args: The words after ``smezo``; None: those of the command line.
+        args: The arguments after ``smezo``; None: those of the command line.
     """
-    words = list(sys.argv[1:] if args is None else args)
-    if not words or words[0] in ("-h", "--help", "help"):
-        width = max(map(len, VERBS)) + 3
-        print(_HELP.format(verbs="\n".join(f"  {name:<{width}}{verb.summary}" for name, verb in VERBS.items())))
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help", "help"):
+        width = max(map(len, SUBCOMMANDS)) + 3
+        lines = (f"  {name:<{width}}{summary}" for name, (_, summary) in SUBCOMMANDS.items())
+        print(_HELP.format(subcommands="\n".join(lines)))
         return
-    if words[0] == "--version":
+    if args[0] == "--version":
         print(f"smezo_pl {__version__}")
         return
-    verb = VERBS.get(words[0])
-    if verb is None:
-        near = get_close_matches(words[0], VERBS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        print(f"smezo: error: there is no verb {words[0]!r}{hint} The verbs are {', '.join(VERBS)}", file=sys.stderr)
+    if args[0] not in SUBCOMMANDS:
+        near = get_close_matches(args[0], SUBCOMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        names = ", ".join(SUBCOMMANDS)
+        print(f"smezo: error: unknown subcommand {args[0]!r}{hint} Subcommands are {names}", file=sys.stderr)
         sys.exit(2)
     try:
-        getattr(import_module(verb.module), verb.function)(words)
+        resolve_name(SUBCOMMANDS[args[0]][0])(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # `smezo show ... | head` has read enough; Python would complain once more when it flushes at its end
+        # `smezo show ... | head` has read enough; Python would complain once more when it flushes on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -63,11 +64,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _is_message(error: Exception) -> bool:
-    """Whether the package raised it to say something, rather than by mistake."""
+    """Whether the package raised the error on purpose, for the user to read."""
     mistakes = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError)
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
-    return ours and not isinstance(error, mistakes)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return raised_in.is_relative_to(Path(__file__).parent) and not isinstance(error, mistakes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A parser that answers a misspelt key with the nearest known one."""
+"""The Trainer's subcommands: configuration, parser, default callbacks and log. ``build`` is the way in from Python."""
 
 import inspect
 import logging
@@ -30,63 +30,49 @@ from smezo_pl.data import PromptDataModule
 from smezo_pl.module import SparseMeZOModule
 from smezo_pl.optim import SparseMeZO
 
-# How jsonargparse names a key that it does not know: on the command line, in a group of a file, in a class's arguments.
-_UNKNOWN = (
-    re.compile(r"[Uu]nrecognized arguments: --([\w.+-]+)"),
-    re.compile(r"does not accept (?:option|nested key|key) '([\w.+-]+)'"),
-    re.compile(r"[Oo]ption '([\w.+-]+)' is not accepted"),
-    re.compile(r"[Kk]ey [\"']?([\w.+-]+)[\"']? is not expected"),
-)
+log = logging.getLogger(__name__)
 
+# How jsonargparse names an unknown key: on the command line, in a file, in the arguments of a class.
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: --|accept option '|Option ')([\w.+-]+)")
 
-# What jsonargparse says around an error in the arguments of a class: the type's full name, and the value a second time.
+# What it says around an error in the arguments of a class: the type's full name, and the value a second time.
 _AROUND = re.compile(r"Type \S*Callable\[.*?\] expects a function or a callable class: |\.* Got value: Namespace\(.*\)")
 
 
 class SuggestingParser(LightningArgumentParser):
-    """Lightning's parser, with short errors: what is wrong, what may have been meant, where help is."""
+    """Lightning's parser with short errors: what is wrong, the nearest known key, and where to find help."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong and exit with status 2."""
+        """Print what is wrong and exit with status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
         message = _AROUND.sub("", message)
-        # The usage line, which would come first, names all of the Trainer's hundred options.
-        parser = getattr(ex, "subcommand_parser", None) or self
-        program = parser.prog.replace(" [options]", "")
-        hint = suggestion(message, known_keys(self))
-        sys.stderr.write(f"smezo: error: {message}{hint}\n`{program} --help` lists all keys\n")
+        # Without the usage line, which lists all of the Trainer's hundred options.
+        program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        sys.stderr.write(
+            f"smezo: error: {message}{suggestion(message, known_keys(self))}\n`{program} --help` lists all keys\n"
+        )
         self.exit(2)
 
 
-def known_keys(parser: ArgumentParser) -> list[str]:
-    """Every key that a configuration may hold, in dots, those of the optimizer included."""
-    keys: set[str] = set()
-    parsers = [parser]
-    for current in parsers:
-        for action in current._actions:
-            if action.dest not in ("help", "subcommand"):
-                keys.add(action.dest)
-            # Sub-commands hold parsers of their own.
-            if isinstance(choices := action.choices, dict):
-                parsers.extend(p for p in choices.values() if isinstance(p, ArgumentParser) and p not in parsers)
-    keys |= {f"model.optimizer.{name}" for name in inspect.signature(SparseMeZO).parameters if name != "params"}
-    return sorted(keys)
+def known_keys(parser: ArgumentParser) -> set[str]:
+    """Every dotted key that a configuration may hold, those of the optimizer and of all subcommands included."""
+    keys = {action.dest for action in parser._actions} - {"help", "subcommand"}
+    for action in parser._actions:
+        if isinstance(action.choices, dict):  # of subcommands
+            keys.update(*(known_keys(choice) for choice in action.choices.values()))
+    return keys | {f"model.optimizer.{name}" for name in inspect.signature(SparseMeZO).parameters if name != "params"}
 
 
 def suggestion(message: str, known: Iterable[str]) -> str:
-    """``; did you mean ...?`` for an error about an unknown key, else nothing."""
-    for pattern in _UNKNOWN:
-        if found := pattern.search(message):
-            key = found.group(1).replace(".init_args.", ".")
-            by_last = {name.rpartition(".")[2]: name for name in known}
-            options = {name: name for name in known} if "." in key else by_last
-            near = get_close_matches(key, options, n=1, cutoff=0.6)
-            return f"; did you mean {options[near[0]]!r}?" if near else ""
-    return ""
+    """``; did you mean ...?`` for an error about an unknown key, otherwise an empty string."""
+    if not (unknown := _UNKNOWN.search(message)):
+        return ""
+    key = unknown[1].replace(".init_args.", ".")
+    options = {name if "." in key else name.rpartition(".")[2]: name for name in sorted(known)}
+    near = get_close_matches(key, options, n=1, cutoff=0.6)
+    return f"; did you mean {options[near[0]]!r}?" if near else ""
 
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_CALLBACKS: dict[str | None, tuple[type[Callback], ...]] = {
     "fit": (ZerothOrderMonitor, RunMetrics, SeedCheckpoint),
@@ -95,10 +81,10 @@ DEFAULT_CALLBACKS: dict[str | None, tuple[type[Callback], ...]] = {
     "predict": (PredictionWriter,),
     None: (ZerothOrderMonitor, RunMetrics, SeedCheckpoint),
 }
-"""Callbacks that a verb adds where the configuration names none of that class; None is `build`."""
+"""Callbacks that a subcommand adds where the configuration names none of that class; None is `build`."""
 
 ZEROTH_ORDER_CALLBACKS = (MaskRefresh, SeedCheckpoint, ZerothOrderMonitor)
-"""Callbacks that a run by backpropagation has no use for, and does without."""
+"""Callbacks that a first-order run does without."""
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -107,16 +93,30 @@ TRAINER_DEFAULTS = {
     "max_steps": 20_000,
     "num_sanity_val_steps": 0,
 }
-"""The papers train for 20,000 steps. `RunMetrics` asks for the sanity check itself, to measure the starting weights.
-The summary tells less than the line that is logged when the model is there."""
+"""The papers train for 20,000 steps. `RunMetrics` turns the sanity check on itself, to evaluate the starting weights; the
+line that is logged with the model says more than the summary."""
 
 
 class SmezoCLI(LightningCLI):
     """``smezo fit | validate | test | predict``.
 
-    What the configuration and the command line say counts, also with ``--ckpt_path``: the hyperparameters that a
-    checkpoint holds do not override them. Logs go to ``runs/<name>/version_<n>`` unless ``trainer.logger`` is given.
+    The configuration and the command line take precedence over the hyperparameters in the checkpoint of
+    ``--ckpt_path``. Logs go to ``runs/<name>/version_<n>`` unless ``trainer.logger`` is given.
     """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            SparseMeZOModule,
+            PromptDataModule,
+            subclass_mode_data=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_class=SuggestingParser,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            **{"parser_kwargs": {"prog": "smezo"}, **settings},
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name."""
@@ -124,17 +124,17 @@ class SmezoCLI(LightningCLI):
             "--name",
             type=str | None,
             default=None,
-            help="The run's folder is runs/<name>/version_<n>; the task's name if null.",
+            help="Name of the run, whose folder is runs/<name>/version_<n>. If null, the name of the task.",
         )
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
     ) -> None:
-        """Make the parser; without verbs it also takes the configuration that a verb saved."""
+        """Set up the parser; without subcommands it also accepts the configuration that a subcommand saved."""
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         if not add_subcommands:
             for key in ("ckpt_path", "weights_only", "verbose", "return_predictions"):
-                self.parser.add_argument(f"--{key}", type=Any, default=None, help="Of a verb; not used here.")
+                self.parser.add_argument(f"--{key}", type=Any, default=None, help="Key of a subcommand; not used here.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, without Lightning's warning that ``sys.argv`` is not empty (in a notebook it never is)."""
@@ -157,7 +157,7 @@ class SmezoCLI(LightningCLI):
             callbacks = [callback for callback in callbacks if callback not in left_out]
             if left_out:
                 names = ", ".join(type(callback).__name__ for callback in left_out)
-                logger.info("left out, as method %s is not zeroth-order: %s", self.model.method, names)
+                log.info("left out, as method %s is first-order: %s", self.model.method, names)
             default = tuple(WeightCheckpoint if kind is SeedCheckpoint else kind for kind in default)
             default = tuple(kind for kind in default if kind not in ZEROTH_ORDER_CALLBACKS)
         for kind in default:
@@ -174,8 +174,8 @@ def build(config: str | Path | dict[str, Any] | None = None, *overrides: str, ru
 
     Args:
         config: A YAML file, the same as a dict, or None.
-        overrides: Further words of the command line, such as ``"--trainer.max_steps=10"``.
-        run: Whether the words begin with a verb, which is run.
+        overrides: Further arguments of the command line, such as ``"--trainer.max_steps=10"``.
+        run: Whether the arguments begin with a subcommand, which is run.
 
     Returns:
         An object with ``model``, ``datamodule`` and ``trainer``.
@@ -187,42 +187,29 @@ def build(config: str | Path | dict[str, Any] | None = None, *overrides: str, ru
     if isinstance(config, dict) and overrides:
         raise ValueError("overrides go with a file; change the dict instead")
     file = [] if config is None or isinstance(config, dict) else ["--config", str(config)]
-    return SmezoCLI(
-        SparseMeZOModule,
-        PromptDataModule,
-        subclass_mode_data=False,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        parser_class=SuggestingParser,
-        parser_kwargs={"prog": "smezo"},
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        trainer_defaults=TRAINER_DEFAULTS,
-        args=config if isinstance(config, dict) else [*file, *overrides],
-        run=run,
-    )
+    return SmezoCLI(args=config if isinstance(config, dict) else [*file, *overrides], run=run)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one of the Trainer's verbs.
+    """Run one of the Trainer's subcommands.
 
     Args:
-        args: The words after ``smezo``, the verb first; None: those of the command line.
+        args: The arguments after ``smezo``, the subcommand first; None: those of the command line.
     """
     show_log()
     build(None, *(sys.argv[1:] if args is None else args), run=True)
 
 
 def show_log() -> None:
-    """Print what the package logs, one line a message, on the first process."""
-    log = logging.getLogger("smezo_pl")
-    if getattr(rank_zero_only, "rank", 0) == 0 and not any(isinstance(handler, _Terminal) for handler in log.handlers):
-        log.addHandler(_Terminal())
-        log.setLevel(logging.INFO)
-    # Lightning advertises a logger of its own at every start.
-    advertiser = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    if _no_advertising not in advertiser.filters:
-        advertiser.addFilter(_no_advertising)
+    """Print what the package logs to standard error, one line per message, on the first process."""
+    package = logging.getLogger("smezo_pl")
+    if getattr(rank_zero_only, "rank", 0) == 0 and not any(
+        isinstance(handler, _Terminal) for handler in package.handlers
+    ):
+        package.addHandler(_Terminal())
+        package.setLevel(logging.INFO)
+    # Lightning advertises a logger of its own at every start. A filter that is there already is not added again.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
 
 
 def _no_advertising(record: logging.LogRecord) -> bool:
@@ -230,7 +217,7 @@ def _no_advertising(record: logging.LogRecord) -> bool:
 
 
 class _Terminal(logging.Handler):
-    """Prints to the ``sys.stderr`` of the moment, which a progress bar puts its own writer in front of."""
+    """Prints to the current ``sys.stderr``, which a progress bar replaces with a writer of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "

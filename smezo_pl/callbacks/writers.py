@@ -1,4 +1,4 @@
-"""Writers of predictions and scores."""
+"""Writers of predictions (``predictions.jsonl``) and of metrics (``validate.json``, ``test.json``)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 class PredictionWriter(Callback):
-    """Writes what ``predict`` gives, one JSON object an example, in the order of the data.
+    """Writes what ``predict`` returns, one JSON object per example, in the order of the data.
 
-    A line holds ``index`` (row of the data set), ``prompt`` and ``candidates`` (as text, from a `PromptDataModule`),
-    ``scores`` (mean log-probability of each candidate), ``prediction`` and ``label`` (number of a candidate, the latter
-    null where it is unknown): what ``predict_step`` returns, and the text. Where the model writes the answer itself,
-    ``prediction`` is that text, beside ``references``, the right ones, and there are no candidates and scores.
+    A line holds ``index`` (row of the dataset), ``prompt`` and ``candidates`` (as text, from a `PromptDataModule`),
+    ``scores`` (mean log-probability of each candidate), ``prediction`` and ``label`` (index of a candidate, the latter
+    null where it is unknown). In a generation task ``prediction`` is the generated text, ``references`` holds the gold
+    answers, and there are no candidates and scores.
 
     Args:
         path: File to write; by default ``predictions.jsonl`` in the run's folder.
@@ -38,7 +38,7 @@ class PredictionWriter(Callback):
         self._rows: list[dict[str, Any]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with nothing."""
+        """Start without rows."""
         self._rows = []
 
     def on_predict_batch_end(
@@ -50,14 +50,14 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep a batch's rows.
+        """Keep the rows of a batch.
 
         Raises:
-            TypeError: If the module's ``predict_step`` gives something else.
+            TypeError: If the module's ``predict_step`` returns something else.
         """
         if not isinstance(outputs, list) or not all(isinstance(row, dict) and "index" in row for row in outputs):
             raise TypeError(
-                "PredictionWriter needs a predict_step that returns a list of dicts, one an example, with 'index'; "
+                "PredictionWriter needs a predict_step that returns a list of dicts, one per example, with 'index'; "
                 f"got {type(outputs).__name__}"
             )
         self._rows.extend(outputs)
@@ -88,7 +88,7 @@ def _with_text(rows: dict[int, dict[str, Any]], data: Any) -> list[dict[str, Any
         {
             "index": example.index,
             "prompt": example.prompt,
-            # A free answer has no candidates to choose from; what was right stands in `references`.
+            # A generation task has no candidates; its gold answers are in `references`.
             **({"candidates": list(example.candidates)} if "scores" in rows[example.index] else {}),
             **{key: value for key, value in rows[example.index].items() if key != "index"},
         }
@@ -98,13 +98,13 @@ def _with_text(rows: dict[int, dict[str, Any]], data: Any) -> list[dict[str, Any
 
 
 class ScoreWriter(Callback):
-    """Writes ``validate.json`` or ``test.json`` in the run's folder when the measurement is done.
+    """Writes ``validate.json`` or ``test.json`` into the run's folder after the evaluation.
 
     It holds ``task``, ``split``, ``model``, ``method``, ``checkpoint`` (null: as pretrained), ``metrics`` by name,
     ``examples``, ``data_seed``, ``seconds``, ``precision``, ``versions`` and ``machine``.
 
     Args:
-        path: File to write; by default by the verb's name in the run's folder.
+        path: File to write; by default named after the subcommand, in the run's folder.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -113,29 +113,25 @@ class ScoreWriter(Callback):
         self._began = perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin."""
+        """Start the clock."""
         self._began = perf_counter()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin."""
-        self._began = perf_counter()
+    on_test_start = on_validation_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, unless it was a validation within ``fit``."""
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._write(trainer, pl_module, "validate", "dev")
+            self._write(trainer, pl_module, "validate", "dev", "val/")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write."""
-        self._write(trainer, pl_module, "test", "test")
+        self._write(trainer, pl_module, "test", "test", "test/")
 
-    def _write(self, trainer: Trainer, module: Any, verb: str, split: str) -> None:
+    def _write(self, trainer: Trainer, module: Any, name: str, split: str, prefix: str) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         data = getattr(trainer, "datamodule", None)
         task = getattr(data, "task", None)
-        prefix = "val/" if verb == "validate" else "test/"
-        values = {n.removeprefix(prefix): float(v) for n, v in trainer.callback_metrics.items() if n.startswith(prefix)}
         examples = getattr(data, "examples", None)
         result = {
             "task": str(getattr(task, "name", task)) if task is not None else None,
@@ -143,7 +139,11 @@ class ScoreWriter(Callback):
             "model": getattr(module, "pretrained", None) or type(getattr(module, "model", module)).__name__,
             "method": getattr(module, "method", None),
             "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
-            "metrics": values,
+            "metrics": {
+                metric.removeprefix(prefix): float(value)
+                for metric, value in trainer.callback_metrics.items()
+                if metric.startswith(prefix)
+            },
             "examples": len(examples(split)) if examples is not None else None,
             "data_seed": getattr(data, "data_seed", None),
             "seconds": round(perf_counter() - self._began, 2),
@@ -151,6 +151,6 @@ class ScoreWriter(Callback):
             "versions": versions(),
             "machine": machine(module.device),
         }
-        path = Path(self.path) if self.path is not None else run_folder(trainer) / f"{verb}.json"
+        path = Path(self.path) if self.path is not None else run_folder(trainer) / f"{name}.json"
         write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
-        log.info("the measurement is in %s", path)
+        log.info("metrics are in %s", path)

@@ -1,36 +1,202 @@
-"""The table of a comparison."""
+"""``smezo compare``: runs, finished or not, as a table and curves, from what is in their folders."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-from collections import Counter
-from collections.abc import Sequence
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isclose
 from pathlib import Path
+from typing import Any
 
+import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from smezo_pl.callbacks.figures import running_mean
-from smezo_pl.commands.runs import RunFacts
-from smezo_pl.commands.tables import table
+from smezo_pl.callbacks.run_metrics import PEAK_MEMORY, STEP_SECONDS
+from smezo_pl.commands.tables import as_csv, markdown
+from smezo_pl.methods import METHODS
+from smezo_pl.trajectory.header import TrajectoryError
+from smezo_pl.trajectory.log import FILE_NAME, Trajectory
+
+# ---------------------------------------------------------------------- runs as their folders describe them
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a comparison needs of a run.
+
+    Attributes:
+        folder: Where it was read.
+        task: Name of its task.
+        method: The configured method; for none the optimizer's mask.
+        lr: Its learning rate.
+        seed: Its seed.
+        steps: Steps done so far.
+        max_steps: Steps planned, if known.
+        finished: Whether it is done.
+        held_out: Step and metrics of each evaluation on the held-out examples, by step.
+        train_loss: Step and training loss.
+        step_seconds: Median seconds per step.
+        peak_memory: Most bytes held in training.
+        test: Metrics on the test set, where they were measured.
+    """
+
+    folder: Path
+    task: str | None = None
+    method: str | None = None
+    lr: float | None = None
+    seed: int | None = None
+    steps: int = 0
+    max_steps: int | None = None
+    finished: bool = False
+    held_out: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    train_loss: list[tuple[float, float]] = field(default_factory=list)
+    step_seconds: float | None = None
+    peak_memory: float | None = None
+    test: dict[str, float] = field(default_factory=dict)
+
+
+def run_folders(paths: Iterable[str | Path]) -> list[Path]:
+    """The folders of runs that are meant: a run's own, or those of all runs of a sweep or of a name's versions.
+
+    Raises:
+        ValueError: If there is no run.
+    """
+    folders: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise ValueError(f"{path} is no folder: pass a run's folder, such as runs/sst2/version_0")
+        inside = [path] if _is_run(path) else sorted(child for child in path.iterdir() if _is_run(child))
+        if not inside:
+            raise ValueError(f"{path} holds no run: it and the folders in it have no metrics.json and no config.yaml")
+        folders |= dict.fromkeys(inside)
+    return list(folders)
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("metrics.json", "config.yaml"))
+
+
+def read_run(folder: Path) -> RunFacts:
+    """What a run's folder holds at this moment: ``metrics.json`` once it is done, else events and trajectory.
+
+    Raises:
+        ValueError: If one of its files cannot be read.
+    """
+    config = _read(folder / "config.yaml", yaml.safe_load)
+    metrics = _read(folder / "metrics.json", json.loads)
+    tests = [_read(path, json.loads) for path in (folder / "test.json", folder / "test" / "test.json")]
+    test = {name: float(value) for result in tests for name, value in result.get("metrics", {}).items()}
+    max_steps = (config.get("trainer") or {}).get("max_steps")
+    if not metrics:
+        return _unfinished(folder, config, max_steps, test)
+    settings = metrics.get("hyperparameters") or {}
+    curve = metrics.get("curve") or {"held_out": [], "train_loss": []}
+    held_out = [(int(p["step"]), {k: v for k, v in p.items() if k != "step"}) for p in curve["held_out"]]
+    if not held_out:
+        ends = ((0, metrics.get("before")), (metrics["steps"], metrics.get("after")))
+        held_out = [(step, values) for step, values in ends if values]
+    return RunFacts(
+        folder,
+        task=metrics.get("task"),
+        method=metrics.get("method") or settings.get("mask"),
+        lr=settings.get("lr"),
+        seed=metrics.get("seed"),
+        steps=metrics["steps"],
+        max_steps=max_steps,
+        finished=True,
+        held_out=held_out,
+        train_loss=[(float(step), float(loss)) for step, loss in curve["train_loss"]],
+        step_seconds=metrics.get("step_seconds"),
+        peak_memory=metrics.get("peak_memory_bytes"),
+        test=test,
+    )
+
+
+def _unfinished(folder: Path, config: Mapping[str, Any], max_steps: int | None, test: dict[str, float]) -> RunFacts:
+    """A run that is training or was interrupted: its configuration, its events and its trajectory."""
+    scalars = _scalars(folder)
+    model = config.get("model") or {}
+    method = model.get("method")
+    first_order = method in METHODS and METHODS[method].order == 1
+    settings = model.get("first_order" if first_order else "optimizer") or {}
+    settings = settings.get("init_args", settings)
+    held_out: dict[int, dict[str, float]] = defaultdict(dict)
+    for tag, values in scalars.items():
+        if tag.startswith("val/"):
+            for step, value in values.items():
+                held_out[step][tag.removeprefix("val/")] = value
+    train = scalars.get("train/loss", {})
+    steps = max([0, *train, *held_out])
+    train_loss = [(float(step), value) for step, value in sorted(train.items())]
+    if (folder / FILE_NAME).is_file():
+        try:
+            rows = Trajectory.read(folder / FILE_NAME, damaged=True).rows
+        except TrajectoryError as error:
+            raise ValueError(str(error)) from error
+        steps = max(steps, len(rows))
+        train_loss = [(row.step + 1.0, row.loss) for row in rows if row.losses and not row.skipped] or train_loss
+    seconds, peak = scalars.get(STEP_SECONDS, {}), scalars.get(PEAK_MEMORY, {})
+    return RunFacts(
+        folder,
+        task=str((config.get("data") or {}).get("task")),
+        method=method or settings.get("mask"),
+        lr=settings.get("lr"),
+        seed=settings.get("seed"),
+        steps=steps,
+        max_steps=max_steps,
+        held_out=sorted(held_out.items()),
+        train_loss=train_loss,
+        step_seconds=seconds[max(seconds)] if seconds else None,
+        peak_memory=max(peak.values(), default=None),
+        test=test,
+    )
+
+
+def _scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """Values by step of each of TensorBoard's scalars; of a step that was made twice the later one."""
+    if not any(folder.glob("events.out.tfevents*")):
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: {event.step: event.value for event in sorted(events.Scalars(tag), key=lambda event: event.wall_time)}
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """The content of a YAML or JSON file; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return parse(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+# ---------------------------------------------------------------------- the table
 
 
 def labels(runs: Sequence[RunFacts]) -> list[str]:
     """A label for each run that tells it from the others of its task: method, then lr, then seed, then folder."""
     names = [run.method or run.folder.name for run in runs]
     for part in ("lr", "seed"):
-        counts = Counter(zip((run.task for run in runs), names, strict=True))
-        values = {key: set() for key in counts}  # type: dict[tuple[str | None, str], set[object]]
+        values: dict[tuple[str | None, str], set[object]] = defaultdict(set)
         for run, name in zip(runs, names, strict=True):
             values[run.task, name].add(getattr(run, part))
         names = [
             f"{name}, {part} {getattr(run, part)}" if len(values[run.task, name]) > 1 else name
             for run, name in zip(runs, names, strict=True)
         ]
-    counts = Counter(zip((run.task for run in runs), names, strict=True))
+    counts = Counter((run.task, name) for run, name in zip(runs, names, strict=True))
     return [
         f"{name} ({run.folder.name})" if counts[run.task, name] > 1 else name
         for run, name in zip(runs, names, strict=True)
@@ -38,89 +204,67 @@ def labels(runs: Sequence[RunFacts]) -> list[str]:
 
 
 def steps_to(run: RunFacts, metric: str, value: float) -> int | None:
-    """The step of the first measurement that reaches a value; None if none does.
+    """The step of the first evaluation that reaches a value; None if none does.
 
     A loss reaches a value from above, everything else from below.
     """
+    sign = -1.0 if metric == "loss" else 1.0
     for step, metrics in run.held_out:
-        if metric in metrics:
-            there = metrics[metric]
-            if isclose(there, value) or (there <= value if metric == "loss" else there >= value):
-                return step
+        if metric in metrics and (isclose(metrics[metric], value) or sign * metrics[metric] >= sign * value):
+            return step
     return None
 
 
 def rows_of(runs: Sequence[RunFacts], metric: str, targets: Sequence[float]) -> list[dict[str, object]]:
-    """One row a run, numbers as numbers, None where there is none yet.
+    """One row per run, numbers as numbers, None where there is none yet.
 
-    Seconds to a value are steps times the median seconds of a step: pauses, validations and checkpoints do not count.
+    Seconds to a value are steps times the median seconds per step: pauses, validations and checkpoints do not count.
     """
     rows: list[dict[str, object]] = []
     for run, label in zip(runs, labels(runs), strict=True):
         first = run.held_out[0][1] if run.held_out and run.held_out[0][0] == 0 else {}
         last = run.held_out[-1][1] if run.held_out else {}
-        best = [values[metric] for _, values in run.held_out if metric in values]
-        row: dict[str, object] = {
-            "task": run.task,
-            "run": label,
-            "lr": run.lr,
-            "seed": run.seed,
-            "steps": run.steps,
-            "of": run.max_steps if not run.finished else run.steps,
-        }
+        row: dict[str, object] = {"task": run.task, "run": label, "lr": run.lr, "seed": run.seed, "steps": run.steps}
+        row["of"] = run.steps if run.finished else run.max_steps
         for name in dict.fromkeys((metric, "loss")):
             row |= {f"{name} before": first.get(name), name: last.get(name)}
         if metric != "loss":
-            row[f"best {metric}"] = max(best) if best else None
+            row[f"best {metric}"] = max((v[metric] for _, v in run.held_out if metric in v), default=None)
         row |= {f"test {name}": run.test.get(name) for name in dict.fromkeys((metric, "loss"))}
         for target in targets:
             steps = steps_to(run, metric, target)
-            seconds = None if steps is None else 0.0 if steps == 0 else None
-            if steps and run.step_seconds is not None:
-                seconds = steps * run.step_seconds
+            known = steps is not None and (steps == 0 or run.step_seconds is not None)
+            seconds = (steps or 0) * (run.step_seconds or 0.0) if known else None
             row |= {f"steps to {target:g}": steps, f"seconds to {target:g}": seconds}
-        row |= {
-            "seconds a step": run.step_seconds,
-            "peak GiB": None if run.peak_memory is None else run.peak_memory / 2**30,
-        }
+        row["seconds a step"] = run.step_seconds
+        row["peak GiB"] = None if run.peak_memory is None else run.peak_memory / 2**30
         rows.append(row)
     return rows
 
 
-def markdown(rows: Sequence[dict[str, object]]) -> str:
-    """The rows as Markdown, without columns that nobody has a value in."""
+def shown(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """The rows with numbers as text of a fitting precision, without columns that are empty for all runs."""
     names = [name for name in rows[0] if name != "of" and any(row[name] is not None for row in rows)]
-    return table(names, [[_shown(row, name) for name in names] for row in rows])
+    return [{name: _cell(row, name) for name in names} for row in rows]
 
 
-def as_csv(rows: Sequence[dict[str, object]]) -> str:
-    """The rows as CSV, with every column."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _shown(row: dict[str, object], name: str) -> str:
+def _cell(row: Mapping[str, object], name: str) -> object:
     value = row[name]
-    if name == "steps":
-        return f"{value}" if row["of"] in (value, None) else f"{value} of {row['of']}"
-    if value is None:
-        return "-"
-    if not isinstance(value, float):
-        return str(value)
-    if name == "lr":
-        return f"{value:g}"
+    if name == "steps" and row["of"] not in (value, None):
+        return f"{value} of {row['of']}"
+    if not isinstance(value, float) or name == "lr":
+        return value
     return f"{value:.0f}" if name.startswith("seconds to") else f"{value:.2f}" if name == "peak GiB" else f"{value:.3f}"
 
 
-COLOURS = ("#2a6fdb", "#e07b1a", "#2f9e62", "#a34fc4", "#c83e4d", "#5b6b7b", "#b08900", "#0f9aa8")
-"""Of the runs of a task, in their order; a method keeps its colour over the tasks."""
+# ---------------------------------------------------------------------- the curves
+
+COLORS = ("#2a6fdb", "#e07b1a", "#2f9e62", "#a34fc4", "#c83e4d", "#5b6b7b", "#b08900", "#0f9aa8")
+"""Of the runs of a task, in their order; a method keeps its color over the tasks."""
 
 
 def comparison_figure(runs: Sequence[RunFacts], metric: str, targets: Sequence[float] = ()) -> Figure:
-    """One line of panels a task: the metric over steps, the loss over steps, and the metric over seconds of training.
+    """One row of panels per task: the metric over steps, the loss over steps, the metric over seconds of training.
 
     Args:
         runs: The runs, of one task or of several.
@@ -129,24 +273,20 @@ def comparison_figure(runs: Sequence[RunFacts], metric: str, targets: Sequence[f
     """
     tasks = list(dict.fromkeys(run.task for run in runs))
     names = labels(runs)
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(dict.fromkeys(names))}
     figure = Figure(figsize=(13.5, 3.5 * len(tasks) + 0.4), layout="constrained", dpi=110)
-    grid = figure.subplots(len(tasks), 3, squeeze=False)
-    for task, (over_steps, losses, over_seconds) in zip(tasks, grid, strict=True):
+    for task, panels in zip(tasks, figure.subplots(len(tasks), 3, squeeze=False), strict=True):
+        over_steps, losses, over_seconds = panels
         for run, name in zip(runs, names, strict=True):
             if run.task == task:
-                _draw(run, name, colours[name], metric, over_steps, losses, over_seconds)
+                _draw(run, name, colors[name], metric, panels)
         for axes in (over_steps, over_seconds):
             for target in targets:
                 axes.axhline(target, color="#8a94a0", linewidth=0.9, linestyle="--")
             axes.set_ylabel(f"{metric}, held out")
         losses.set_ylabel("loss: held out (dots), training (thin)")
         over_steps.set_title(str(task), loc="left", fontsize=11, fontweight="bold")
-        for axes, label in (
-            (over_steps, "step"),
-            (losses, "step"),
-            (over_seconds, "seconds of steps (median x steps)"),
-        ):
+        for axes, label in zip(panels, ("step", "step", "seconds of steps (median x steps)"), strict=True):
             axes.set_xlabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.margins(x=0.04, y=0.1)
@@ -154,61 +294,56 @@ def comparison_figure(runs: Sequence[RunFacts], metric: str, targets: Sequence[f
                 axes.set_xlim(left=0)
             else:
                 axes.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=axes.transAxes)
-                axes.set_xticks([])
-                axes.set_yticks([])
+                axes.set(xticks=[], yticks=[])
             axes.grid(True, color="#e6e8eb", linewidth=0.8)
             axes.set_axisbelow(True)
-            for side in ("top", "right"):
-                axes.spines[side].set_visible(False)
+            axes.spines[["top", "right"]].set_visible(False)
         handles, texts = losses.get_legend_handles_labels()
         if handles:
             over_seconds.legend(handles, texts, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def _draw(
-    run: RunFacts, name: str, colour: str, metric: str, over_steps: object, losses: object, over_seconds: object
-) -> None:
+def _draw(run: RunFacts, name: str, color: str, metric: str, panels: Sequence[Axes]) -> None:
+    over_steps, losses, over_seconds = panels
     score = [(step, values[metric]) for step, values in run.held_out if metric in values]
     loss = [(step, values["loss"]) for step, values in run.held_out if "loss" in values]
-    # a method without steps is a level to compare with, not a curve
-    if not run.steps and run.finished:
-        for axes, points in ((over_steps, score), (losses, loss), (over_seconds, score)):
+    if run.finished and not run.steps:  # a method without steps is a level to compare with, not a curve
+        for axes, points in zip(panels, (score, loss, score), strict=True):
             if points:
-                axes.axhline(points[-1][1], color=colour, linewidth=1.3, linestyle=":", label=name)  # type: ignore[attr-defined]
+                axes.axhline(points[-1][1], color=color, linewidth=1.3, linestyle=":", label=name)
         return
     if run.train_loss:
-        smooth = running_mean(run.train_loss)
-        losses.plot([x for x, _ in smooth], [y for _, y in smooth], color=colour, linewidth=0.9, alpha=0.45)  # type: ignore[attr-defined]
-    style = {"color": colour, "marker": "o", "markersize": 3.5, "linewidth": 1.5}
-    for axes, points in ((over_steps, score), (losses, loss)):
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style)  # type: ignore[attr-defined]
+        losses.plot(*zip(*running_mean(run.train_loss), strict=True), color=color, linewidth=0.9, alpha=0.45)
+    curves = [(over_steps, score), (losses, loss)]
     if run.step_seconds is not None:
-        seconds = [step * run.step_seconds for step, _ in score]
-        over_seconds.plot(seconds, [y for _, y in score], label=name, **style)  # type: ignore[attr-defined]
+        curves.append((over_seconds, [(step * run.step_seconds, value) for step, value in score]))
+    for axes, points in curves:
+        x, y = [x for x, _ in points], [y for _, y in points]
+        axes.plot(x, y, label=name, color=color, marker="o", markersize=3.5, linewidth=1.5)
+
+
+# ---------------------------------------------------------------------- the command
 
 
 def main(args: Sequence[str]) -> None:
     """Print the table, and write it and the curves.
 
     Args:
-        args: ``compare`` and the words after it.
-
-    Raises:
-        ValueError: If there is nothing to compare.
+        args: ``compare`` and the arguments after it.
     """
     parser = argparse.ArgumentParser(
         prog="smezo compare",
-        description="Puts runs beside each other: metrics, steps and seconds to given values, seconds a step, peak "
-        "memory; prints a table and writes OUT.md, OUT.csv and OUT.png. Runs that go on are shown as far as they are, "
-        "those of several tasks in a line of panels each. Seconds to a value are steps times the median seconds of a "
-        "step, so that pauses, validations and checkpoints do not count.",
+        description="Compare runs: metrics, steps and seconds to given values, seconds per step, peak memory. Prints a "
+        "table and writes OUT.md, OUT.csv and OUT.png, with a row of panels per task. Unfinished runs are shown as far "
+        "as they are. Seconds to a value are steps times the median seconds per step, so that pauses, "
+        "validations and checkpoints do not count.",
     )
-    parser.add_argument("run", nargs="+", help="a run's folder; of a sweep's folder, all its runs")
-    parser.add_argument("--out", default="compare", help="where to write, without the ending (default: compare)")
-    parser.add_argument("--metric", default=None, help="accuracy if not given, else the task's own")
+    parser.add_argument("run", nargs="+", help="folder of a run, or of a sweep for all its runs")
+    parser.add_argument("--out", default="compare", help="where to write, without the suffix (default: compare)")
+    parser.add_argument("--metric", default=None, help="default: accuracy, or else the task's own metric")
     parser.add_argument(
-        "--to", type=float, action="append", default=[], metavar="VALUE", help="a value to reach; may be given often"
+        "--to", type=float, action="append", default=[], metavar="VALUE", help="a value to reach; can be repeated"
     )
     given = parser.parse_args(args[1:])
     print(compare(given.run, Path(given.out), given.metric, given.to))
@@ -219,9 +354,9 @@ def compare(paths: Sequence[str | Path], out: Path, metric: str | None = None, t
 
     Args:
         paths: Folders of runs or of sweeps.
-        out: Where to write, without the ending.
+        out: Where to write, without the suffix.
         metric: The metric to compare; None: accuracy where a run has it, else the first that is no loss.
-        targets: Values of it, to tell the steps and seconds they took.
+        targets: Values of it, whose steps and seconds are reported.
 
     Returns:
         What is printed.
@@ -229,8 +364,6 @@ def compare(paths: Sequence[str | Path], out: Path, metric: str | None = None, t
     Raises:
         ValueError: If there is no run, or no run has the metric.
     """
-    from smezo_pl.commands.runs import read_run, run_folders
-
     runs = [read_run(folder) for folder in run_folders(paths)]
     known = list(dict.fromkeys(name for run in runs for _, values in run.held_out for name in values))
     if metric is None:
@@ -238,11 +371,11 @@ def compare(paths: Sequence[str | Path], out: Path, metric: str | None = None, t
     elif known and metric not in known:
         raise ValueError(f"--metric {metric!r} was measured in none of these runs; there are {', '.join(known)}")
     rows = rows_of(runs, metric, targets)
-    text = markdown(rows)
+    table = markdown(shown(rows))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_name(out.name + ".md").write_text(text, encoding="utf-8")
+    out.with_name(out.name + ".md").write_text(table, encoding="utf-8")
     out.with_name(out.name + ".csv").write_text(as_csv(rows), encoding="utf-8")
     comparison_figure(runs, metric, targets).savefig(out.with_name(out.name + ".png"))
-    going_on = sum(not run.finished for run in runs)
-    note = f"{going_on} of {len(runs)} runs are not finished\n" if going_on else ""
-    return f"{text}\n{note}also in {out}.md, {out}.csv and, as curves, {out}.png"
+    unfinished = sum(not run.finished for run in runs)
+    note = f"{unfinished} of {len(runs)} runs are not finished\n" if unfinished else ""
+    return f"{table}\n{note}also in {out}.md, {out}.csv and, as curves, {out}.png"

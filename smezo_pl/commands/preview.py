@@ -1,4 +1,4 @@
-"""``smezo preview``: what the model will see of a configuration's data. No model is loaded, only its tokenizer."""
+"""``smezo preview``: what the model sees of a configuration's data. No model is loaded, only its tokenizer."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from smezo_pl.commands.tables import markdown
 from smezo_pl.data import Encoded, PromptDataModule
 from smezo_pl.data.splits import SplitName
 
-_LONGEST_SHOWN = 1500
-"""Characters of a prompt that are shown; of a longer one its beginning and its end."""
-
+_LONGEST_PROMPT = 1500
+"""Characters of a prompt that are shown; of a longer one the beginning and the end."""
 
 _MOST_SHOWN = 60
 """Tokens of candidates that are shown after a prompt, and candidates that are listed."""
 
 
 def main(args: Sequence[str]) -> None:
-    """Print prompts with the scored tokens marked, token lengths, balance of the labels, and the candidates' tokens.
+    """Print prompts with the scored tokens marked, token lengths, label balance, and the candidates' tokens.
 
     Args:
-        args: ``preview`` and the words after it.
+        args: ``preview`` and the arguments after it.
     """
     from smezo_pl.cli import build, show_log
 
     parser = argparse.ArgumentParser(
         prog="smezo preview",
-        description="What the model will see of a configuration's data: prompts with the scored tokens marked, "
-        "lengths, balance of the labels, candidates' tokens. Only the tokenizer is loaded.",
+        description="What the model sees of a configuration's data: prompts with the scored tokens marked, lengths, "
+        "label balance, tokens of the candidates. Only the tokenizer is loaded.",
         epilog="All other arguments are those of `smezo fit`: --config FILE, --data.task NAME, ...",
     )
-    parser.add_argument("--examples", type=int, default=3, help="prompts to show (3)")
+    parser.add_argument("--examples", type=int, default=3, help="prompts to show (default: 3)")
     parser.add_argument(
         "--split",
         choices=("train", "dev", "test"),
-        help="the split that prompts are shown of: train, or dev where there are demonstrations",
+        help="split to show prompts of (default: train, or dev if there are few-shot demonstrations)",
     )
     given, rest = parser.parse_known_args(args[1:])
     show_log()
@@ -47,10 +47,9 @@ def main(args: Sequence[str]) -> None:
     run = build(None, *rest, "--trainer.logger=false", "--trainer.accelerator=cpu")
     data: PromptDataModule = run.datamodule
     if data._given_tokenizer is None:
-        tokenizer = run.model.tokenizer
-        if tokenizer is None:
-            raise ValueError("preview needs a tokenizer: give model.pretrained or data.tokenizer")
-        data.set_tokenizer(tokenizer)
+        if run.model.tokenizer is None:
+            raise ValueError("preview needs a tokenizer: pass --model.pretrained or --data.tokenizer")
+        data.set_tokenizer(run.model.tokenizer)
     split: SplitName = given.split or ("dev" if data.num_demonstrations else "train")
     print("\n".join(preview(data, split, given.examples)), file=sys.stdout)
 
@@ -60,56 +59,60 @@ def preview(data: PromptDataModule, split: SplitName = "train", examples: int = 
 
     Args:
         data: A data module that has a tokenizer.
-        split: What prompts are shown of.
-        examples: How many of them.
+        split: The split whose prompts are shown.
+        examples: Number of prompts.
     """
     task = data.task
     kind = "free text" if task.is_generation else "candidates"
     yield f"task {task.name}: {kind}, objective {data.objective}, metrics {', '.join(task.metrics)}"
-    shown = data.encoded(split)[:examples]
-    for encoded in shown:
-        where = encoded.example.where if encoded.example else f"row {encoded.index}"
-        cut = f", {encoded.cut} tokens cut" if encoded.cut else ""
+    encoded = data.encoded(split)[:examples]
+    for example in encoded:
+        where = example.example.where if example.example else f"row {example.index}"
+        cut = f", {example.cut} tokens cut" if example.cut else ""
         yield f"\n--- {split}, {where} of {data.origin(split)}{cut}"
-        yield _marked(data, encoded)
-    yield "\n⟦ ⟧ scored tokens, a bar between two of them; * the right answer\n"
+        yield _marked(data, example)
+    yield "\n⟦ ⟧ scored tokens, a bar between two of them; * the gold answer\n"
     yield from _lengths(data, ("train", "dev") if split != "test" else ("test",))
     yield from _labels(data, split)
-    yield from _candidates(data, shown)
+    yield from _candidates(data, encoded)
 
 
 def _marked(data: PromptDataModule, encoded: Encoded) -> str:
-    """The prompt and its candidates; of many or long candidates those that are right."""
-    places = list(range(len(encoded.candidates)))
+    """The prompt and its candidates; of many or long candidates only the gold ones."""
+    shown = range(len(encoded.candidates))
     if sum(map(len, encoded.candidates)) > _MOST_SHOWN:
-        places = [place for place in places if place in encoded.correct]
-    answers = [_pieces(data, encoded.candidates[place]) + "*" * (place in encoded.correct) for place in places]
+        shown = encoded.correct
+    answers = [_tokens(data, encoded.candidates[index]) + "*" * (index in encoded.correct) for index in shown]
     if others := len(encoded.candidates) - len(answers):
         answers.append(f"and {others} others")
-    return _folded(str(data.tokenizer.decode(list(encoded.prompt)))) + " ".join(answers)
+    return _shortened(str(data.tokenizer.decode(list(encoded.prompt)))) + " ".join(answers)
 
 
-def _pieces(data: PromptDataModule, tokens: Sequence[int]) -> str:
+def _tokens(data: PromptDataModule, tokens: Sequence[int]) -> str:
     return "⟦" + "|".join(str(data.tokenizer.decode([token])) for token in tokens).replace("\n", "⏎") + "⟧"
 
 
-def _folded(text: str, longest: int = _LONGEST_SHOWN) -> str:
-    if len(text) <= longest:
-        return text
+def _shortened(text: str, longest: int = _LONGEST_PROMPT) -> str:
     half = longest // 2
-    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
+    left_out = len(text) - 2 * half
+    return text if len(text) <= longest else f"{text[:half]} [... {left_out} characters ...] {text[-half:]}"
 
 
 def _lengths(data: PromptDataModule, splits: Sequence[SplitName]) -> Iterator[str]:
-    yield f"{'tokens':<8}{'examples':>9}{'median':>9}{'longest':>9}{'cut':>6}   (max_length {data.max_length})"
-    for split in splits:
-        encoded = data.encoded(split)
-        if not encoded:
-            continue
-        lengths = [example.length for example in encoded]
-        cut = sum(example.cut > 0 for example in encoded)
-        median = round(statistics.median(lengths))
-        yield f"{split:<8}{len(encoded):>9}{median:>9}{max(lengths):>9}{cut:>6}"
+    yield f"tokens (max_length {data.max_length})"
+    yield markdown(
+        [
+            {
+                "split": split,
+                "examples": len(encoded),
+                "median": round(statistics.median(example.length for example in encoded)),
+                "longest": max(example.length for example in encoded),
+                "cut": sum(example.cut > 0 for example in encoded),
+            }
+            for split in splits
+            if (encoded := data.encoded(split))
+        ]
+    ).rstrip()
 
 
 def _labels(data: PromptDataModule, split: SplitName) -> Iterator[str]:
@@ -117,11 +120,11 @@ def _labels(data: PromptDataModule, split: SplitName) -> Iterator[str]:
     if not names:
         return
     counts = Counter(example.label for example in data.examples(split))
-    total = sum(counts.values())
     texts = {name: f" {text!r}" for name, text in getattr(data.task.candidates, "items", dict)()}
-    parts = (
-        f"{name}{texts.get(name, '')} {counts[place]} ({counts[place] / total:.0%})" for place, name in enumerate(names)
-    )
+    parts = [
+        f"{name}{texts.get(name, '')} {counts[index]} ({counts[index] / counts.total():.0%})"
+        for index, name in enumerate(names)
+    ]
     yield f"\nlabels of {split}: " + ", ".join(parts)
 
 
@@ -131,5 +134,5 @@ def _candidates(data: PromptDataModule, shown: Sequence[Encoded]) -> Iterator[st
     fixed = bool(data.task.labels) and len({example.candidates for example in shown}) == 1
     yield "\ncandidates" + ("" if fixed else " of the first example")
     for text, tokens in list(zip(shown[0].example.candidates, shown[0].candidates, strict=True))[:_MOST_SHOWN]:
-        ids = f" {_pieces(data, tokens)} {list(tokens)}" if len(tokens) <= 8 else ""
-        yield f"  {_folded(text, 80)!r}: {len(tokens)} {'token' if len(tokens) == 1 else 'tokens'}{ids}"
+        ids = f" {_tokens(data, tokens)} {list(tokens)}" if len(tokens) <= 8 else ""
+        yield f"  {_shortened(text, 80)!r}: {len(tokens)} {'token' if len(tokens) == 1 else 'tokens'}{ids}"

@@ -1,4 +1,4 @@
-"""Runs and exported fine-tunes below a folder, a line each, by what they start from."""
+"""``smezo show``: a run, several runs compared step by step, or a listing of a folder, from trajectories alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
+from smezo_pl.commands.tables import markdown
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.database import is_written
 from smezo_pl.trajectory.exports import load
@@ -18,110 +19,75 @@ from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_record, locate
 
 
-def found_below(folder: Path) -> list[Path]:
-    """Records and safetensors files below a folder, in the order of their names."""
-    return sorted({*folder.rglob(FILE_NAME), *folder.rglob("*.safetensors")})
-
-
-def table(folder: Path, summaries: Sequence[dict[str, Any]]) -> str:
-    """Summaries as lines, those of one base together: they can be compared, and applied to the same weights."""
-    bases: dict[str, list[dict[str, Any]]] = {}
-    for facts in summaries:
-        bases.setdefault(facts["starting_weights"], []).append(facts)
-    lines = []
-    for root, members in bases.items():
-        name = members[0]["model"] or "given in Python"
-        dtypes = ", ".join(members[0]["dtypes"])
-        lines.append(f"{name}: {members[0]['weights']:,} weights, {dtypes}, fingerprint {root[:16]}")
-        for facts in members:
-            of, loss = facts["settings"].get, facts["loss"]
-            moved = f"loss {loss['first']:.4f} -> {loss['last']:.4f}" if loss else "loss not kept"
-            state = "being written" if facts["writing"] else "sound" if facts["sound"] else "DAMAGED"
-            mask = "dense" if of("mask") == "dense" else f"{of('mask')} {of('sparsity')}"
-            path = Path(facts["path"]).relative_to(folder)
-            lines.append(
-                f"  {path}: {facts['steps']:,} steps, {mask}, lr {of('lr')}, seed {facts['seed']}, {moved}, "
-                f"{facts['bytes']:,} bytes, {state}"
-            )
-    return "\n".join(lines)
-
-
-def readable(folder: Path, read: Any) -> tuple[list[Any], list[str]]:
-    """What of a folder can be read, and what is said of records that cannot.
-
-    Other safetensors files, such as anchors and models, are passed over.
-
-    Raises:
-        TrajectoryError: If there is no record and no exported run.
-    """
-    found, refused = [], []
-    for path in found_below(folder):
-        try:
-            found.append(read(str(path)))
-        except TrajectoryError as error:
-            if path.name == FILE_NAME:
-                refused.append(str(error))
-    if not found and not refused:
-        raise TrajectoryError(f"{folder} and the folders in it hold no {FILE_NAME} and no exported run")
-    return found, refused
-
-
-_BARS = "▁▂▃▄▅▆▇█"
-
-
 def main(args: Sequence[str]) -> None:
-    """Print what is known of one run or several, and where two of them part.
+    """Print a summary of one run or several, and where others differ from the first.
 
     Args:
-        args: ``show`` and the words after it.
+        args: ``show`` and the arguments after it.
     """
     parser = argparse.ArgumentParser(
         prog="smezo show",
-        description="What a run is, how far it is, its loss, whether its record is sound. Of several: the first step "
-        "where each differs from the first. Of a folder of runs: a line each, by what they start from.",
+        description="Show the settings, progress and loss of a run, and whether its trajectory is valid. For several "
+        "runs: the first step where each differs from the first run. For a folder of runs: one row per run, grouped by "
+        "starting weights.",
     )
     parser.add_argument(
-        "run", nargs="+", help="a run's folder, its trajectory.smezo, an exported file, or a folder with such in it"
+        "run", nargs="+", help="folder of a run, its trajectory.smezo, an exported run, or a folder with such in it"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(args[1:])
     folder = Path(given.run[0])
     if len(given.run) == 1 and folder.is_dir() and not (folder / FILE_NAME).exists():
-        found, refused = readable(folder, read)
-        listed = [summary(trajectory) for trajectory in found]
-        if given.json:
-            print(json.dumps({"runs": listed, "unreadable": refused}, indent=2))
-        else:
-            print(cleaned("\n".join([table(folder, listed), *refused]).strip()))
-        if refused or any(trajectory.damage for trajectory in found):
-            sys.exit(1)
-        return
-    trajectories = [read(path) for path in given.run]
-    summaries = [summary(trajectory) for trajectory in trajectories]
-    pairs = [comparison(trajectories[0], other) for other in trajectories[1:]]
-    if given.json:
-        shown: Any = summaries[0] if len(summaries) == 1 else {"runs": summaries, "compared_with_the_first": pairs}
-        print(json.dumps(shown, indent=2))
+        trajectories, unreadable = read_below(folder)
+        summaries = [summary(trajectory) for trajectory in trajectories]
+        shown: Any = {"runs": summaries, "unreadable": unreadable}
+        text = "\n".join([*listing(folder, summaries), *unreadable])
     else:
-        print("\n\n".join(text(trajectory, facts) for trajectory, facts in zip(trajectories, summaries, strict=True)))
+        trajectories, unreadable = [read(path) for path in given.run], []
+        summaries = [summary(trajectory) for trajectory in trajectories]
+        pairs = [comparison(trajectories[0], other) for other in trajectories[1:]]
+        shown = {"runs": summaries, "compared_with_the_first": pairs} if pairs else summaries[0]
+        texts = [as_text(trajectory, facts) for trajectory, facts in zip(trajectories, summaries, strict=True)]
         for other, pair in zip(trajectories[1:], pairs, strict=True):
-            print(f"\n{trajectories[0].path} and {other.path}: {pair['text']}")
-    if any(trajectory.damage for trajectory in trajectories):
+            texts.append(f"{trajectories[0].path} and {other.path}: {pair['text']}")
+        text = "\n\n".join(texts)
+    print(json.dumps(shown, indent=2) if given.json else printable(text))
+    if unreadable or any(trajectory.damage for trajectory in trajectories):
         sys.exit(1)
 
 
-def read(path: str) -> Trajectory:
-    """A record with what is sound of it, or an exported file."""
+def read(path: str | Path) -> Trajectory:
+    """A trajectory, as far as it is valid, or an exported run."""
     file = locate(path)
     return Trajectory.read(file, damaged=True) if is_record(file) or file.name == FILE_NAME else load(file)
 
 
+def read_below(folder: Path) -> tuple[list[Trajectory], list[str]]:
+    """Trajectories and exported runs below a folder, by name, and the errors of trajectories that cannot be read.
+
+    Other safetensors files, such as snapshots and models, are passed over.
+
+    Raises:
+        TrajectoryError: If there is no trajectory and no exported run.
+    """
+    trajectories, unreadable = [], []
+    for path in sorted({*folder.rglob(FILE_NAME), *folder.rglob("*.safetensors")}):
+        try:
+            trajectories.append(read(path))
+        except TrajectoryError as error:
+            if path.name == FILE_NAME:
+                unreadable.append(str(error))
+    if not trajectories and not unreadable:
+        raise TrajectoryError(f"{folder} and the folders in it hold no {FILE_NAME} and no exported run")
+    return trajectories, unreadable
+
+
 def summary(trajectory: Trajectory) -> dict[str, Any]:
-    """What there is to say, in plain types."""
+    """Everything that is shown of a run, in plain types."""
     header, rows = trajectory.header, trajectory.rows
     losses = [row.loss for row in rows if row.losses and not row.skipped]
     recorded = is_record(trajectory.path)
-    noted = [mark for mark in trajectory.marked("weights") if mark.steps == trajectory.next_step]
+    hashes = [mark for mark in trajectory.marked("weights") if mark.steps == trajectory.next_step]
     return {
         "path": str(trajectory.path),
         "kind": "record" if recorded else "export",
@@ -147,78 +113,111 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "writing": recorded and is_written(trajectory.path),
         "checkpoints": sorted({mark.steps for mark in trajectory.marked("checkpoint")}),
         "starting_weights": header.root.hex(),
-        "final_weights": noted[-1].facts.get("root") if noted else None,
+        "final_weights": hashes[-1].facts.get("root") if hashes else None,
         "versions": header.versions,
         "machine": header.machine,
     }
 
 
-def text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
-    """The summary for a person."""
-    of, machine = facts["settings"].get, facts["machine"].get
-    state = "; a run is writing it" if facts["writing"] else ""
+def as_text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
+    """The summary of one run for a reader."""
+    setting, machine = facts["settings"].get, facts["machine"].get
     refreshes = max(0, len(facts["refreshes"]) - 1)
     lines = {
-        "model": f"{facts['model'] or 'given in Python'}: {facts['weights']:,} weights in {facts['tensors']} tensors, "
+        "model": f"{_model(facts)}: {facts['weights']:,} weights in {facts['tensors']} tensors, "
         + ", ".join(facts["dtypes"]),
         "made": f"{facts['created']} by smezo_pl {facts['versions'].get('smezo_pl')}, kernel {machine('kernel')}, "
         f"{machine('threads')} {'thread' if machine('threads') == 1 else 'threads'} of {machine('processor')}",
-        "optimizer": f"mask {of('mask')} ({of('mask_update')}), sparsity {of('sparsity')}, lr {of('lr')}, "
-        f"eps {of('eps')}, noise {facts['noise']}, seed {facts['seed']}, samples {facts['samples']}",
-        "steps": f"{facts['steps']:,} ({facts['skipped']} skipped, {refreshes} mask refreshes){state}",
+        "optimizer": f"mask {setting('mask')} ({setting('mask_update')}), sparsity {setting('sparsity')}, "
+        f"lr {setting('lr')}, eps {setting('eps')}, noise {facts['noise']}, seed {facts['seed']}, "
+        f"samples {facts['samples']}",
+        "steps": f"{facts['steps']:,} ({facts['skipped']} skipped, {refreshes} mask refreshes)"
+        + ("; a run is writing it" if facts["writing"] else ""),
     }
     if facts["loss"]:
         lines["loss"] = f"{sparkline(trajectory.rows)}  {facts['loss']['first']:.4f} -> {facts['loss']['last']:.4f}"
     if facts["checkpoints"]:
         lines["checkpoints"] = f"last at step {facts['checkpoints'][-1]}, {len(facts['checkpoints'])} in all"
-    # of a short run nearly all is the header
-    long = len(trajectory.rows) >= 1000
-    per_step = f", {facts['bytes'] / len(trajectory.rows):.1f} a step" if long else ""
-    lines["size"] = f"{facts['bytes']:,} bytes{per_step}"
+    lines["size"] = f"{facts['bytes']:,} bytes"
+    if len(trajectory.rows) >= 1000:  # nearly all of a short run is its header
+        lines["size"] += f", {facts['bytes'] / len(trajectory.rows):.1f} per step"
     if facts["sound"]:
-        lines["sound"] = "yes, every step" + (", with a hash of the last weights" if facts["final_weights"] else "")
+        lines["valid"] = "yes, every step" + (", with a hash of the last weights" if facts["final_weights"] else "")
     else:
-        lines["sound"] = f"up to step {facts['steps']}, which `smezo replay --step` can make; then {facts['damage']}"
-    return "\n".join(
-        [facts["path"], *(f"  {name:<12} {cleaned(line.replace(chr(10), '?'))}" for name, line in lines.items())]
-    )
+        lines["valid"] = f"up to step {facts['steps']}, which `smezo replay --step` can make; then {facts['damage']}"
+    # A line break in a name that the file holds would look like a line of this summary.
+    return "\n".join([facts["path"], *(f"  {name:<12} {line.replace(chr(10), '?')}" for name, line in lines.items())])
 
 
-def cleaned(text: str) -> str:
-    """What a file says of itself as it is, but unable to steer the terminal."""
+def listing(folder: Path, summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of the runs of each base model: those can be compared, and exported runs applied to the same weights."""
+    bases: dict[str, list[dict[str, Any]]] = {}
+    for facts in summaries:
+        bases.setdefault(facts["starting_weights"], []).append(facts)
+    lines = []
+    for root, members in bases.items():
+        first = members[0]
+        dtypes = ", ".join(first["dtypes"])
+        lines.append(f"{_model(first)}: {first['weights']:,} weights, {dtypes}, fingerprint {root[:16]}\n")
+        lines.append(markdown([_row(folder, facts) for facts in members]))
+    return lines
+
+
+def _row(folder: Path, facts: dict[str, Any]) -> dict[str, object]:
+    setting, loss = facts["settings"].get, facts["loss"]
+    return {
+        "run": str(Path(facts["path"]).relative_to(folder)),
+        "steps": f"{facts['steps']:,}",
+        "mask": "dense" if setting("mask") == "dense" else f"{setting('mask')} {setting('sparsity')}",
+        "lr": setting("lr"),
+        "seed": facts["seed"],
+        "loss": f"{loss['first']:.4f} -> {loss['last']:.4f}" if loss else None,
+        "bytes": f"{facts['bytes']:,}",
+        "state": "being written" if facts["writing"] else "valid" if facts["sound"] else "CORRUPTED",
+    }
+
+
+def _model(facts: dict[str, Any]) -> str:
+    return facts["model"] or "given in Python"
+
+
+def printable(text: str) -> str:
+    """Text with control characters replaced, so that what a file holds cannot steer the terminal."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def sparkline(rows: Sequence[StepRecord], width: int = 40) -> str:
     """The losses as bars: means over equal parts of the run."""
     losses = [row.loss for row in rows if row.losses and isfinite(row.loss)]
-    width = min(width, len(losses))
-    edges = [len(losses) * i // width for i in range(width + 1)] if width else [0]
-    means = [sum(losses[a:b]) / (b - a) for a, b in pairwise(edges)]
-    if not means:
+    if not losses:
         return ""
+    width = min(width, len(losses))
+    edges = [len(losses) * i // width for i in range(width + 1)]
+    means = [sum(losses[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[round((mean - low) * scale)] for mean in means)
+    scale = 7 / (high - low) if high > low else 0.0
+    return "".join("▁▂▃▄▅▆▇█"[round((mean - low) * scale)] for mean in means)
 
 
 def comparison(one: Trajectory, other: Trajectory) -> dict[str, Any]:
-    """Where two runs part."""
+    """The first step where two runs differ."""
+
+    def result(text: str, step: int | None = None, same_start: bool = True) -> dict[str, Any]:
+        return {"same_start": same_start, "first_difference": step, "text": text}
+
+    def update(row: StepRecord) -> tuple[object, ...]:
+        names = ("projected_gradients", "lr", "weight_decay", "eps", "sparsity", "skipped", "refreshed")
+        return tuple(getattr(row, name) for name in names)
+
     if one.header.root != other.header.root:
-        return {"same_start": False, "first_difference": None, "text": "they start from different weights"}
+        return result("they start from different weights", same_start=False)
     fields = ("seed", "noise", "num_samples", "groups", "first_step")
-    differing = [name for name in fields if getattr(one.header, name) != getattr(other.header, name)]
-    if differing:
+    if differing := [name for name in fields if getattr(one.header, name) != getattr(other.header, name)]:
         words = f"the same starting weights, but another {', '.join(differing)}"
-        return {"same_start": True, "first_difference": one.header.first_step, "text": words}
-    compared = ("projected_gradients", "lr", "weight_decay", "eps", "sparsity", "skipped", "refreshed")
+        return result(words, one.header.first_step)
     for a, b in zip(one.rows, other.rows, strict=False):
-        if any(getattr(a, name) != getattr(b, name) for name in compared):
-            return {
-                "same_start": True,
-                "first_difference": a.step,
-                "text": f"the same until step {a.step}, which differs",
-            }
+        if update(a) != update(b):
+            return result(f"the same until step {a.step}, which differs", a.step)
     steps = min(one.next_step, other.next_step)
     end = "" if one.next_step == other.next_step else ", where one of them ends"
-    return {"same_start": True, "first_difference": None, "text": f"the same in all {steps} steps{end}"}
+    return result(f"the same in all {steps} steps{end}")

@@ -1,4 +1,4 @@
-"""Every configuration of a sweep looked at before the first run starts."""
+"""``smezo sweep``: check every run of a grid before the first one starts, run them as processes, sum up over seeds."""
 
 from __future__ import annotations
 
@@ -7,41 +7,37 @@ import os
 import signal
 import subprocess
 import sys
-from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
 from time import perf_counter
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from torch import nn
 
-from smezo_pl.cli import TRAINER_DEFAULTS, SmezoCLI, SuggestingParser, known_keys, suggestion
-from smezo_pl.commands.sweep_plan import CONFIG, Run, dumped
-from smezo_pl.data import PromptDataModule
-from smezo_pl.module import SparseMeZOModule
+from smezo_pl.cli import SmezoCLI, known_keys, suggestion
+from smezo_pl.commands.sweep_plan import CONFIG, Run, dumped, plan, read_grid, read_yaml
+from smezo_pl.commands.tables import write_summary
 from smezo_pl.trajectory.files import lock_file
+
+LOG = "log.txt"
 
 
 class _ParserOnly(SmezoCLI):
-    """The command line's parser, without anything built or seeded."""
+    """The command line's parser; nothing is parsed, seeded or built."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse nothing yet."""
+        pass
 
     def _set_seed(self) -> None:
         pass
 
-    def before_instantiate_classes(self) -> None:
-        """Nothing to do."""
-
     def instantiate_classes(self) -> None:
-        """Nothing to do."""
+        pass
 
 
 def check_runs(runs: Iterable[Run]) -> None:
@@ -50,30 +46,17 @@ def check_runs(runs: Iterable[Run]) -> None:
     Raises:
         ValueError: Names the run, the key and what is allowed.
     """
-    cli = _ParserOnly(
-        SparseMeZOModule,
-        PromptDataModule,
-        subclass_mode_data=False,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        parser_class=SuggestingParser,
-        parser_kwargs={"prog": "smezo", "exit_on_error": False},
-        save_config_callback=None,
-        trainer_defaults=TRAINER_DEFAULTS,
-        run=False,
-    )
+    parser = _ParserOnly(parser_kwargs={"prog": "smezo", "exit_on_error": False}, run=False).parser
     for run in runs:
         try:
-            built = cli.parser.instantiate_classes(cli.parser.parse_object(run.config))
-            _check_optimizer(built.model)
-        except (ArgumentError, TypeError, ValueError) as error:
+            _check_optimizer(parser.instantiate_classes(parser.parse_object(run.config)).model)
+        except (argparse.ArgumentError, TypeError, ValueError) as error:
             message = " ".join(str(error).split())
-            hint = suggestion(message, known_keys(cli.parser))
-            raise ValueError(f"run {run.name!r}: {message}{hint}") from error
+            raise ValueError(f"run {run.name!r}: {message}{suggestion(message, known_keys(parser))}") from error
 
 
 def _check_optimizer(module: Any) -> None:
-    """The optimizer's numbers, which are otherwise looked at when the model is there."""
+    """Check the optimizer's arguments, which otherwise waits until the model is loaded."""
     if not module.zeroth_order:
         return
     try:
@@ -83,14 +66,11 @@ def _check_optimizer(module: Any) -> None:
             raise
 
 
-LOG = "log.txt"
-
-
 def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[Run]:
     """Run what is not finished, at most ``jobs`` at once.
 
-    A run that fails is reported and the others go on. A run that another sweep is at work on is left to it. On Ctrl-C
-    or a termination signal the runs are ended too; each has its last checkpoint.
+    A run that fails is reported, and the others continue. A run that another sweep is working on is left to it. On
+    Ctrl-C or a termination signal the runs are ended too; each has its last checkpoint.
 
     Args:
         runs: The runs.
@@ -100,24 +80,21 @@ def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[
     Returns:
         The runs that failed.
     """
-    counter = {run.name: f"[{number}/{len(runs)}] {run.name}" for number, run in enumerate(runs, 1)}
     work = _Work(say)
-    failed: list[Run] = []
     with ThreadPoolExecutor(max_workers=jobs) as pool:
-        futures = {run.name: pool.submit(work.run, run, counter[run.name]) for run in runs}
+        futures = [
+            pool.submit(work.run, run, f"[{number}/{len(runs)}] {run.name}") for number, run in enumerate(runs, 1)
+        ]
         try:
-            for run in runs:
-                if not futures[run.name].result():
-                    failed.append(run)
+            return [run for run, future in zip(runs, futures, strict=True) if not future.result()]
         except BaseException:
             work.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return failed
 
 
 class _Work:
-    """The processes at work."""
+    """The running processes."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -133,35 +110,36 @@ class _Work:
                 process.terminate()
 
     def run(self, run: Run, title: str) -> bool:
-        """One run: training where it is not done, then the test where it is asked for."""
+        """Train where that is not done, then test where that is asked for; whether both succeeded."""
         if run.state == "finished":
             self._say(f"{title}: finished before, skipped")
             return True
         run.folder.mkdir(parents=True, exist_ok=True)
-        with _held(run.folder / "lock") as handle:
-            if handle is None:
-                self._say(f"{title}: another process is at work on it, left to that")
-                return True
+        handle = lock_file(run.folder / "lock")
+        if handle is None:
+            self._say(f"{title}: another process is working on it, left to that")
+            return True
+        try:
             (run.folder / CONFIG).write_text(dumped(run.config), encoding="utf-8")
             began = perf_counter()
             if run.state in ("new", "interrupted"):
-                checkpoint = run.checkpoint
-                self._say(f"{title}: {'begins' if checkpoint is None else 'goes on from its checkpoint'}")
-                resume = [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
-                if not self._smezo(run, title, handle, "fit", *resume):
+                self._say(f"{title}: {'begins' if run.checkpoint is None else 'resumes from its checkpoint'}")
+                if not self._smezo(run, title, handle, "fit", run.checkpoint):
                     return False
             if run.state == "fitted":
-                checkpoint = run.tested_checkpoint
-                words = [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
-                words.append("--trainer.logger.init_args.version=test")
-                if not self._smezo(run, title, handle, "test", *words):
+                version = "--trainer.logger.init_args.version=test"
+                if not self._smezo(run, title, handle, "test", run.tested_checkpoint, version):
                     return False
             self._say(f"{title}: {_outcome(run)} ({perf_counter() - began:.0f} s)")
             return True
+        finally:
+            os.close(handle)
 
-    def _smezo(self, run: Run, title: str, handle: int, verb: str, *words: str) -> bool:
-        command = [sys.executable, "-m", "smezo_pl", verb, f"--config={run.folder / CONFIG}", *words]
-        # The lock stays with the child: were this process killed, a new sweep would see that the run goes on.
+    def _smezo(self, run: Run, title: str, handle: int, name: str, checkpoint: Path | None, *more: str) -> bool:
+        command = [sys.executable, "-m", "smezo_pl", name, f"--config={run.folder / CONFIG}", *more]
+        if checkpoint is not None:
+            command.append(f"--ckpt_path={checkpoint}")
+        # The child inherits the lock: if this process is killed, a new sweep sees that the run is still running.
         kept = () if sys.platform == "win32" else (handle,)
         with open(run.folder / LOG, "ab") as log:
             with self._lock:
@@ -174,22 +152,20 @@ class _Work:
             code = process.wait()
         with self._lock:
             self._processes.discard(process)
-        done = run.test_result if verb == "test" else run.folder / "metrics.json"
+        done = run.test_result if name == "test" else run.folder / "metrics.json"
         if code == 0 and done.is_file():
             return True
         if not self._stopped.is_set():
-            tail = _last_line(run.folder / LOG)
-            self._say(f"{title}: FAILED in `smezo {verb}` (status {code}): {tail} (see {run.folder / LOG})")
+            reason = _last_line(run.folder / LOG)
+            self._say(f"{title}: FAILED in `smezo {name}` (status {code}): {reason} (see {run.folder / LOG})")
         return False
 
 
 def _outcome(run: Run) -> str:
     result = run.result() or {}
-    after = result.get("after") or {}
-    words = [f"{name} {value:.4f}" for name, value in after.items() if isinstance(value, float)]
-    test = result.get("test", {}).get("metrics", {})
-    words += [f"test {name} {value:.4f}" for name, value in test.items()]
-    return ", ".join(words) or "done"
+    values = {**(result.get("after") or {})}
+    values |= {f"test {name}": value for name, value in result.get("test", {}).get("metrics", {}).items()}
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float)) or "done"
 
 
 def _last_line(path: Path) -> str:
@@ -198,21 +174,10 @@ def _last_line(path: Path) -> str:
     return (errors or lines or ["no output"])[-1].strip()
 
 
-@contextmanager
-def _held(path: Path) -> Iterator[int | None]:
-    """A file's lock, or None if another process has it."""
-    handle = lock_file(path)
-    try:
-        yield handle
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
 DESCRIPTION = """\
-Runs `smezo fit` for every point of a grid, each in a process and a folder of its own, and sums up over seeds.
+Run `smezo fit` at every point of a grid, each run in a process and a folder of its own, and sum up over seeds.
 
-The grid is YAML: keys of the configuration with lists of values, every combination is a run. A list of such mappings
+The grid is YAML: keys of the configuration with lists of values; every combination is a run. A list of such mappings
 gives several grids. Keys with commas between them change together.
 
   model.method: [s-mezo, mezo]
@@ -220,8 +185,8 @@ gives several grids. Keys with commas between them change together.
   data.task, data.max_length: [[sst2, 128], [rte, 256]]
   model.optimizer.seed, data.data_seed: [0, 1, 2]
 
-Give the same command again after an interruption of any kind: finished runs are skipped, interrupted ones go on from
-their last checkpoint. Runs that differ in keys named `seed`, `..._seed` or `seed_everything` alone are repetitions;
+Give the same command again after an interruption of any kind: finished runs are skipped, interrupted ones resume from
+their last checkpoint. Runs that differ only in keys named `seed`, `..._seed` or `seed_everything` are repetitions;
 mean and standard deviation over them are in OUT/sweep.md, sweep.csv and sweep.json."""
 
 
@@ -229,26 +194,33 @@ def main(args: Sequence[str]) -> None:
     """Plan, check, run, sum up.
 
     Args:
-        args: ``sweep`` and the words after it.
+        args: ``sweep`` and the arguments after it.
     """
     parser = argparse.ArgumentParser(
         prog="smezo sweep", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="the configuration that all runs share (YAML)")
     parser.add_argument("--grid", required=True, help="the grid (YAML)")
-    parser.add_argument("--out", required=True, help="the sweep's folder, made if it is not there")
+    parser.add_argument("--out", required=True, help="folder of the sweep, created if needed")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
     parser.add_argument(
         "--test", choices=("best", "last"), default=None, help="score this checkpoint on the test set after training"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check and list the runs, and how far they are")
+    parser.add_argument("--dry-run", action="store_true", help="only check and list the runs, with their progress")
     given = parser.parse_args(args[1:])
     if given.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {given.jobs}")
     sys.exit(sweep(Path(given.config), Path(given.grid), Path(given.out), given.jobs, given.test, given.dry_run))
 
 
-def sweep(config: Path, grid: Path, out: Path, jobs: int = 1, test: str | None = None, dry_run: bool = False) -> int:
+def sweep(
+    config: Path,
+    grid: Path,
+    out: Path,
+    jobs: int = 1,
+    test: Literal["best", "last"] | None = None,
+    dry_run: bool = False,
+) -> int:
     """Run a grid.
 
     Args:
@@ -257,7 +229,7 @@ def sweep(config: Path, grid: Path, out: Path, jobs: int = 1, test: str | None =
         out: The sweep's folder.
         jobs: Runs at once.
         test: ``best`` or ``last``, the checkpoint that is scored on the test set; None for no test.
-        dry_run: Whether to check and list alone.
+        dry_run: Whether to only check and list the runs.
 
     Returns:
         The exit status: 0, or 1 if a run failed, or 130 if the sweep was interrupted.
@@ -265,15 +237,10 @@ def sweep(config: Path, grid: Path, out: Path, jobs: int = 1, test: str | None =
     Raises:
         ValueError: If a file, a key or a value is wrong; nothing has been run then.
     """
-    from smezo_pl.commands.sweep_plan import plan, read_grid, read_yaml
-
     base = read_yaml(config)
     if not isinstance(base, dict):
         raise ValueError(f"{config} must hold a configuration as `smezo fit --config` takes it, got {base!r}")
-    runs = plan(base, read_grid(grid), out, test)  # type: ignore[arg-type]
-    from smezo_pl.commands.tables import write_tables
-
-    # Finished runs were parsed before they began.
+    runs = plan(base, read_grid(grid), out, test)
     check_runs(run for run in runs if run.state != "finished")
     if dry_run:
         for run in runs:
@@ -283,11 +250,11 @@ def sweep(config: Path, grid: Path, out: Path, jobs: int = 1, test: str | None =
     try:
         failed = run_all(runs, jobs, lambda line: print(line, flush=True))
     except KeyboardInterrupt:
-        print("stopped: the same command goes on", flush=True)
+        print("stopped: the same command resumes it", flush=True)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(f"\n{write_tables(runs, out)}\nalso in {out / 'sweep.md'}, sweep.csv and sweep.json")
+    print(f"\n{write_summary(runs, out)}\nalso in {out / 'sweep.md'}, sweep.csv and sweep.json")
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.name for run in failed)}")
     return 1 if failed else 0

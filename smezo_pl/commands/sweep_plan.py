@@ -1,4 +1,4 @@
-"""The runs of a sweep: its grid, a folder and a state for each."""
+"""The plan of a sweep: the points of its grid, and a folder, a configuration and a state for each run."""
 
 from __future__ import annotations
 
@@ -16,36 +16,34 @@ import yaml
 Point = dict[str, Any]
 """A value for each key of a grid, keys in dots."""
 
-_SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+CONFIG = "run.yaml"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``1e-4`` is a number, as on the command line; in YAML 1.1 it is a string, as it has no dot."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def read_yaml(path: str | Path) -> Any:
-    """A YAML file, in which ``1e-4`` is a number, as everywhere on the command line.
+    """The content of a YAML file.
 
     Raises:
         ValueError: If there is no such file, or it is no YAML (with the line).
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    try:
-        return _numbers(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 takes ``1e-4`` for a string, as it has no dot."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return float(value) if isinstance(value, str) and _SCIENTIFIC.fullmatch(value) else value
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def read_grid(path: str | Path) -> list[Point]:
-    """The points of a grid file.
+    """The points of a grid file, each once.
 
     The file holds a mapping of keys to lists of values, of which every combination is a point; or a list of such
     mappings, whose points follow each other. Several keys with commas between them change together: a value is for all
@@ -61,9 +59,7 @@ def read_grid(path: str | Path) -> list[Point]:
         where = str(path) if len(grids) == 1 else f"{path}, grid {number}"
         if not isinstance(grid, Mapping) or not grid:
             raise ValueError(f"{where} must map keys such as model.optimizer.lr to lists of values, got {grid!r}")
-        for point in _product(grid, where):
-            if point not in points:
-                points.append(point)
+        points.extend(point for point in _product(grid, where) if point not in points)
     return points
 
 
@@ -102,7 +98,7 @@ def with_point(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
         node = config
         *path, last = key.split(".")
         for part in path:
-            if part not in node or node[part] is None:
+            if node.get(part) is None:
                 node[part] = {}
             node = node[part]
             if not isinstance(node, dict):
@@ -116,7 +112,7 @@ def with_point(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
 def is_seed(key: str) -> bool:
     """Whether runs that differ in this key alone are repetitions of each other."""
     last = key.rpartition(".")[2]
-    return last == "seed_everything" or last == "seed" or last.endswith("_seed")
+    return last in ("seed", "seed_everything") or last.endswith("_seed")
 
 
 def short_names(points: Sequence[Point]) -> dict[str, str]:
@@ -125,27 +121,15 @@ def short_names(points: Sequence[Point]) -> dict[str, str]:
     names = {}
     for key in keys:
         parts = key.split(".")
-        for length in range(1, len(parts) + 1):
-            name = ".".join(parts[-length:])
-            if sum(other == name or other.endswith("." + name) for other in keys) == 1:
-                break
-        names[key] = name
+        endings = (".".join(parts[-length:]) for length in range(1, len(parts)))
+        names[key] = next((end for end in endings if sum(f".{k}".endswith(f".{end}") for k in keys) == 1), key)
     return names
 
 
 def run_name(point: Point, names: Mapping[str, str]) -> str:
     """The folder of a point: ``method=lora,lr=0.0001``."""
-    words = []
-    for key, value in point.items():
-        text = re.sub(r"[^\w.+-]+", "-", str(value)) or "empty"
-        words.append(f"{names[key]}={text}")
-    return ",".join(words)
-
-
-State = Literal["new", "interrupted", "fitted", "finished"]
-"""How far a run is; ``fitted``: its test is still to come."""
-
-CONFIG = "run.yaml"
+    texts = {key: re.sub(r"[^\w.+-]+", "-", str(value)) or "empty" for key, value in point.items()}
+    return ",".join(f"{names[key]}={text}" for key, text in texts.items())
 
 
 @dataclass(frozen=True)
@@ -168,7 +152,7 @@ class Run:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The checkpoint that an interrupted run goes on from, if it has come to one."""
+        """The checkpoint that an interrupted run resumes from, if there is one."""
         path = self.folder / "checkpoints" / "last.ckpt"
         return path if path.is_file() else None
 
@@ -180,12 +164,12 @@ class Run:
 
     @property
     def test_result(self) -> Path:
-        """Where the measurement on the test set is written."""
+        """Where the metrics on the test set are written."""
         return self.folder / "test" / "test.json"
 
     @property
-    def state(self) -> State:
-        """How far it is."""
+    def state(self) -> Literal["new", "interrupted", "fitted", "finished"]:
+        """How far it is; ``fitted``: its test is still to come."""
         if (self.folder / "metrics.json").is_file():
             return "fitted" if self.test is not None and not self.test_result.is_file() else "finished"
         return "interrupted" if self.checkpoint is not None else "new"
@@ -212,10 +196,7 @@ class Run:
 
 
 def plan(
-    base: Mapping[str, Any],
-    points: Sequence[Point],
-    out: Path,
-    test: Literal["best", "last"] | None = None,
+    base: Mapping[str, Any], points: Sequence[Point], out: Path, test: Literal["best", "last"] | None = None
 ) -> list[Run]:
     """The runs of a grid, in its order.
 
@@ -235,46 +216,35 @@ def plan(
         if name in runs:
             raise ValueError(f"two points of the grid have the same name {name!r}: {runs[name].point} and {point}")
         config = with_point(base, point)
+        logger = {"save_dir": str(out), "name": name, "version": "", "default_hp_metric": False, "flush_secs": 10}
         trainer = config.setdefault("trainer", {})
-        trainer["logger"] = {
-            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-            "init_args": {
-                "save_dir": str(out),
-                "name": name,
-                "version": "",
-                "default_hp_metric": False,
-                "flush_secs": 10,
-            },
-        }
+        trainer["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}
         trainer.setdefault("enable_progress_bar", False)
         runs[name] = Run(name, out / name, point, config, test)
-        _check_same(runs[name])
+        _check_settings(runs[name])
     return list(runs.values())
 
 
-def _check_same(run: Run) -> None:
-    file = run.folder / CONFIG
-    if not file.is_file():
+def _check_settings(run: Run) -> None:
+    if not (run.folder / CONFIG).is_file():
         return
-    there = yaml.safe_load(file.read_text(encoding="utf-8"))
+    before = yaml.safe_load((run.folder / CONFIG).read_text(encoding="utf-8"))
     now = yaml.safe_load(dumped(run.config))
-    for tree in (there, now):
-        tree["trainer"].pop("logger")
-    changes = _changes(there, now)
-    if changes:
+    for settings in (before, now):
+        settings["trainer"].pop("logger")
+    if changes := _changes(before, now):
         raise ValueError(
-            f"{run.folder} holds a run with other settings ({'; '.join(changes)}): give another --out, or remove it"
+            f"{run.folder} holds a run with other settings ({'; '.join(changes)}): pass another --out, or remove it"
         )
 
 
 def dumped(config: Mapping[str, Any]) -> str:
     """A configuration as YAML."""
-    text: str = yaml.safe_dump(dict(config), sort_keys=False)
-    return text
+    return str(yaml.safe_dump(dict(config), sort_keys=False))
 
 
-def _changes(there: Any, now: Any, key: str = "") -> list[str]:
-    if isinstance(there, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*there, *now])
-        return [change for k in keys for change in _changes(there.get(k), now.get(k), f"{key}.{k}".lstrip("."))]
-    return [] if there == now else [f"{key}: {there!r} there, {now!r} now"]
+def _changes(before: Any, now: Any, key: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        return [change for k in keys for change in _changes(before.get(k), now.get(k), f"{key}.{k}".lstrip("."))]
+    return [] if before == now else [f"{key}: {before!r} there, {now!r} now"]

@@ -1,4 +1,4 @@
-"""What came of a sweep: mean and standard deviation over seeds, as Markdown, CSV and JSON."""
+"""Tables as Markdown and CSV, for all commands and benchmarks; the summary of a sweep, as mean and deviation."""
 
 from __future__ import annotations
 
@@ -6,14 +6,39 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from smezo_pl.commands.sweep_plan import Run, short_names
 
 
-def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def markdown(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows of equal keys as an aligned Markdown table, the keys as its head; None is shown as a dash.
+
+    Written here because `pandas.DataFrame.to_markdown` needs another package for it (tabulate).
+    """
+    lines = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    texts.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(texts) + "\n"
+
+
+def as_csv(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows of equal keys as CSV, the keys as its head; None is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _text(value: object) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One row for the runs that differ in seeds alone.
 
     Returns:
@@ -28,8 +53,10 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for group in groups.values():
         done = [(run, result) for run in group if run.state == "finished" and (result := run.result()) is not None]
-        measured = [measurements(result) for _, result in done]
-        names = list(dict.fromkeys(name for values in measured for name in values))
+        measured: dict[str, list[float]] = {}
+        for _, result in done:
+            for name, value in measurements(result).items():
+                measured.setdefault(name, []).append(value)
         rows.append(
             {
                 "values": group[0].without_seeds,
@@ -37,89 +64,63 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "of": len(group),
                 "seeds": [{**run.seeds, "seed": result.get("seed")} for run, result in done],
                 "measurements": {
-                    name: _spread([values[name] for values in measured if name in values]) for name in names
+                    name: {
+                        "mean": statistics.fmean(values),
+                        "std": statistics.stdev(values) if len(values) > 1 else None,
+                    }
+                    for name, values in measured.items()
                 },
             }
         )
     return rows
 
 
-def measurements(result: dict[str, Any]) -> dict[str, float]:
+def measurements(result: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a run's ``metrics.json``, by name."""
-    values: dict[str, float] = {**(result.get("after") or {})}
-    values |= {f"test_{name}": value for name, value in result.get("test", {}).get("metrics", {}).items()}
-    for name in ("steps", "step_seconds", "peak_memory_bytes"):
-        if result.get(name) is not None:
-            values[name] = result[name]
-    return {name: float(value) for name, value in values.items()}
+    test = result.get("test", {}).get("metrics", {})
+    values = {**(result.get("after") or {}), **{f"test_{name}": value for name, value in test.items()}}
+    values |= {name: result.get(name) for name in ("steps", "step_seconds", "peak_memory_bytes")}
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
-
-
-def write_tables(runs: Sequence[Run], out: Path) -> str:
+def write_summary(runs: Sequence[Run], out: Path) -> str:
     """Write ``sweep.md``, ``sweep.csv`` and ``sweep.json`` into the sweep's folder.
 
     Returns:
         The Markdown.
     """
-    rows = summarise(runs)
+    rows = summarize(runs)
     names = short_names([run.point for run in runs])
     keys = [key for key in names if any(key in row["values"] for row in rows)]
     measured = list(dict.fromkeys(name for row in rows for name in row["measurements"]))
-    head = [*(names[key] for key in keys), "runs", *measured]
-    shown = [
-        [
-            *(_plain(row["values"].get(key)) for key in keys),
-            f"{row['runs']} of {row['of']}",
-            *(_cell(name, row["measurements"].get(name)) for name in measured),
-        ]
-        for row in rows
-    ]
-    markdown = table(head, shown)
-    (out / "sweep.md").write_text(
-        "Mean ± standard deviation (of a sample) over the finished runs that differ in seeds alone.\n\n" + markdown,
-        encoding="utf-8",
-    )
-    (out / "sweep.csv").write_text(_csv(keys, measured, rows), encoding="utf-8")
+    shown, plain = [], []
+    for row in rows:
+        values = {key: _text(row["values"].get(key)) for key in keys}
+        spreads = {name: row["measurements"].get(name, {"mean": None, "std": None}) for name in measured}
+        shown.append(
+            {names[key]: value for key, value in values.items()}
+            | {"runs": f"{row['runs']} of {row['of']}"}
+            | {name: _spread(name, **spread) for name, spread in spreads.items()}
+        )
+        plain.append(
+            {**values, "runs": row["runs"]}
+            | {f"{name}_{part}": value for name, spread in spreads.items() for part, value in spread.items()}
+        )
+    table = markdown(shown)
+    head = "Mean ± standard deviation (of a sample) over the finished runs that differ in seeds alone.\n\n"
+    (out / "sweep.md").write_text(head + table, encoding="utf-8")
+    (out / "sweep.csv").write_text(as_csv(plain), encoding="utf-8")
     document = {
         "rows": rows,
         "runs": [{"name": run.name, "values": run.point, "state": run.state, "result": run.result()} for run in runs],
     }
     (out / "sweep.json").write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
-    return markdown
+    return table
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, its columns aligned."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(head))]
-    texts = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    texts.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(texts) + "\n"
-
-
-def _csv(keys: Sequence[str], measured: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*keys, "runs", *(f"{name}_{part}" for name in measured for part in ("mean", "std"))])
-    for row in rows:
-        cells = [row["measurements"].get(name, {}).get(part) for name in measured for part in ("mean", "std")]
-        writer.writerow([*(_plain(row["values"].get(key)) for key in keys), row["runs"], *cells])
-    return text.getvalue()
-
-
-def _plain(value: Any) -> str:
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _cell(name: str, spread: dict[str, float | None] | None) -> str:
-    if spread is None or spread["mean"] is None:
-        return "-"
-    mean, std = spread["mean"], spread["std"]
+def _spread(name: str, mean: float | None, std: float | None) -> str | None:
+    if mean is None:
+        return None
     if name == "peak_memory_bytes":
         return f"{mean / 2**30:.2f} GiB"
     if name == "steps":

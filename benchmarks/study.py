@@ -27,7 +27,7 @@ import yaml
 from common import smollm2_file
 
 from smezo_pl.commands.compare import compare
-from smezo_pl.commands.tables import table
+from smezo_pl.commands.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 SEED = 0
@@ -193,15 +193,18 @@ def report(work: Path) -> str:
     rates = chosen(tuned)
     RESULTS.mkdir(exist_ok=True)
     lines = [heading(final or results(work / "tune")), "", "## Learning rates", ""]
-    head = ["method", "lr", *(f"{task}: dev loss" for task in TUNED_ON), *(f"{t}: dev accuracy" for t in TUNED_ON), ""]
-    rows = []
-    for method, wanted in RATES.items():
-        for lr in wanted:
-            there = [tuned.get(method, {}).get(lr, {}).get(task) for task in TUNED_ON]
-            cells = [number(there_one, name) for name in ("loss", "accuracy") for there_one in there]
-            rows.append([method, f"{lr:g}", *cells, "taken" if rates.get(method) == lr else ""])
-    lines += [table(head, rows), f"## {STEPS} steps", ""]
-    lines += [table(*final_table(final)), notes(final)]
+    rows = [
+        {"method": method, "lr": f"{lr:g}"}
+        | {
+            f"{task}: dev {name}": number(tuned.get(method, {}).get(lr, {}).get(task), name)
+            for name in ("loss", "accuracy")
+            for task in TUNED_ON
+        }
+        | {"": "taken" if rates.get(method) == lr else ""}
+        for method, tried in RATES.items()
+        for lr in tried
+    ]
+    lines += [markdown(rows), f"## {STEPS} steps", "", markdown(final_rows(final)), notes(final)]
     text = "\n".join(lines)
     (RESULTS / "study.md").write_text(text, encoding="utf-8")
     document = {"settings": settings(), "chosen": rates, **{stage: stored(work / stage) for stage in STAGES}}
@@ -243,38 +246,37 @@ def number(values: dict[str, float] | None, name: str) -> str:
     return f"{values[name]:.3f}" if values and name in values else "-"
 
 
-def final_table(final: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    head = ["task", "method", "lr", "seed", "dev loss", "best dev loss", "dev accuracy", "test accuracy", "test loss"]
-    head += ["test examples", "s a step", "peak GiB"]
+def final_rows(final: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    names = ["lr", "seed", "dev loss", "best dev loss", "dev accuracy", "test accuracy", "test loss"]
+    names += ["test examples", "s a step", "peak GiB"]
     rows = []
     for task in TASKS:
         for method in ("zero-shot", *RATES):
-            found = [r for r in final if (r["task"], r["method"]) == (task, method)]
-            if not found:
-                rows.append([task, method, *["not run yet"], *["-"] * (len(head) - 3)])
+            row = {"task": task, "method": method, **dict.fromkeys(names)}
+            rows.append(row)
+            result = next((r for r in final if (r["task"], r["method"]) == (task, method)), None)
+            if result is None:
+                row["lr"] = "not run yet"
                 continue
-            result = found[0]
             test = result["test"] or {}
+            row |= {
+                "lr": f"{result['hyperparameters'].get('lr', 0):g}" if method != "zero-shot" else None,
+                "seed": SEED,
+                "dev loss": number(result["after"], "loss"),
+                "best dev loss": f"{min(point['loss'] for point in result['curve']['held_out']):.3f}",
+                "dev accuracy": number(result["after"], "accuracy"),
+                "test loss": number(test.get("metrics"), "loss"),
+                "test examples": test.get("examples"),
+            }
             accuracy = test.get("metrics", {}).get("accuracy")
-            spread = None if accuracy is None else (accuracy * (1 - accuracy) / test["examples"]) ** 0.5
-            seconds = result["step_seconds"]
-            rows.append(
-                [
-                    task,
-                    method,
-                    f"{result['hyperparameters'].get('lr', 0):g}" if method != "zero-shot" else "-",
-                    str(SEED),
-                    number(result["after"], "loss"),
-                    f"{min(point['loss'] for point in result['curve']['held_out']):.3f}",
-                    number(result["after"], "accuracy"),
-                    "-" if accuracy is None else f"{accuracy:.3f} ± {spread:.3f}",
-                    number(test.get("metrics"), "loss"),
-                    str(test.get("examples", "-")),
-                    "-" if seconds is None else f"{seconds:.2f}",
-                    f"{result['peak_memory_bytes'] / 2**30:.2f}" if result["steps"] else "-",
-                ]
-            )
-    return head, rows
+            if accuracy is not None:
+                error = (accuracy * (1 - accuracy) / test["examples"]) ** 0.5
+                row["test accuracy"] = f"{accuracy:.3f} ± {error:.3f}"
+            if result["step_seconds"] is not None:
+                row["s a step"] = f"{result['step_seconds']:.2f}"
+            if result["steps"]:
+                row["peak GiB"] = f"{result['peak_memory_bytes'] / 2**30:.2f}"
+    return rows
 
 
 def notes(final: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The command line: quick to answer, clear about mistakes, and whole runs of every verb."""
+"""The command line: quick to answer, clear about mistakes, and whole runs of every subcommand."""
 
 import json
 import os
@@ -13,14 +13,14 @@ import yaml
 from smezo_pl import SparseMeZO, __version__, build, record
 from smezo_pl import __main__ as script
 from smezo_pl.cli import main, suggestion
-from smezo_pl.commands import VERBS
+from smezo_pl.commands import SUBCOMMANDS
 
 ROOT = Path(__file__).parent.parent
 
 
-def words(verb: str, model: Path, *more: str) -> list[str]:
+def words(subcommand: str, model: Path, *more: str) -> list[str]:
     return [
-        verb,
+        subcommand,
         f"--model.pretrained={model}",
         "--model.optimizer.kernel=torch",
         "--data.task=demo",
@@ -44,7 +44,7 @@ def test_help_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(f"  {verb} " in done.stdout for verb in VERBS)
+    assert all(f"  {name} " in done.stdout for name in SUBCOMMANDS)
 
 
 def test_python_m(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,14 +54,14 @@ def test_python_m(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.stdout == f"smezo_pl {__version__}\n"
 
 
-def test_misspelt_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_misspelt_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         script.main(["fitt"])
     assert stop.value.code == 2
-    assert "there is no verb 'fitt'; did you mean 'fit'?" in capsys.readouterr().err
+    assert "unknown subcommand 'fitt'; did you mean 'fit'?" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     """``smezo show RUN --json | head``."""
     model = torch.nn.Linear(4, 4)
     with record(SparseMeZO(model.named_parameters(), kernel="torch"), tmp_path / "trajectory.smezo", model):

@@ -315,11 +315,11 @@ def _draw(run: RunFacts, name: str, color: str, metric: str, panels: Sequence[Ax
         return
     if run.train_loss:
         losses.plot(*zip(*running_mean(run.train_loss), strict=True), color=color, linewidth=0.9, alpha=0.45)
-    curves = [(over_steps, score), (losses, loss)]
+    curves = [(over_steps, score, 1.0), (losses, loss, 1.0)]
     if run.step_seconds is not None:
-        curves.append((over_seconds, [(step * run.step_seconds, value) for step, value in score]))
-    for axes, points in curves:
-        x, y = [x for x, _ in points], [y for _, y in points]
+        curves.append((over_seconds, score, run.step_seconds))
+    for axes, points, unit in curves:
+        x, y = [step * unit for step, _ in points], [value for _, value in points]
         axes.plot(x, y, label=name, color=color, marker="o", markersize=3.5, linewidth=1.5)
 
 

@@ -79,7 +79,7 @@ def preview(data: PromptDataModule, split: SplitName = "train", examples: int = 
 
 def _marked(data: PromptDataModule, encoded: Encoded) -> str:
     """The prompt and its candidates; of many or long candidates only the gold ones."""
-    shown = range(len(encoded.candidates))
+    shown = tuple(range(len(encoded.candidates)))
     if sum(map(len, encoded.candidates)) > _MOST_SHOWN:
         shown = encoded.correct
     answers = [_tokens(data, encoded.candidates[index]) + "*" * (index in encoded.correct) for index in shown]

@@ -142,9 +142,9 @@ def as_text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
     if len(trajectory.rows) >= 1000:  # nearly all of a short run is its header
         lines["size"] += f", {facts['bytes'] / len(trajectory.rows):.1f} per step"
     if facts["sound"]:
-        lines["valid"] = "yes, every step" + (", with a hash of the last weights" if facts["final_weights"] else "")
+        lines["sound"] = "yes, every step" + (", with a hash of the last weights" if facts["final_weights"] else "")
     else:
-        lines["valid"] = f"up to step {facts['steps']}, which `smezo replay --step` can make; then {facts['damage']}"
+        lines["sound"] = f"up to step {facts['steps']}, which `smezo replay --step` can make; then {facts['damage']}"
     # A line break in a name that the file holds would look like a line of this summary.
     return "\n".join([facts["path"], *(f"  {name:<12} {line.replace(chr(10), '?')}" for name, line in lines.items())])
 
@@ -173,7 +173,7 @@ def _row(folder: Path, facts: dict[str, Any]) -> dict[str, object]:
         "seed": facts["seed"],
         "loss": f"{loss['first']:.4f} -> {loss['last']:.4f}" if loss else None,
         "bytes": f"{facts['bytes']:,}",
-        "state": "being written" if facts["writing"] else "valid" if facts["sound"] else "CORRUPTED",
+        "state": "being written" if facts["writing"] else "sound" if facts["sound"] else "CORRUPTED",
     }
 
 

@@ -19,7 +19,7 @@ Point = dict[str, Any]
 CONFIG = "run.yaml"
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML in which ``1e-4`` is a number, as on the command line; in YAML 1.1 it is a string, as it has no dot."""
 
 

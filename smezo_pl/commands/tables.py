@@ -118,9 +118,9 @@ def write_summary(runs: Sequence[Run], out: Path) -> str:
     return table
 
 
-def _spread(name: str, mean: float | None, std: float | None) -> str | None:
+def _spread(name: str, mean: float | None, std: float | None) -> str:
     if mean is None:
-        return None
+        return "-"
     if name == "peak_memory_bytes":
         return f"{mean / 2**30:.2f} GiB"
     if name == "steps":

@@ -1,4 +1,4 @@
-"""Runs beside each other: from their files alone, finished and not."""
+"""Comparisons of runs from their files alone, finished and not."""
 
 import csv
 import json
@@ -13,8 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from smezo_pl.__main__ import main
 from smezo_pl.callbacks import RunMetrics, SeedCheckpoint
 from smezo_pl.callbacks.run_metrics import PEAK_MEMORY, STEP_SECONDS
-from smezo_pl.commands.compare import compare, labels, rows_of, steps_to
-from smezo_pl.commands.runs import RunFacts, read_run, run_folders
+from smezo_pl.commands.compare import RunFacts, compare, labels, read_run, rows_of, run_folders, steps_to
 from tests.trajectory.runs import Classifier, KillAfter, KilledError, fit
 
 
@@ -43,7 +42,7 @@ def finished(folder: Path, **changes: Any) -> Path:
 
 
 def running(folder: Path) -> Path:
-    """What a run by backpropagation leaves until it is done."""
+    """What a first-order run leaves until it is done."""
     folder.mkdir(parents=True)
     config = {
         "model": {"method": "lora", "first_order": {"lr": 0.01, "seed": 3}},
@@ -76,7 +75,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert row["peak GiB"] == 3.0 and row["test accuracy"] == 0.66
 
 
-def test_a_run_that_goes_on(tmp_path: Path) -> None:
+def test_an_unfinished_run(tmp_path: Path) -> None:
     run = read_run(running(tmp_path / "a"))
     assert not run.finished and (run.steps, run.max_steps) == (110, 300)
     assert (run.task, run.method, run.lr, run.seed) == ("sst2", "lora", 0.01, 3)
@@ -104,7 +103,7 @@ def test_a_loss_is_reached_from_above(tmp_path: Path) -> None:
     assert steps_to(run, "accuracy", 0.8) == 100 and steps_to(run, "f1", 0.1) is None
 
 
-def test_labels_are_as_short_as_tells_runs_apart() -> None:
+def test_labels_are_as_short_as_possible() -> None:
     def run(method: str, lr: float, seed: int, task: str = "a") -> RunFacts:
         return RunFacts(Path(f"{method}{lr}{seed}"), task=task, method=method, lr=lr, seed=seed)
 
@@ -114,7 +113,7 @@ def test_labels_are_as_short_as_tells_runs_apart() -> None:
     assert labels([run("x", 1.0, 0), run("x", 1.0, 0)]) == ["x (x1.00)", "x (x1.00)"]
 
 
-def test_the_verb_writes_table_and_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_and_curves_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished(tmp_path / "runs" / "a")
     finished(tmp_path / "runs" / "z", method="zero-shot", steps=0, step_seconds=None, task="rte")
     running(tmp_path / "runs" / "b")
@@ -128,7 +127,7 @@ def test_the_verb_writes_table_and_curves(tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "new" / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_record_tells_the_steps_before_any_event_is_there(tmp_path: Path) -> None:
+def test_the_trajectory_has_the_steps_before_there_are_events(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         fit(tmp_path, Classifier(), SeedCheckpoint(str(tmp_path / "run")), KillAfter(7))
     (tmp_path / "run" / "config.yaml").write_text("trainer: {max_steps: 20}\n")
@@ -138,7 +137,7 @@ def test_a_record_tells_the_steps_before_any_event_is_there(tmp_path: Path) -> N
 
 
 def test_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing is no folder: give a run's folder"):
+    with pytest.raises(ValueError, match="nothing is no folder: pass a run's folder"):
         run_folders([tmp_path / "nothing"])
     with pytest.raises(ValueError, match="holds no run"):
         run_folders([tmp_path])

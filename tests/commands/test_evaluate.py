@@ -42,7 +42,7 @@ def test_the_scores_are_those_of_the_run(run: Path, capsys: pytest.CaptureFixtur
         assert scores["scores"][-1][name] == after[key]
     assert len({row["val/loss"] for row in scores["scores"]}) == 3
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split()[:1] == ["step"] for line in lines)
+    assert any(line.split()[:2] == ["|", "step"] for line in lines)
     assert any(line.endswith("scores.json") for line in lines)
 
 
@@ -55,11 +55,11 @@ def test_other_data_and_the_test_split(run: Path, tmp_path: Path) -> None:
 
 
 def test_an_exported_run_with_a_configuration(run: Path, tmp_path: Path) -> None:
-    export_main(["export", str(run), "--out", str(tmp_path / "tune.safetensors")])
-    with pytest.raises(TrajectoryError, match=r"config\.yaml: there is no such file; say --config FILE"):
-        evaluate.main(["evaluate", str(tmp_path / "tune.safetensors"), "--every", "4"])
+    export_main(["export", str(run), "--out", str(tmp_path / "exported.safetensors")])
+    with pytest.raises(TrajectoryError, match=r"config\.yaml: there is no such file; pass --config FILE"):
+        evaluate.main(["evaluate", str(tmp_path / "exported.safetensors"), "--every", "4"])
     evaluate.main(
-        ["evaluate", str(tmp_path / "tune.safetensors"), "--every", "4", "--config", str(run / "config.yaml")]
+        ["evaluate", str(tmp_path / "exported.safetensors"), "--every", "4", "--config", str(run / "config.yaml")]
     )
     assert len(json.loads((tmp_path / "evaluation.json").read_text())["scores"]) == 2
 
@@ -109,27 +109,28 @@ def test_steps_only_go_up(tmp_path: Path) -> None:
 
 
 class TestListing:
-    """Runs and tunes below a folder."""
+    """Runs and exported runs below a folder."""
 
     def test_by_what_they_start_from(self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         shutil.copytree(run, tmp_path / "runs" / "a")
         fit(tmp_path / "runs" / "b", Classifier(), max_steps=4)
-        export_main(["export", str(run), "--out", str(tmp_path / "runs" / "tune.safetensors")])
+        export_main(["export", str(run), "--out", str(tmp_path / "runs" / "exported.safetensors")])
         (tmp_path / "runs" / "model.safetensors").write_bytes(b"something else")
         capsys.readouterr()
         show.main(["show", str(tmp_path / "runs")])
         lines = capsys.readouterr().out.splitlines()
-        assert [line.split(":")[0] for line in lines if line.startswith("  ")] == [
-            "  a/trajectory.smezo",
-            "  tune.safetensors",
-            "  b/trajectory.smezo",
+        rows = [line.split(" | ") for line in lines if ".s" in line]
+        assert [row[0].strip("| ") for row in rows] == [
+            "a/trajectory.smezo",
+            "exported.safetensors",
+            "b/trajectory.smezo",
         ]
         assert sum("fingerprint" in line for line in lines) == 2
-        assert all("4 steps" in line and "sound" in line for line in lines if line.startswith("  "))
+        assert all(row[1].strip() == "4" and row[-1].strip("| ") == "sound" for row in rows)
         show.main(["show", str(tmp_path / "runs"), "--json"])
         assert len(json.loads(capsys.readouterr().out)["runs"]) == 3
 
-    def test_a_record_that_cannot_be_read_does_not_hide_the_others(
+    def test_an_unreadable_trajectory_does_not_hide_the_others(
         self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         shutil.copytree(run, tmp_path / "b")
@@ -139,8 +140,10 @@ class TestListing:
             show.main(["show", str(tmp_path)])
         assert left.value.code == 1
         lines = capsys.readouterr().out.splitlines()
-        assert lines[1].startswith("  b/trajectory.smezo: 4 steps, small 0.8, lr 0.01, seed 0, loss")
-        assert lines[2].startswith(f"{tmp_path / 'a' / 'trajectory.smezo'}") and len(lines) == 3
+        head, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[2], lines[4]))
+        assert head == ["run", "steps", "mask", "lr", "seed", "loss", "bytes", "state"]
+        assert row[:5] == ["b/trajectory.smezo", "4", "small 0.8", "0.01", "0"] and " -> " in row[5]
+        assert lines[6].startswith(f"{tmp_path / 'a' / 'trajectory.smezo'}") and len(lines) == 7
         with pytest.raises(SystemExit):
             show.main(["show", str(tmp_path), "--json"])
         listed = json.loads(capsys.readouterr().out)
@@ -156,14 +159,14 @@ def test_at_the_top_level(run: Path, tmp_path: Path, tiny_folder: Path) -> None:
     import smezo_pl
     from smezo_pl.trajectory.fingerprint import model_fingerprint
 
-    smezo_pl.export(run, tmp_path / "tune.safetensors")
+    smezo_pl.export(run, tmp_path / "exported.safetensors")
     model, _ = smezo_pl.load_model(tiny_folder, dtype=torch.bfloat16)
     before = model_fingerprint(model)
-    applied = smezo_pl.apply(model, tmp_path / "tune.safetensors")
+    applied = smezo_pl.apply(model, tmp_path / "exported.safetensors")
     assert (applied.steps, applied.identical) == (4, True)
     assert model_fingerprint(model) != before
     with pytest.raises(TrajectoryError, match="starts from other weights"):
-        smezo_pl.apply(model, tmp_path / "tune.safetensors")
+        smezo_pl.apply(model, tmp_path / "exported.safetensors")
 
 
 def test_build_takes_the_configuration_of_a_run(run: Path) -> None:

@@ -26,7 +26,7 @@ def preview(capsys: pytest.CaptureFixture[str], folder: Path, *words: str) -> st
 
 
 @pytest.mark.usefixtures("no_model")
-def test_what_the_model_will_see(
+def test_what_the_model_sees(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -47,12 +47,12 @@ def test_what_the_model_will_see(
     shown = re.findall(r"--- train, line (\d+) of mine.jsonl, (\d+) tokens cut\n(.*?)\n\n", out, re.DOTALL)
     assert len(shown) == 2
     for line, cut, text in shown:
-        right = rows[int(line) - 1]["topic"]
+        gold = rows[int(line) - 1]["topic"]
         assert int(cut) > 0
         assert text.startswith("<s>") and "Story" not in text
-        assert ("⟧*" in text.split(" ⟦ not")[0]) == (right == 0)
-        assert text.endswith("⟦ not| bad⟧" + "*" * (right == 1))
-    assert re.search(r"train +12 +\d+ +8 +12   *\n|train +12 +\d+ +\d+ +12\n", out)
+        assert ("⟧*" in text.split(" ⟦ not")[0]) == (gold == 0)
+        assert text.endswith("⟦ not| bad⟧" + "*" * (gold == 1))
+    assert re.search(r"\| train +\| 12 +\| \d+ +\| \d+ +\| 12 +\|\n", out)
     counts = re.search(r"labels of train: 0 ' good' (\d+) \((\d+)%\), 1 ' not bad' (\d+)", out)
     assert counts is not None and int(counts[1]) + int(counts[3]) == 12
     assert re.search(r"' not bad': 2 tokens ⟦ not\| bad⟧ \[\d+, \d+\]", out)

@@ -1,4 +1,4 @@
-"""A sweep as its user sees it: planned, checked, killed, gone on with, summed up."""
+"""A sweep as its user sees it: planned, checked, killed, resumed, summed up."""
 
 import csv
 import json
@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from smezo_pl.__main__ import main
-from smezo_pl.commands.sweep import _held, run_all
+from smezo_pl.commands.sweep import run_all
 from smezo_pl.commands.sweep_plan import Run, plan
-from smezo_pl.commands.tables import summarise, write_tables
+from smezo_pl.commands.tables import summarize, write_summary
+from smezo_pl.trajectory.files import lock_file
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -70,7 +71,7 @@ def test_killed_resumed_skipped_and_summed_up(
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert (
-        "[1/2] seed=0: goes on from its checkpoint" in printed and "[2/2] seed=1: finished before, skipped" in printed
+        "[1/2] seed=0: resumes from its checkpoint" in printed and "[2/2] seed=1: finished before, skipped" in printed
     )
     assert (tmp_path / "out/seed=1/metrics.json").stat().st_mtime_ns == untouched
     resumed = json.loads((tmp_path / "out/seed=0/metrics.json").read_text())
@@ -172,12 +173,14 @@ def test_a_run_that_another_process_holds_is_left_to_it(tmp_path: Path) -> None:
     (run,) = plan(base(tmp_path), [{"model.optimizer.seed": 0}], tmp_path)
     run.folder.mkdir()
     lines: list[str] = []
-    with _held(run.folder / "lock") as handle:
-        assert handle is not None
-        assert run_all([run], 1, lines.append) == []
-    assert lines == ["[1/1] seed=0: another process is at work on it, left to that"]
-    with _held(run.folder / "lock") as handle:
-        assert handle is not None and os.get_inheritable(handle) is False
+    handle = lock_file(run.folder / "lock")
+    assert handle is not None
+    assert run_all([run], 1, lines.append) == []
+    assert lines == ["[1/1] seed=0: another process is working on it, left to that"]
+    os.close(handle)
+    handle = lock_file(run.folder / "lock")
+    assert handle is not None and os.get_inheritable(handle) is False
+    os.close(handle)
 
 
 def test_mean_and_deviation_by_hand(tmp_path: Path) -> None:
@@ -186,11 +189,11 @@ def test_mean_and_deviation_by_hand(tmp_path: Path) -> None:
         done(tmp_path, config, {"model.optimizer.lr": lr, "seed": seed}, {"loss": loss, "accuracy": 0.5})
         for lr, seed, loss in ((0.1, 0, 1.0), (0.1, 1, 2.0), (0.1, 2, 6.0), (0.2, 0, 4.0))
     ]
-    first, second = summarise(runs)
+    first, second = summarize(runs)
     assert first["values"] == {"model.optimizer.lr": 0.1} and first["runs"] == first["of"] == 3
     assert first["measurements"]["loss"] == {"mean": 3.0, "std": pytest.approx(7**0.5)}
     assert second["measurements"]["loss"] == {"mean": 4.0, "std": None}
-    text = write_tables(runs, tmp_path)
+    text = write_summary(runs, tmp_path)
     assert "| 0.1 | 3 of 3 | 3.0000 ± 2.6458 |" in " ".join(text.split())
     rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
     assert [row["loss_mean"] for row in rows] == ["3.0", "4.0"] and rows[1]["loss_std"] == ""

@@ -4,14 +4,14 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 import torch
 
-from smezo_pl.commands import VERBS
+from smezo_pl.commands import SUBCOMMANDS
 from smezo_pl.models import add_adapter, load_model
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory import TrajectoryError
@@ -23,8 +23,7 @@ STEPS = 6
 
 
 def smezo(*words: str | Path) -> None:
-    verb = VERBS[words[0]]
-    getattr(import_module(verb.module), verb.function)([str(word) for word in words])
+    resolve_name(SUBCOMMANDS[str(words[0])][0])([str(word) for word in words])
 
 
 def train(
@@ -89,7 +88,7 @@ class TestShow:
         smezo("show", tmp_path / "copy")
         assert "a run is writing it" not in capsys.readouterr().out
 
-    def test_a_damaged_one(self, run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_corrupted_one(self, run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         shutil.copytree(run[0], tmp_path / "copy")
         connection = sqlite3.connect(tmp_path / "copy" / "trajectory.smezo")
         connection.execute("UPDATE steps SET data = zeroblob(20) WHERE step = 4")
@@ -102,8 +101,8 @@ class TestShow:
         for words in (("replay",), ("replay", "--step", "5"), ("export",), ("export", "--step", "5")):
             with pytest.raises(TrajectoryError, match="step 4 is damaged"):
                 smezo(words[0], tmp_path / "copy", *words[1:], "--out", tmp_path / "out")
-        smezo("export", tmp_path / "copy", "--step", "4", "--out", tmp_path / "tune.safetensors")
-        smezo("apply", tmp_path / "tune.safetensors", "--out", tmp_path / "applied")
+        smezo("export", tmp_path / "copy", "--step", "4", "--out", tmp_path / "exported.safetensors")
+        smezo("apply", tmp_path / "exported.safetensors", "--out", tmp_path / "applied")
         smezo("replay", tmp_path / "copy", "--step", "4", "--out", tmp_path / "out")
         smezo("replay", run[0], "--step", "4", "--out", tmp_path / "right")
         made = [load_model(tmp_path / name, dtype=torch.bfloat16)[0] for name in ("out", "applied", "right")]
@@ -179,9 +178,9 @@ class TestReplayAndApply:
     def test_of_an_exported_one(
         self, run: tuple[Path, Any], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        smezo("export", run[0], "--out", tmp_path / "tune.safetensors")
+        smezo("export", run[0], "--out", tmp_path / "exported.safetensors")
         assert f"{STEPS} steps" in capsys.readouterr().out
-        smezo("apply", tmp_path / "tune.safetensors", "--model", tiny_folder, "--out", tmp_path / "model")
+        smezo("apply", tmp_path / "exported.safetensors", "--model", tiny_folder, "--out", tmp_path / "model")
         assert "identical" in capsys.readouterr().out
         assert same(load_model(tmp_path / "model", dtype=torch.bfloat16)[0], run[1])
 
@@ -234,13 +233,13 @@ class TestReplayAndApply:
 
     def test_without_a_model(self, tiny_folder: Path, tmp_path: Path) -> None:
         train(load_model(tiny_folder)[0], tmp_path / "run", 1)
-        with pytest.raises(TrajectoryError, match=r"does not name the model.*say --model"):
+        with pytest.raises(TrajectoryError, match=r"does not name the model.*pass --model"):
             smezo("replay", tmp_path / "run", "--out", tmp_path / "model")
 
     @pytest.mark.parametrize(
         "words", [("replay",), ("apply", "x"), ("export", "x"), ("show",), ("replay", "x", "--step", "y")]
     )
-    def test_words_that_are_missing_or_wrong(self, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    def test_missing_or_wrong_arguments(self, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as left:
             smezo(*words)
         assert left.value.code == 2

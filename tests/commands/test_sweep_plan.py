@@ -44,7 +44,7 @@ def test_keys_that_change_together(tmp_path: Path) -> None:
         ("a: [1]\na, b: [2]", "key 'a, b' is there twice"),
         ("'a,': [2]", "key 'a,' has an empty part"),
         ("a, b: [[1, 2, 3]]", r"'a, b' names 2 keys, and \[1, 2, 3\] holds 3 values"),
-        ("a: [1\nb: 2", r"grid.yaml is no YAML: .*line 2"),
+        ("a: [1\nb: 2", r"grid.yaml is not YAML: .*line 2"),
     ],
 )
 def test_a_wrong_grid_says_where(text: str, message: str, tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def _row(folder: Path, facts: dict[str, Any]) -> dict[str, object]:
         "seed": facts["seed"],
         "loss": f"{loss['first']:.4f} -> {loss['last']:.4f}" if loss else None,
         "bytes": f"{facts['bytes']:,}",
-        "state": "being written" if facts["writing"] else "sound" if facts["sound"] else "CORRUPTED",
+        "state": "being written" if facts["writing"] else "valid" if facts["sound"] else "CORRUPTED",
     }
 
 

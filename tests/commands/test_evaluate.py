@@ -126,7 +126,7 @@ class TestListing:
             "b/trajectory.smezo",
         ]
         assert sum("fingerprint" in line for line in lines) == 2
-        assert all(row[1].strip() == "4" and row[-1].strip("| ") == "sound" for row in rows)
+        assert all(row[1].strip() == "4" and row[-1].strip("| ") == "valid" for row in rows)
         show.main(["show", str(tmp_path / "runs"), "--json"])
         assert len(json.loads(capsys.readouterr().out)["runs"]) == 3
 

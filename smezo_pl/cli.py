@@ -93,8 +93,8 @@ TRAINER_DEFAULTS = {
     "max_steps": 20_000,
     "num_sanity_val_steps": 0,
 }
-"""The papers train for 20,000 steps. `RunMetrics` turns the sanity check on itself, to evaluate the starting weights; the
-line that is logged with the model says more than the summary."""
+"""The papers train for 20,000 steps. `RunMetrics` turns the sanity check on by itself, to evaluate the starting weights.
+The line that is logged with the model says more than the summary."""
 
 
 class SmezoCLI(LightningCLI):

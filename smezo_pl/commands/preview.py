@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from smezo_pl.commands.tables import markdown
 from smezo_pl.data import Encoded, PromptDataModule
 from smezo_pl.data.splits import SplitName
 
@@ -71,7 +70,7 @@ def preview(data: PromptDataModule, split: SplitName = "train", examples: int = 
         cut = f", {example.cut} tokens cut" if example.cut else ""
         yield f"\n--- {split}, {where} of {data.origin(split)}{cut}"
         yield _marked(data, example)
-    yield "\n⟦ ⟧ scored tokens, a bar between two of them; * the gold answer\n"
+    yield "\n⟦ ⟧ scored tokens, a bar between two of them; * the right answer\n"
     yield from _lengths(data, ("train", "dev") if split != "test" else ("test",))
     yield from _labels(data, split)
     yield from _candidates(data, encoded)
@@ -99,20 +98,12 @@ def _shortened(text: str, longest: int = _LONGEST_PROMPT) -> str:
 
 
 def _lengths(data: PromptDataModule, splits: Sequence[SplitName]) -> Iterator[str]:
-    yield f"tokens (max_length {data.max_length})"
-    yield markdown(
-        [
-            {
-                "split": split,
-                "examples": len(encoded),
-                "median": round(statistics.median(example.length for example in encoded)),
-                "longest": max(example.length for example in encoded),
-                "cut": sum(example.cut > 0 for example in encoded),
-            }
-            for split in splits
-            if (encoded := data.encoded(split))
-        ]
-    ).rstrip()
+    yield f"{'tokens':<8}{'examples':>9}{'median':>9}{'longest':>9}{'cut':>6}   (max_length {data.max_length})"
+    for split in splits:
+        if encoded := data.encoded(split):
+            lengths = [example.length for example in encoded]
+            cut = sum(example.cut > 0 for example in encoded)
+            yield f"{split:<8}{len(encoded):>9}{round(statistics.median(lengths)):>9}{max(lengths):>9}{cut:>6}"
 
 
 def _labels(data: PromptDataModule, split: SplitName) -> Iterator[str]:

@@ -52,7 +52,7 @@ def test_what_the_model_sees(
         assert text.startswith("<s>") and "Story" not in text
         assert ("⟧*" in text.split(" ⟦ not")[0]) == (gold == 0)
         assert text.endswith("⟦ not| bad⟧" + "*" * (gold == 1))
-    assert re.search(r"\| train +\| 12 +\| \d+ +\| \d+ +\| 12 +\|\n", out)
+    assert re.search(r"train +12 +\d+ +8 +12   *\n|train +12 +\d+ +\d+ +12\n", out)
     counts = re.search(r"labels of train: 0 ' good' (\d+) \((\d+)%\), 1 ' not bad' (\d+)", out)
     assert counts is not None and int(counts[1]) + int(counts[3]) == 12
     assert re.search(r"' not bad': 2 tokens ⟦ not\| bad⟧ \[\d+, \d+\]", out)

@@ -93,7 +93,7 @@ TRAINER_DEFAULTS = {
     "max_steps": 20_000,
     "num_sanity_val_steps": 0,
 }
-"""The papers train for 20,000 steps. `RunMetrics` turns the sanity check on by itself, to evaluate the starting weights.
+"""The papers train for 20,000 steps. `RunMetrics` turns the sanity check on, to evaluate the starting weights.
 The line that is logged with the model says more than the summary."""
 
 

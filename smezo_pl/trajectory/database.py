@@ -231,13 +231,16 @@ def _beside(path: Path, suffix: str) -> Path:
 def is_written(path: Path) -> bool:
     """Whether a process writes the trajectory at this moment."""
     lock = _beside(path, "-lock")
+    if not lock.exists():
+        return False
     try:
-        handle = lock_file(lock) if lock.exists() else -1
+        handle = lock_file(lock)
     except OSError:  # nobody writes in a folder that cannot be written
         return False
-    if handle is not None and handle >= 0:
-        os.close(handle)
-    return handle is None
+    if handle is None:
+        return True
+    os.close(handle)
+    return False
 
 
 class WriterLock:

@@ -1,8 +1,9 @@
-"""A number that changes rarely, or at every step, over the steps of a run, as few bytes as losslessly possible.
+"""A finished run as one safetensors file: the header, a projected gradient per sample, and what changed on the way.
 
-Values that hold for many steps are kept as pieces, ``[first step, value of each group]``, in JSON. A schedule that
-changes them at every step is kept as a column of float64: each value's bits are subtracted from those of the one before
-it, twice (a straight line leaves next to nothing), and the bytes of equal weight are deflated together.
+Learning rate, weight decay, eps and sparsity change rarely, or at every step. What holds for many steps is run-length
+encoded in JSON. A schedule that changes at every step is a column of float64: each value's bits are subtracted from
+those of the one before it, twice (a straight line leaves next to nothing), and the bytes of equal weight are deflated
+together. 20,000 steps with a linear schedule take 84 kB; deflated as they are, 202 kB.
 """
 
 from __future__ import annotations
@@ -26,64 +27,52 @@ from smezo_pl.trajectory.header import MAX_HEADER_BYTES, Header, TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_record, locate
 from smezo_pl.trajectory.records import MAX_SAMPLES, RATES, Mark
 
-MOST_VALUES = 1 << 26
-"""Most values that are unpacked: bounds what a damaged file can make a reader allocate."""
+KIND = "smezo_tune"
+EXPORT_FORMAT = 1
+MAX_FILE_BYTES = 1 << 25
+"""Largest file that is opened: eight million steps."""
+MAX_VALUES = 1 << 26
+"""Most values that are unpacked: bounds what a corrupted file can make a reader allocate."""
 
-# A piece costs about as much JSON as this many steps of a column.
-_STEPS_A_PIECE = 6
+# An entry of the run-length encoding costs about as much JSON as this many steps of a column.
+_STEPS_PER_ENTRY = 6
 
 
 def pack_columns(values: Sequence[tuple[float, ...]]) -> tuple[list[list[Any]], bytes]:
-    """Values of each step as pieces, or as a column.
-
-    Args:
-        values: For each step one value a group.
+    """Encode one value per step and parameter group.
 
     Returns:
-        Pieces and nothing, or no pieces and a column.
+        The run-length encoding, ``[first step, value of each group]`` for each run, and no bytes; or an empty list and
+        a column.
     """
-    pieces: list[list[Any]] = []
+    runs: list[list[Any]] = []
     for index, value in enumerate(values):
-        if not pieces or tuple(pieces[-1][1:]) != value:
-            pieces.append([index, *value])
-    if len(pieces) * _STEPS_A_PIECE <= len(values) or len(pieces) <= 1:
-        return pieces, b""
+        if not runs or tuple(runs[-1][1:]) != value:
+            runs.append([index, *value])
+    if len(runs) * _STEPS_PER_ENTRY <= len(values) or len(runs) <= 1:
+        return runs, b""
     return [], _pack_column(np.array(values, dtype="<f8"))
 
 
-def unpack_columns(pieces: object, column: bytes, steps: int, groups: int) -> list[tuple[float, ...]]:
-    """The values again.
-
-    Args:
-        pieces: Pieces of `pack_columns`.
-        column: Column of `pack_columns`.
-        steps: Number of steps.
-        groups: Number of parameter groups.
+def unpack_columns(runs: object, column: bytes, steps: int, groups: int) -> list[tuple[float, ...]]:
+    """Decode what `pack_columns` gave.
 
     Raises:
-        ValueError: If they are not the values of so many steps and groups.
+        ValueError: If these are not the values of so many steps and groups.
     """
-    if not isinstance(pieces, list):
-        raise ValueError("pieces are no list")
-    if steps * groups > MOST_VALUES:
+    if steps * groups > MAX_VALUES:
         raise ValueError(f"{steps} steps of {groups} groups are too many")
-    if not pieces:
+    if runs == []:
         return [tuple(row) for row in _unpack_column(column, steps, groups).tolist()] if steps else []
-    values: list[tuple[float, ...]] = []
-    for piece, after in zip(pieces, [*pieces[1:], [steps]], strict=True):
-        if not isinstance(piece, list) or len(piece) != groups + 1 or piece[0] != len(values):
-            raise ValueError("a piece does not begin where the one before it ends")
-        if (
-            not isinstance(after, list)
-            or not after
-            or not isinstance(after[0], int)
-            or not piece[0] < after[0] <= steps
-        ):
-            raise ValueError("a piece ends before it begins, or after the last step")
-        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in piece[1:]):
-            raise ValueError("a piece holds something that is no number")
-        values += [tuple(float(value) for value in piece[1:])] * (after[0] - piece[0])
-    return values
+    if not isinstance(runs, list) or not all(isinstance(run, list) and len(run) == groups + 1 for run in runs):
+        raise ValueError("the run-length encoding is no list of a step and a value per group")
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for run in runs for v in run):
+        raise ValueError("the run-length encoding holds something that is no number")
+    starts = [run[0] for run in runs]
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], steps], strict=True)]
+    if starts[0] != 0 or not all(isinstance(length, int) and length > 0 for length in lengths):
+        raise ValueError("the run-length encoding is not of these steps")
+    return [tuple(map(float, run[1:])) for run, length in zip(runs, lengths, strict=True) for _ in range(length)]
 
 
 def _pack_column(values: npt.NDArray[np.float64]) -> bytes:
@@ -98,7 +87,7 @@ def _unpack_column(data: bytes, steps: int, groups: int) -> npt.NDArray[np.float
     try:
         plain = inflate(data, 8 * steps * groups)
     except zlib.error as error:
-        raise ValueError(f"a column is damaged: {error}") from None
+        raise ValueError(f"a column is corrupted: {error}") from None
     if len(plain) != 8 * steps * groups:
         raise ValueError(f"a column has {len(plain)} bytes for {steps} steps and {groups} groups")
     planes = np.frombuffer(plain, np.uint8).reshape(8, -1)
@@ -106,12 +95,6 @@ def _unpack_column(data: bytes, steps: int, groups: int) -> npt.NDArray[np.float
     for _ in range(2):
         bits = np.cumsum(bits, axis=1, dtype=np.uint64)
     return np.ascontiguousarray(bits).view("<f8").T
-
-
-KIND = "smezo_tune"
-EXPORT_FORMAT = 1
-MAX_FILE_BYTES = 1 << 25
-"""Largest file that is opened: eight million steps."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def linear() -> list[tuple[float, ...]]:
 CASES: dict[str, tuple[list[tuple[float, ...]], int]] = {
     "constant": ([(1e-6,)] * STEPS, 100),
     "two groups": ([(1e-6, 3e-5)] * STEPS, 100),
-    "a few pieces": ([(1e-6 / (1 + i // 5000),) for i in range(STEPS)], 200),
+    "a few runs": ([(1e-6 / (1 + i // 5000),) for i in range(STEPS)], 200),
     "cosine": ([(0.5e-6 * (1 + math.cos(math.pi * i / STEPS)),) for i in range(STEPS)], 8 * STEPS),
     "linear": (linear(), 5 * STEPS),
     "noise": ([(random.Random(i).random(),) for i in range(1000)], 9 * 1000),
@@ -37,14 +37,14 @@ CASES: dict[str, tuple[list[tuple[float, ...]], int]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_values_come_back_to_the_bit_and_small(name: str) -> None:
     values, most = CASES[name]
-    pieces, column = pack(values)
-    back = unpack(pieces, column, len(values), len(values[0]) if values else 1)
+    runs, column = pack(values)
+    back = unpack(runs, column, len(values), len(values[0]) if values else 1)
     assert [[v.hex() for v in row] for row in back] == [[v.hex() for v in row] for row in values]
-    assert len(str(pieces)) + len(column) <= most
+    assert len(str(runs)) + len(column) <= most
 
 
 @pytest.mark.parametrize(
-    "pieces",
+    "runs",
     [
         None,
         [[1, 0.5]],
@@ -60,9 +60,9 @@ def test_values_come_back_to_the_bit_and_small(name: str) -> None:
         [[0, 0.5], [3, 0.5], [2, 0.5]],
     ],
 )
-def test_pieces_that_do_not_fit_are_refused(pieces: object) -> None:
-    with pytest.raises(ValueError, match="piece"):
-        unpack(pieces, b"", 4, 1)
+def test_a_run_length_encoding_that_does_not_fit_is_refused(runs: object) -> None:
+    with pytest.raises(ValueError, match="run-length encoding"):
+        unpack(runs, b"", 4, 1)
 
 
 @pytest.mark.parametrize("column", [b"", b"x", pack(CASES["noise"][0])[1]])

@@ -275,7 +275,7 @@ def difference(folder: Path, straight: Path) -> str | None:
     """What differs between two finished runs: weights, record, order of examples, logged values; None if nothing."""
     if (folder / "final").read_text() != (straight / "final").read_text():
         return "the weights differ"
-    if Trajectory.read(folder).rows != Trajectory.read(straight).rows:
+    if Trajectory.read(folder).records != Trajectory.read(straight).records:
         return "the records differ"
     known = {_key(line): line for line in (straight / "journal").read_text().splitlines()}
     for line in (folder / "journal").read_text().splitlines():
@@ -367,12 +367,12 @@ def corrupted(folder: Path, straight: Path, name: str, truth: dict[int, str]) ->
     Returns:
         For each of them ``detected: ...`` (a clear error), ``harmless`` (right to the last bit), or what is wrong.
     """
-    rows = Trajectory.read(straight).rows
+    rows = Trajectory.read(straight).records
     dtype = getattr(torch, CONFIGURATIONS[name][0].get("dtype", "float32"))
 
     def read() -> str:
         found = Trajectory.read(folder, damaged=True)
-        if list(found.rows) != list(rows[: len(found.rows)]):
+        if list(found.records) != list(rows[: len(found.records)]):
             raise AssertionError("rows were read that were never written")
         if found.damage is None:
             return "harmless"

@@ -32,7 +32,7 @@ from smezo_pl.trajectory.header import Header
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.recorder import Recorder, describe, named_tensors
 from smezo_pl.trajectory.resume import SEED_KEY
-from smezo_pl.trajectory.snapshots import pack_thresholds, write_anchor
+from smezo_pl.trajectory.snapshots import pack_thresholds, write_snapshot
 
 FIGURES = (
     "seed_checkpoint_bytes",
@@ -141,13 +141,13 @@ def simulated(folder: Path, trained: torch.nn.Module, real: Path) -> dict[str, A
             record = StepRecord(step, ((plus, minus),), (gradient,), **rates)
             writer.append(record if step else replace(record, refreshed=True, thresholds=thresholds))
             if (step + 1) % CHECKPOINTS == 0:
-                writer.mark("weights", root="0" * 64)
-                writer.mark("checkpoint", file="last.ckpt", sha256="0" * 64)
+                writer.add_event("weights", root="0" * 64)
+                writer.add_event("checkpoint", file="last.ckpt", sha256="0" * 64)
     bytes_per_step = path.stat().st_size / STEPS
     exported = export(path, folder / "tune.safetensors")
     with TrajectoryWriter.resume(path, STEPS - ANCHORS) as writer:
-        digest = write_anchor(anchor, optimizer, header, named_tensors(optimizer, trained))
-        writer.mark("anchor", file=str(anchor.relative_to(folder)), sha256=digest)
+        digest = write_snapshot(anchor, optimizer, header, named_tensors(optimizer, trained))
+        writer.add_event("anchor", file=str(anchor.relative_to(folder)), sha256=digest)
         for step in range(STEPS - ANCHORS, STEPS - 1):
             gradient = float(torch.tensor(noise.gauss(0, 30.0), dtype=torch.float32))
             writer.append(StepRecord(step, ((0.7, 0.7),), (gradient,), **rates))
@@ -167,7 +167,7 @@ def checkpoint(path: Path, writer: TrajectoryWriter, header: Header, real: Path)
     place = {"run": header.run, "steps": writer.steps, "check": writer.check.hex(), "record": "../trajectory.smezo"}
     state = torch.load(real / "checkpoints" / "last.ckpt", weights_only=True)
     torch.save({**state, "global_step": writer.steps, SEED_KEY: place}, path)
-    writer.mark("checkpoint", file=path.name, sha256=sha256(path.read_bytes()).hexdigest())
+    writer.add_event("checkpoint", file=path.name, sha256=sha256(path.read_bytes()).hexdigest())
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.log import FILE_NAME
 from smezo_pl.trajectory.recorder import Recorder, named_tensors
 from smezo_pl.trajectory.replaying import tensors_of
-from smezo_pl.trajectory.snapshots import write_anchor
+from smezo_pl.trajectory.snapshots import write_snapshot
 
 log = logging.getLogger(__name__)
 
@@ -271,8 +271,8 @@ class SeedCheckpoint(WeightCheckpoint):
             return
         path = self._folder / "anchors" / f"step-{writer.steps}.safetensors"
         tensors = tensors_of(writer.header, named_tensors(recorder.optimizer, recorder.model), str(writer.path))
-        digest = write_anchor(path, recorder.optimizer, writer.header, tensors)
-        writer.mark("anchor", file=str(path.relative_to(self._folder)), sha256=digest)
+        digest = write_snapshot(path, recorder.optimizer, writer.header, tensors)
+        writer.add_event("anchor", file=str(path.relative_to(self._folder)), sha256=digest)
         for earlier in path.parent.glob("step-*.safetensors"):
             if earlier != path:
                 earlier.unlink()

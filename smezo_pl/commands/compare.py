@@ -136,7 +136,7 @@ def _unfinished(folder: Path, config: Mapping[str, Any], max_steps: int | None, 
     train_loss = [(float(step), value) for step, value in sorted(train.items())]
     if (folder / FILE_NAME).is_file():
         try:
-            rows = Trajectory.read(folder / FILE_NAME, damaged=True).rows
+            rows = Trajectory.read(folder / FILE_NAME, damaged=True).records
         except TrajectoryError as error:
             raise ValueError(str(error)) from error
         steps = max(steps, len(rows))

@@ -15,7 +15,7 @@ from smezo_pl.commands.tables import markdown
 from smezo_pl.trajectory.exports import load
 from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import Trajectory
-from smezo_pl.trajectory.replaying import check_start, rebuild, replay_rows, tensors_of
+from smezo_pl.trajectory.replaying import check_start, rebuild, replay_records, tensors_of
 from smezo_pl.trajectory.resume import network_of
 
 DESCRIPTION = """\
@@ -98,8 +98,8 @@ class ReplayTo(Callback):
             done = optimizer.steps_done
             if self.target < done:
                 raise ValueError(f"target must not go down, got {self.target} after {done}")
-            rows = self.trajectory.rows[done - header.first_step : self.target - header.first_step]
-            replay_rows(optimizer, rows, source)
+            rows = self.trajectory.records[done - header.first_step : self.target - header.first_step]
+            replay_records(optimizer, rows, source)
             self._state = optimizer.state_dict()
 
     on_test_start = on_validation_start

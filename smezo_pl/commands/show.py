@@ -84,10 +84,10 @@ def read_below(folder: Path) -> tuple[list[Trajectory], list[str]]:
 
 def summary(trajectory: Trajectory) -> dict[str, Any]:
     """Everything that is shown of a run, in plain types."""
-    header, rows = trajectory.header, trajectory.rows
+    header, rows = trajectory.header, trajectory.records
     losses = [row.loss for row in rows if row.losses and not row.skipped]
     recorded = is_record(trajectory.path)
-    hashes = [mark for mark in trajectory.marked("weights") if mark.steps == trajectory.next_step]
+    hashes = [mark for mark in trajectory.events_of("weights") if mark.steps == trajectory.next_step]
     return {
         "path": str(trajectory.path),
         "kind": "record" if recorded else "export",
@@ -111,7 +111,7 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "sound": trajectory.damage is None,
         "damage": trajectory.damage,
         "writing": recorded and is_written(trajectory.path),
-        "checkpoints": sorted({mark.steps for mark in trajectory.marked("checkpoint")}),
+        "checkpoints": sorted({mark.steps for mark in trajectory.events_of("checkpoint")}),
         "starting_weights": header.root.hex(),
         "final_weights": hashes[-1].facts.get("root") if hashes else None,
         "versions": header.versions,
@@ -135,12 +135,12 @@ def as_text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
         + ("; a run is writing it" if facts["writing"] else ""),
     }
     if facts["loss"]:
-        lines["loss"] = f"{sparkline(trajectory.rows)}  {facts['loss']['first']:.4f} -> {facts['loss']['last']:.4f}"
+        lines["loss"] = f"{sparkline(trajectory.records)}  {facts['loss']['first']:.4f} -> {facts['loss']['last']:.4f}"
     if facts["checkpoints"]:
         lines["checkpoints"] = f"last at step {facts['checkpoints'][-1]}, {len(facts['checkpoints'])} in all"
     lines["size"] = f"{facts['bytes']:,} bytes"
-    if len(trajectory.rows) >= 1000:  # nearly all of a short run is its header
-        lines["size"] += f", {facts['bytes'] / len(trajectory.rows):.1f} per step"
+    if len(trajectory.records) >= 1000:  # nearly all of a short run is its header
+        lines["size"] += f", {facts['bytes'] / len(trajectory.records):.1f} per step"
     if facts["sound"]:
         lines["sound"] = "yes, every step" + (", with a hash of the last weights" if facts["final_weights"] else "")
     else:
@@ -215,7 +215,7 @@ def comparison(one: Trajectory, other: Trajectory) -> dict[str, Any]:
     if differing := [name for name in fields if getattr(one.header, name) != getattr(other.header, name)]:
         words = f"the same starting weights, but another {', '.join(differing)}"
         return result(words, one.header.first_step)
-    for a, b in zip(one.rows, other.rows, strict=False):
+    for a, b in zip(one.records, other.records, strict=False):
         if update(a) != update(b):
             return result(f"the same until step {a.step}, which differs", a.step)
     steps = min(one.next_step, other.next_step)

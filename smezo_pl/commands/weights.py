@@ -75,7 +75,7 @@ def export_main(args: Sequence[str]) -> None:
     given = parser.parse_args(args[1:])
     trajectory = load(given.run, given.step)
     written = export(trajectory, given.out)
-    per_step = written.size / max(1, len(trajectory.rows))
+    per_step = written.size / max(1, len(trajectory.records))
     print(f"{written.path}: {written.steps:,} steps, {written.size:,} bytes ({per_step:.1f} per step)")
     if written.verified:
         print("it holds a hash of the final weights, so `smezo apply` can tell whether it gets the same")
@@ -110,7 +110,7 @@ def _write_model(trajectory: Trajectory, given: argparse.Namespace) -> None:
     model.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
-    steps, rate = trajectory.next_step, len(trajectory.rows) / max(seconds, 1e-9)
+    steps, rate = trajectory.next_step, len(trajectory.records) / max(seconds, 1e-9)
     print(f"{out}: the weights after {steps:,} steps, replayed in {seconds:.1f} s ({rate:.1f} steps/s)")
     if same:
         print("identical: every bit is as in the run")

@@ -25,7 +25,7 @@ from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.files import write_atomically
 from smezo_pl.trajectory.header import MAX_HEADER_BYTES, Header, TrajectoryError, inflate
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_record, locate
-from smezo_pl.trajectory.records import MAX_SAMPLES, RATES, Mark
+from smezo_pl.trajectory.records import MAX_SAMPLES, RATES, Event
 
 KIND = "smezo_tune"
 EXPORT_FORMAT = 1
@@ -84,10 +84,7 @@ def _pack_column(values: npt.NDArray[np.float64]) -> bytes:
 
 
 def _unpack_column(data: bytes, steps: int, groups: int) -> npt.NDArray[np.float64]:
-    try:
-        plain = inflate(data, 8 * steps * groups)
-    except zlib.error as error:
-        raise ValueError(f"a column is corrupted: {error}") from None
+    plain = inflate(data, 8 * steps * groups)
     if len(plain) != 8 * steps * groups:
         raise ValueError(f"a column has {len(plain)} bytes for {steps} steps and {groups} groups")
     planes = np.frombuffer(plain, np.uint8).reshape(8, -1)
@@ -118,149 +115,36 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
     """Write a run to one file.
 
     Args:
-        source: The record, its file, or the run's folder.
+        source: The trajectory, its file, or the run's folder.
         path: File to write, by convention ``.safetensors``.
         steps: How many steps of the optimizer; None for all that are recorded.
 
     Raises:
-        TrajectoryError: If the record is damaged or does not reach that far, or the file cannot be written.
+        TrajectoryError: If the trajectory is corrupted or does not reach that far, or the file cannot be written.
     """
     trajectory = source.upto(steps) if isinstance(source, Trajectory) else load(source, steps)
-    rows, path = trajectory.rows, Path(path)
-    packed = {name: pack_columns([getattr(row, name) for row in rows]) for name in RATES}
-    root = _final_root(trajectory)
+    records, about, root = trajectory.records, trajectory.header, trajectory.final_root
+    packed = {name: pack_columns([getattr(record, name) for record in records]) for name in RATES}
     content = {
-        "header": json.loads(zlib.decompress(trajectory.header.to_bytes())),
-        "pieces": {name: found for name, (found, _) in packed.items()},
+        "header": json.loads(zlib.decompress(about.to_bytes())),
+        "pieces": {name: runs for name, (runs, _) in packed.items()},
         "columns": [len(column) for _, column in packed.values()],
-        "skipped": [index for index, row in enumerate(rows) if row.skipped],
-        "refreshed": [index for index, row in enumerate(rows) if row.refreshed],
+        "skipped": [index for index, record in enumerate(records) if record.skipped],
+        "refreshed": [index for index, record in enumerate(records) if record.refreshed],
         "final": root,
     }
     header = zlib.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), 9)
-    samples = trajectory.header.num_samples
-    gradients = np.zeros((len(rows), samples), dtype="<f4")
-    for index, row in enumerate(rows):
-        if not row.skipped:
-            gradients[index] = row.projected_gradients
     columns = b"".join(column for _, column in packed.values())
+    gradients = np.zeros((len(records), about.num_samples), dtype="<f4")
+    for index, record in enumerate(records):
+        if not record.skipped:
+            gradients[index] = record.projected_gradients
     arrays = {
         "projected_gradients": gradients,
         "header": np.frombuffer(header, np.uint8),
         "columns": np.frombuffer(columns, np.uint8),
     }
-    data = save(arrays, metadata=_metadata(trajectory, header, columns, gradients, root))
-    write_atomically(path, data)
-    return Exported(path, trajectory.next_step, len(data), root is not None)
-
-
-def load(path: str | Path, steps: int | None = None) -> Trajectory:
-    """Read and verify a record or an exported file, whichever it is.
-
-    Args:
-        path: A run's folder, its record, or an exported file.
-        steps: How many steps of the optimizer; None for all. A damaged record is read as far as this if it is sound
-            that far.
-
-    Raises:
-        TrajectoryError: If it is neither, damaged, or does not reach that far.
-    """
-    path = locate(path)
-    if is_record(path) or path.name == FILE_NAME:  # by its name even if its first page is damaged
-        return Trajectory.read(path, damaged=steps is not None).upto(steps)
-    return read_export(path).upto(steps)
-
-
-def read_export(path: Path) -> Trajectory:
-    """Read and verify an exported file.
-
-    The rows have no losses, and empty thresholds where masks were refreshed. A `Mark` of kind ``weights`` holds the
-    hash of the final weights if it is known.
-
-    Raises:
-        TrajectoryError: If it is none, of a later format, or damaged.
-    """
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise TrajectoryError(f"{path} is no exported run: it has {path.stat().st_size:,} bytes, those a few a step")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("kind") != KIND:
-                raise TrajectoryError(f"{path} is a safetensors file, but no exported run (no {KIND!r} in it)")
-            if metadata.get("format") != str(EXPORT_FORMAT):
-                raise TrajectoryError(
-                    f"{path}: export format {metadata.get('format')!s:.20}; this version reads {EXPORT_FORMAT}: "
-                    "install a later smezo_pl"
-                )
-            arrays = {name: file.get_tensor(name) for name in ("projected_gradients", "header", "columns")}
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise TrajectoryError(f"{path} is no safetensors file, damaged or cut short: {error!s:.200}") from None
-    header, columns, gradients = arrays["header"].tobytes(), arrays["columns"].tobytes(), arrays["projected_gradients"]
-    if metadata.get("sha256") != _seal(header, columns, gradients):
-        raise TrajectoryError(f"{path} is damaged: its hash is not that of its content")
-    try:
-        return _from_content(path, json.loads(inflate(header, MAX_HEADER_BYTES)), columns, gradients)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, zlib.error) as error:
-        raise TrajectoryError(f"{path} is damaged: {error!s:.200}") from None
-
-
-def _from_content(
-    path: Path, content: dict[str, Any], columns: bytes, gradients: npt.NDArray[np.float32]
-) -> Trajectory:
-    header = Header.from_bytes(zlib.compress(json.dumps(content["header"]).encode(), 1), str(path))
-    if gradients.dtype != np.float32 or gradients.ndim != 2 or gradients.shape[1] != header.num_samples:
-        raise ValueError(f"gradients are {gradients.dtype} {gradients.shape} for {header.num_samples} samples")
-    if not 1 <= header.num_samples <= MAX_SAMPLES:
-        raise ValueError(f"{header.num_samples} samples a step")
-    steps, groups = len(gradients), len(header.groups)
-    lengths = [int(length) for length in content["columns"]]
-    if len(lengths) != len(RATES) or min(lengths) < 0 or sum(lengths) != len(columns):
-        raise ValueError("the columns differ in length from what is said of them")
-    rates, offset = [], 0
-    for name, length in zip(RATES, lengths, strict=True):
-        rates.append(unpack_columns(content["pieces"][name], columns[offset : offset + length], steps, groups))
-        offset += length
-    skipped, refreshed = _indices(content["skipped"], steps), _indices(content["refreshed"], steps)
-    rows = [
-        StepRecord(
-            step=header.first_step + index,
-            projected_gradients=() if index in skipped else tuple(values),
-            losses=(),
-            **dict(zip(RATES, each, strict=True)),
-            skipped=index in skipped,
-            refreshed=index in refreshed,
-        )
-        for index, (values, *each) in enumerate(zip(gradients.tolist(), *rates, strict=True))
-    ]
-    root = content["final"]
-    if root is not None and (not isinstance(root, str) or len(root) != 64):
-        raise ValueError("the hash of the final weights has the wrong length")
-    marks = [] if root is None else [Mark(header.first_step + steps, "weights", {"root": root})]
-    return Trajectory(path, header, rows, [b""] * steps, marks)
-
-
-def _indices(values: Sequence[Any], steps: int) -> frozenset[int]:
-    if not isinstance(values, list) or not all(isinstance(v, int) and 0 <= v < steps for v in values):
-        raise ValueError("a step is named that is not there")
-    return frozenset(values)
-
-
-def _final_root(trajectory: Trajectory) -> str | None:
-    noted = [mark for mark in trajectory.marked("weights") if mark.steps == trajectory.next_step]
-    return str(noted[-1].facts["root"]) if noted else None
-
-
-def _seal(header: bytes, columns: bytes, gradients: npt.NDArray[np.float32]) -> str:
-    content = (header, columns, gradients.tobytes(), repr((gradients.shape, str(gradients.dtype))).encode())
-    return sha256(b"".join(sha256(part).digest() for part in content)).hexdigest()
-
-
-def _metadata(
-    trajectory: Trajectory, header: bytes, columns: bytes, gradients: npt.NDArray[np.float32], root: str | None
-) -> dict[str, str]:
-    """What any safetensors tool shows. Only ``kind``, ``format`` and ``sha256`` are read back."""
-    about = trajectory.header
-    return {
+    metadata = {  # what any safetensors tool shows; only the first three are read back
         "kind": KIND,
         "format": str(EXPORT_FORMAT),
         "sha256": _seal(header, columns, gradients),
@@ -276,3 +160,100 @@ def _metadata(
         "smezo_pl": about.versions.get("smezo_pl", "unknown"),
         "apply_with": "smezo apply FILE --model MODEL --out DIR",
     }
+    data = save(arrays, metadata=metadata)
+    write_atomically(Path(path), data)
+    return Exported(Path(path), trajectory.next_step, len(data), root is not None)
+
+
+def load(path: str | Path, steps: int | None = None) -> Trajectory:
+    """Read and verify a trajectory or an exported run, whichever it is.
+
+    Args:
+        path: A run's folder, its trajectory, or an exported run.
+        steps: How many steps of the optimizer; None for all. A corrupted trajectory is read if it is valid that far.
+
+    Raises:
+        TrajectoryError: If it is neither, corrupted, or does not reach that far.
+    """
+    path = locate(path)
+    if is_record(path) or path.name == FILE_NAME:  # by its name even if its first page is corrupted
+        return Trajectory.read(path, damaged=steps is not None).upto(steps)
+    return read_export(path).upto(steps)
+
+
+def read_export(path: Path) -> Trajectory:
+    """Read and verify an exported run.
+
+    Its steps have no losses, and no thresholds where masks were refreshed. An event of kind ``weights`` holds the hash
+    of the final weights if it is known.
+
+    Raises:
+        TrajectoryError: If it is none, of a later format, or corrupted.
+    """
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise TrajectoryError(f"{path} is no exported run: it has {path.stat().st_size:,} bytes, those a few per step")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("kind") != KIND:
+                raise TrajectoryError(f"{path} is a safetensors file, but no exported run (no {KIND!r} in it)")
+            if metadata.get("format") != str(EXPORT_FORMAT):
+                raise TrajectoryError(
+                    f"{path}: export format {metadata.get('format')!s:.20}; this version reads {EXPORT_FORMAT}: "
+                    "install a later smezo_pl"
+                )
+            arrays = {name: file.get_tensor(name) for name in ("projected_gradients", "header", "columns")}
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise TrajectoryError(f"{path} is no safetensors file, corrupted or cut short: {error!s:.200}") from None
+    header, columns, gradients = arrays["header"].tobytes(), arrays["columns"].tobytes(), arrays["projected_gradients"]
+    if metadata.get("sha256") != _seal(header, columns, gradients):
+        raise TrajectoryError(f"{path} is corrupted: its hash is not that of its content")
+    try:
+        return _from_content(path, json.loads(inflate(header, MAX_HEADER_BYTES)), columns, gradients)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise TrajectoryError(f"{path} is corrupted: {error!s:.200}") from None
+
+
+def _from_content(
+    path: Path, content: dict[str, Any], columns: bytes, gradients: npt.NDArray[np.float32]
+) -> Trajectory:
+    header = Header.from_bytes(zlib.compress(json.dumps(content["header"]).encode(), 1), str(path))
+    samples = header.num_samples
+    if gradients.dtype != np.float32 or gradients.shape != (len(gradients), samples) or samples > MAX_SAMPLES:
+        raise ValueError(f"gradients are {gradients.dtype} {gradients.shape} for {samples} samples")
+    steps, groups = len(gradients), len(header.groups)
+    lengths = [int(length) for length in content["columns"]]
+    if len(lengths) != len(RATES) or min(lengths) < 0 or sum(lengths) != len(columns):
+        raise ValueError("the columns do not have the lengths that the header says")
+    rates, offset = [], 0
+    for name, length in zip(RATES, lengths, strict=True):
+        rates.append(unpack_columns(content["pieces"][name], columns[offset : offset + length], steps, groups))
+        offset += length
+    skipped, refreshed = _indices(content["skipped"], steps), _indices(content["refreshed"], steps)
+    records = [
+        StepRecord(
+            step=header.first_step + index,
+            losses=(),
+            projected_gradients=() if index in skipped else tuple(values),
+            **dict(zip(RATES, each, strict=True)),
+            skipped=index in skipped,
+            refreshed=index in refreshed,
+        )
+        for index, (values, *each) in enumerate(zip(gradients.tolist(), *rates, strict=True))
+    ]
+    root = content["final"]
+    if root is not None and (not isinstance(root, str) or len(root) != 64):
+        raise ValueError("the hash of the final weights has the wrong length")
+    events = [] if root is None else [Event(header.first_step + steps, "weights", {"root": root})]
+    return Trajectory(path, header, records, [b""] * steps, events)
+
+
+def _indices(values: Sequence[Any], steps: int) -> frozenset[int]:
+    if not isinstance(values, list) or not all(isinstance(v, int) and 0 <= v < steps for v in values):
+        raise ValueError("a step is named that does not exist")
+    return frozenset(values)
+
+
+def _seal(header: bytes, columns: bytes, gradients: npt.NDArray[np.float32]) -> str:
+    content = (header, columns, gradients.tobytes(), repr((gradients.shape, str(gradients.dtype))).encode())
+    return sha256(b"".join(sha256(part).digest() for part in content)).hexdigest()

@@ -146,7 +146,7 @@ class Header:
                 )
             header = _from_plain(plain)
             _check(header)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, zlib.error) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise TrajectoryError(
                 f"{source}: the header is corrupted ({error!s:.200}); nothing can be replayed from it"
             ) from None
@@ -167,12 +167,14 @@ def inflate(data: bytes, limit: int) -> bytes:
     """Inflate at most ``limit`` bytes.
 
     Raises:
-        ValueError: If there would be more, or the data end early.
-        zlib.error: If they are not deflated data.
+        ValueError: If there would be more, the data end early, or they are not deflated data.
     """
     stream = zlib.decompressobj()
-    plain = stream.decompress(data, limit)
-    if stream.unconsumed_tail:
+    try:
+        plain = stream.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"no deflated data: {error}") from None
+    if len(plain) > limit:
         raise ValueError(f"inflates to more than {limit} bytes")
     if not stream.eof:
         raise ValueError("ends early")

@@ -1,9 +1,8 @@
-"""From an optimizer to its record: what stands in the header, and one row after each step."""
+"""From an optimizer to its trajectory: what is in the header, and one record after each step."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import uuid
 from collections.abc import Mapping, Sequence
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
     from smezo_pl.optim import SparseMeZO
 
-log = logging.getLogger(__name__)
-
 
 def record(
     optimizer: SparseMeZO,
@@ -45,14 +42,14 @@ def record(
 ) -> Recorder:
     """Record every step that an optimizer takes from now on.
 
-    Call it before the first step: the record starts from today's weights, of which it keeps a fingerprint. Where the
-    file holds the beginning of this optimizer's run, it is continued, and steps that are about to be taken again are
-    removed from it.
+    Call it before the first step: the trajectory starts from the present weights, of which it keeps a fingerprint.
+    Where the file holds the beginning of this optimizer's run, it is continued, and steps that are about to be taken
+    again are removed from it.
 
     Args:
         optimizer: The optimizer.
         path: File to write, by convention ``<run>/trajectory.smezo``; its folder is made.
-        model: The network whose names and tensors the record speaks of; by default the one that the optimizer is
+        model: The network whose tensors are recorded under their names; by default the one that the optimizer is
             attached to, else its parameters alone.
         pretrained: Name of the starting weights, as `smezo_pl.load_model` takes it.
         revision: Their revision, if known.
@@ -61,7 +58,7 @@ def record(
         The recorder. `Recorder.close` it after the last step, or use it as a context.
 
     Raises:
-        TrajectoryError: If another run is recorded there, or it cannot be written.
+        TrajectoryError: If another run is recorded in the file, or it cannot be written.
 
     Examples:
         >>> with record(optimizer, "runs/one/trajectory.smezo"):
@@ -72,9 +69,9 @@ def record(
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         earlier = Trajectory.read(path)
-        if earlier.rows and optimizer.steps_done <= earlier.header.first_step:
+        if earlier.records and optimizer.steps_done <= earlier.header.first_step:
             raise TrajectoryError(
-                f"{path} holds a run of {len(earlier.rows)} steps, and this optimizer has not taken its first: give "
+                f"{path} holds a run of {len(earlier.records)} steps, and this optimizer has not taken its first: give "
                 "another path"
             )
         return Recorder(optimizer, TrajectoryWriter.resume(path, optimizer.steps_done), model)
@@ -83,46 +80,44 @@ def record(
 
 
 class Recorder:
-    """Appends a row to a record after each step of an optimizer.
+    """Appends to a trajectory after each step of an optimizer.
 
     Args:
-        optimizer: The optimizer; its next step must be the record's next.
-        writer: The record.
-        model: The network of the record, as for `record`.
+        optimizer: The optimizer; its next step must be the trajectory's next.
+        writer: The trajectory.
+        model: The network, as for `record`.
 
     Raises:
-        TrajectoryError: If the record is at another step, or of an optimizer with other groups.
+        TrajectoryError: If the trajectory is at another step, or of an optimizer with other groups.
     """
 
     def __init__(self, optimizer: SparseMeZO, writer: TrajectoryWriter, model: nn.Module | None = None) -> None:
         self.optimizer, self.writer, self.model = optimizer, writer, model
-        self._handle: Any = None
         try:
             if writer.steps != optimizer.steps_done:
                 raise TrajectoryError(
                     f"{writer.path} holds {writer.steps} steps, the optimizer has done {optimizer.steps_done}: replay "
-                    "the record first, or record to another file"
+                    "the trajectory first, or record to another file"
                 )
-            self._constant = _constant_settings(optimizer)
-            if self._constant != _recorded_settings(writer.header):
+            if not _fits(optimizer, writer.header):
                 raise TrajectoryError(
-                    f"{writer.path} is the record of an optimizer with other settings (seed, noise, mask, num_samples "
-                    "or groups): record to another file"
+                    f"{writer.path} is of an optimizer with other settings (seed, noise, mask, num_samples or groups): "
+                    "record to another file"
                 )
         except BaseException:
             writer.close()
             raise
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._handle: Any = optimizer.register_step_post_hook(self._after_step)
 
     def catch_up(self) -> None:
-        """Record the last step if its row is missing: after `NonFiniteLossError` torch runs no hook."""
+        """Record the last step if it is missing: after `NonFiniteLossError` torch runs no hook."""
         if self.optimizer.steps_done > self.writer.steps:
             self._after_step(self.optimizer)
 
     def mark_weights(self) -> None:
-        """Note the fingerprint of today's weights, so that a replay can be checked against it; reads all weights."""
+        """Note the hash of the present weights, so that a replay can be checked against it; reads all weights."""
         digests = fingerprint(named_tensors(self.optimizer, self.model))
-        self.writer.mark("weights", root=root_digest(digests).hex())
+        self.writer.add_event("weights", root=root_digest(digests).hex())
 
     def close(self) -> None:
         """Stop recording; the file is left complete in itself. Harmless when closed already."""
@@ -136,19 +131,16 @@ class Recorder:
             self.writer.close()
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
-        record = self.optimizer.last_step
-        groups = self.optimizer.param_groups
-        if _constant_settings(self.optimizer) != self._constant:
+        if not _fits(self.optimizer, self.writer.header):
             raise TrajectoryError(
                 f"{self.writer.path}: the optimizer's groups, seed, noise, mask or num_samples changed during the run; "
-                "a record holds them once: start another one"
+                "a trajectory holds them once: start another one"
             )
-        # the group's own number says the same as record.refreshed, and outlives a resume between refresh and step
-        refreshed = record.refreshed or any(group["mask_step"] == record.step for group in groups)
-        thresholds = tuple(self.optimizer.thresholds().values()) if refreshed else ()
-        self.writer.append(
-            replace(record, refreshed=refreshed, thresholds=pack_thresholds(thresholds) if refreshed else b"")
-        )
+        step = self.optimizer.last_step
+        # the group's own number says the same as step.refreshed, and outlives a resume between refresh and step
+        refreshed = step.refreshed or any(group["mask_step"] == step.step for group in self.optimizer.param_groups)
+        thresholds = pack_thresholds(tuple(self.optimizer.thresholds().values())) if refreshed else b""
+        self.writer.append(replace(step, refreshed=refreshed, thresholds=thresholds))
 
     def __enter__(self) -> Recorder:
         return self
@@ -168,7 +160,7 @@ def describe(
     adapter: Mapping[str, Any] | None = None,
     adapter_seed: int = 0,
 ) -> Header:
-    """The header of a record that begins now (see `record`).
+    """The header of a trajectory that begins now (see `record`).
 
     Args:
         optimizer: The optimizer.
@@ -182,18 +174,18 @@ def describe(
         TrajectoryError: If the optimizer holds a parameter that the model does not, or masks of earlier weights.
     """
     tensors = named_tensors(optimizer, model)
-    names = {id_of(tensor): name for name, tensor in tensors.items()}
+    names = {_identity(tensor): name for name, tensor in tensors.items()}
     groups = []
     for group in optimizer.param_groups:
-        strangers = [label for label, p in zip(group["names"], group["params"], strict=True) if id_of(p) not in names]
-        if strangers:
-            raise TrajectoryError(
-                f"the optimizer's parameter {strangers[0]!r} is not one of the model's: give its model"
-            )
-        groups.append(_group_info(optimizer, group, [names[id_of(parameter)] for parameter in group["params"]]))
+        for label, parameter in zip(group["names"], group["params"], strict=True):
+            if _identity(parameter) not in names:
+                raise TrajectoryError(f"the optimizer's parameter {label!r} is not one of the model's: pass its model")
+        groups.append(_group_info(optimizer, group, [names[_identity(parameter)] for parameter in group["params"]]))
     digests = fingerprint(tensors)
     device = optimizer.param_groups[0]["params"][0].device
-    kernel = get_kernel(optimizer.kernel, device).name
+    about = {"name": pretrained, "revision": revision}
+    if adapter is not None:
+        about |= {"adapter": json.dumps(dict(adapter)), "adapter_seed": str(adapter_seed)}
     return Header(
         run=uuid.uuid4().hex,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -209,24 +201,18 @@ def describe(
             for name, tensor in tensors.items()
         ),
         root=root_digest(digests),
-        settings=_plain(optimizer.settings()),
-        model={
-            key: value
-            for key, value in (
-                ("name", pretrained),
-                ("revision", revision),
-                ("adapter", None if adapter is None else json.dumps(dict(adapter))),
-                ("adapter_seed", None if adapter is None else str(adapter_seed)),
-            )
-            if value
+        settings={
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no infinity
+            for key, value in optimizer.settings().items()
         },
+        model={key: value for key, value in about.items() if value},
         versions=versions(),
-        machine={**machine(device), "kernel": kernel},
+        machine={**machine(device), "kernel": get_kernel(optimizer.kernel, device).name},
     )
 
 
 def named_tensors(optimizer: SparseMeZO, model: nn.Module | None) -> dict[str, Tensor]:
-    """The tensors that a record of the optimizer speaks of, by name: the model's, else the optimizer's own."""
+    """The tensors that are recorded, by name: the model's, else the optimizer's own."""
     model = model if model is not None else optimizer.attached
     if model is not None:
         return model_tensors(model)
@@ -237,7 +223,7 @@ def named_tensors(optimizer: SparseMeZO, model: nn.Module | None) -> dict[str, T
     }
 
 
-def id_of(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+def _identity(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     """What two handles of one tensor share."""
     return tensor.data_ptr(), tuple(tensor.shape)
 
@@ -247,8 +233,8 @@ def _group_info(optimizer: SparseMeZO, group: dict[str, Any], names: Sequence[st
     fresh = not group["ready"] or group["mask_step"] == optimizer.steps_done
     if not fresh and group["mask_update"] == "constant" and group["mask"] in ("small", "large"):
         raise TrajectoryError(
-            "a record begins before the first step or right after refresh_masks(): these constant masks were made from "
-            "earlier weights, which no file holds"
+            "a trajectory begins before the first step or right after refresh_masks(): these constant masks were made "
+            "from earlier weights, which no file holds"
         )
     return GroupInfo(
         names=tuple(names),
@@ -262,22 +248,14 @@ def _group_info(optimizer: SparseMeZO, group: dict[str, Any], names: Sequence[st
     )
 
 
-def _constant_settings(optimizer: SparseMeZO) -> tuple[Any, ...]:
-    groups = tuple(
-        (tuple(group["numbers"]), group["mask"], group["mask_update"], group["maximize"])
-        for group in optimizer.param_groups
+def _fits(optimizer: SparseMeZO, header: Header) -> bool:
+    """Whether an optimizer has the settings that a header holds once for the whole run."""
+    fields = ("mask", "mask_update", "maximize")
+    return (
+        (optimizer.seed, optimizer.noise, optimizer.num_samples) == (header.seed, header.noise, header.num_samples)
+        and len(optimizer.param_groups) == len(header.groups)
+        and all(
+            tuple(group["numbers"]) == info.numbers and all(group[field] == getattr(info, field) for field in fields)
+            for group, info in zip(optimizer.param_groups, header.groups, strict=True)
+        )
     )
-    return optimizer.seed, optimizer.noise, optimizer.num_samples, groups
-
-
-def _recorded_settings(header: Header) -> tuple[Any, ...]:
-    groups = tuple((group.numbers, group.mask, group.mask_update, group.maximize) for group in header.groups)
-    return header.seed, header.noise, header.num_samples, groups
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON holds them."""
-    return {
-        key: value if not isinstance(value, float) or math.isfinite(value) else str(value)
-        for key, value in settings.items()
-    }

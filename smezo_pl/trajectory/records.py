@@ -1,4 +1,4 @@
-"""Rows of a trajectory as bytes: step records and events."""
+"""Steps, events and thresholds of a trajectory as bytes. Each is tied by a checksum to the step before it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from smezo_pl.trajectory.header import inflate
 CHECK_SIZE = 8
 _FLOAT32_MAX = 3.4028234663852886e38
 MAX_SAMPLES = 4096
-"""Most samples of a step that a reader accepts: bounds what a damaged header can make it allocate."""
+"""Most samples of a step that a reader accepts: bounds what a corrupted header can make it allocate."""
 
 
 class Flag(IntFlag):
-    """What a row holds beside its numbers."""
+    """What the bytes of a step hold beside its projected gradients and losses."""
 
     SKIPPED = 1
     REFRESHED = 2
@@ -33,53 +33,51 @@ class Flag(IntFlag):
 
 
 RATES = {"lr": Flag.LR, "weight_decay": Flag.WEIGHT_DECAY, "eps": Flag.EPS, "sparsity": Flag.SPARSITY}
-"""What may change from step to step, one value for each parameter group, and the flag of a row that stores it."""
+"""What may change from step to step, one value per parameter group, and the flag of a step that stores it."""
 
 
-def pack_row(row: StepRecord, before: StepRecord | None, check: bytes) -> bytes:
-    """Bytes of a row, its check included.
+def pack_step(record: StepRecord, before: StepRecord | None, check: bytes) -> bytes:
+    """Bytes of a step, its checksum included.
 
     Args:
-        row: The step.
-        before: The row before, None for the first: learning rates and the like are stored where they change.
-        check: Check of the row before, for the first row the header's digest.
+        record: The step.
+        before: The step before, None for the first: learning rates and the like are stored where they change.
+        check: Checksum of the step before, for the first step the header's.
     """
-    flags = Flag.SKIPPED * row.skipped | Flag.REFRESHED * row.refreshed
+    flags = Flag.SKIPPED * record.skipped | Flag.REFRESHED * record.refreshed
     rates = b""
     for name, flag in RATES.items():
-        new = getattr(row, name)
+        new = getattr(record, name)
         if before is None or new != getattr(before, name):
             flags |= flag
             rates += struct.pack(f"<{len(new)}d", *new)
-    values = [*row.projected_gradients, *(narrow(value) for pair in row.losses for value in pair)]
+    values = [*record.projected_gradients, *(narrow(value) for pair in record.losses for value in pair)]
     body = bytes([flags]) + struct.pack(f"<{len(values)}f", *values) + rates
-    return body + _chain(check, row.step, body, row.thresholds)
+    return body + _step_check(check, record.step, body, record.thresholds)
 
 
-def unpack_row(
-    step: int, data: bytes, refresh: bytes | None, before: StepRecord | None, check: bytes, groups: int
+def unpack_step(
+    step: int, data: bytes, thresholds: bytes | None, before: StepRecord | None, check: bytes, groups: int
 ) -> StepRecord:
-    """The row again, checked against the one before it.
+    """The inverse of `pack_step`.
 
     Args:
         step: Index of the step.
-        data: What `pack_row` gave.
-        refresh: Packed thresholds of the refresh kept for this step, if there is one.
-        before: The row before.
-        check: Check of the row before.
+        data: Its bytes.
+        thresholds: Packed thresholds of the refresh at this step, None if there was none.
+        before: The step before.
+        check: Checksum of the step before.
         groups: Number of parameter groups, from the header.
 
     Raises:
-        ValueError: When the bytes are not those that were written.
+        ValueError: If the bytes are not those that were written.
     """
     body, found = data[:-CHECK_SIZE], data[-CHECK_SIZE:]
-    if found != _chain(check, step, body, refresh or b""):
-        raise ValueError("its check does not match")
+    if found != _step_check(check, step, body, thresholds or b""):
+        raise ValueError("its checksum does not match")
     flags = Flag(body[0])
-    if bool(flags & Flag.REFRESHED) != (refresh is not None):
-        raise ValueError(
-            "its mask refresh is missing" if refresh is None else "it has a mask refresh that it does not name"
-        )
+    if bool(flags & Flag.REFRESHED) != (thresholds is not None):
+        raise ValueError("its mask refresh is missing, or there is one that it does not name")
     changed = [name for name, flag in RATES.items() if flags & flag]
     if before is None and len(changed) < len(RATES):
         raise ValueError("the first step names no learning rate")
@@ -90,47 +88,44 @@ def unpack_row(
     width = samples * per_sample // 4
     values = struct.unpack_from(f"<{width}f", body, 1)
     gradients, losses = values[: width - 2 * samples], values[width - 2 * samples :]
-    offset = 1 + 4 * width
     rates: dict[str, Any] = {name: getattr(before, name, ()) for name in RATES}
-    for name in changed:
-        rates[name] = struct.unpack_from(f"<{groups}d", body, offset)
-        offset += 8 * groups
+    for index, name in enumerate(changed):
+        rates[name] = struct.unpack_from(f"<{groups}d", body, 1 + 4 * width + 8 * groups * index)
     return StepRecord(
         step=step,
         projected_gradients=gradients,
         losses=tuple(zip(losses[::2], losses[1::2], strict=True)),
         **rates,
         skipped=bool(flags & Flag.SKIPPED),
-        refreshed=refresh is not None,
-        thresholds=refresh or b"",
+        refreshed=thresholds is not None,
+        thresholds=thresholds or b"",
     )
 
 
 def check_of(data: bytes) -> bytes:
-    """The check at the end of a packed row."""
+    """The checksum at the end of a packed step."""
     return data[-CHECK_SIZE:]
 
 
 def narrow(value: float) -> float:
-    """A loss as float32 can hold it: beyond its range infinity."""
+    """A loss as float32 can hold it: infinity beyond its range."""
     return value if not math.isfinite(value) or abs(value) <= _FLOAT32_MAX else math.copysign(math.inf, value)
 
 
-def _chain(check: bytes, step: int, body: bytes, thresholds: bytes) -> bytes:
+def _step_check(check: bytes, step: int, body: bytes, thresholds: bytes) -> bytes:
     content = step.to_bytes(8, "little") + len(body).to_bytes(4, "little") + body + thresholds
     return blake2b(content, digest_size=CHECK_SIZE, key=check).digest()
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
-    """A note.
+class Event:
+    """Something that happened between two steps of a run.
 
     Attributes:
         steps: Steps of the optimizer that were done.
-        kind: ``checkpoint``: a file without weights was written (``file``, ``sha256``). ``weights``: the weights of
-            this step had the hash ``root``. ``anchor``: all weights were written (``file``, ``root``). ``resumed``: the
-            run went on from here (``machine``).
-        facts: What was noted, in plain types.
+        kind: ``checkpoint``: a file without weights was written (``file``, ``sha256``). ``weights``: the weights had
+            the hash ``root``. ``anchor``: a full-weight snapshot was written (``file``, ``sha256``).
+        facts: What is known of it, in plain types.
     """
 
     steps: int
@@ -138,57 +133,50 @@ class Mark:
     facts: dict[str, Any]
 
 
-def pack_mark(mark: Mark, check: bytes) -> bytes:
-    """Bytes of a mark.
+def pack_event(event: Event, check: bytes) -> bytes:
+    """Bytes of an event.
 
     Args:
-        mark: The mark.
-        check: Check of the last row before it.
+        event: The event.
+        check: Checksum of the last step before it.
     """
-    body = json.dumps({"kind": mark.kind, **mark.facts}, separators=(",", ":"), allow_nan=False).encode()
-    return body + _check(mark.steps, body, check)
+    body = json.dumps({"kind": event.kind, **event.facts}, separators=(",", ":"), allow_nan=False).encode()
+    return body + _event_check(event.steps, body, check)
 
 
-def unpack_mark(steps: int, data: bytes, check: bytes) -> Mark:
-    """The mark again.
+def unpack_event(steps: int, data: bytes, check: bytes) -> Event:
+    """The inverse of `pack_event`.
 
     Raises:
-        ValueError: When the bytes are not those that were written.
+        ValueError: If the bytes are not those that were written.
     """
     body = data[:-CHECK_SIZE]
-    if data[-CHECK_SIZE:] != _check(steps, body, check):
-        raise ValueError("its check does not match")
+    if data[-CHECK_SIZE:] != _event_check(steps, body, check):
+        raise ValueError("its checksum does not match")
     facts = json.loads(body)
     if not isinstance(facts, dict) or not isinstance(facts.get("kind"), str):
         raise ValueError("it has no kind")
-    return Mark(steps, facts.pop("kind"), facts)
+    return Event(steps, facts.pop("kind"), facts)
 
 
-def _check(steps: int, body: bytes, check: bytes) -> bytes:
+def _event_check(steps: int, body: bytes, check: bytes) -> bytes:
     return blake2b(steps.to_bytes(8, "little") + body, digest_size=CHECK_SIZE, key=check, person=b"mark").digest()
 
 
 def pack_thresholds(thresholds: Sequence[float]) -> bytes:
-    """Deflated floats, one a tensor that takes part (infinity: no threshold); float32 where that holds them exactly."""
-    narrow = struct.pack(f"<{len(thresholds)}f", *thresholds)
-    exact = struct.unpack(f"<{len(thresholds)}f", narrow) == tuple(thresholds)
-    return zlib.compress(narrow if exact else struct.pack(f"<{len(thresholds)}d", *thresholds), 9)
+    """Deflated floats, one per optimized tensor (infinity: no threshold); float32 where that holds them exactly."""
+    short = struct.pack(f"<{len(thresholds)}f", *thresholds)
+    exact = struct.unpack(f"<{len(thresholds)}f", short) == tuple(thresholds)
+    return zlib.compress(short if exact else struct.pack(f"<{len(thresholds)}d", *thresholds), 9)
 
 
 def unpack_thresholds(data: bytes, tensors: int) -> tuple[float, ...]:
-    """The thresholds again.
-
-    Args:
-        data: What `pack_thresholds` gave.
-        tensors: Number of tensors that take part.
+    """The inverse of `pack_thresholds` for so many optimized tensors.
 
     Raises:
         ValueError: If they are not that many.
     """
-    try:
-        plain = inflate(data, 8 * tensors)
-    except zlib.error as error:
-        raise ValueError(f"the thresholds are damaged: {error}") from None
+    plain = inflate(data, 8 * tensors)
     if len(plain) not in (4 * tensors, 8 * tensors):
         raise ValueError(f"{len(plain)} bytes of thresholds for {tensors} tensors")
     return struct.unpack(f"<{tensors}{'f' if len(plain) == 4 * tensors else 'd'}", plain)

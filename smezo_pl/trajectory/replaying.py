@@ -1,4 +1,4 @@
-"""Starting weights and a record give the weights of any step, bit for bit, without data and without a forward."""
+"""From starting weights and a trajectory to the weights of any step, bit for bit, without data or a forward."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Steps made at a time: few enough that a progress bar moves and Ctrl-C is heard, many enough that gathering the
-# selected weights costs next to nothing.
-_FIRST_BLOCK, _LARGEST_BLOCK, _SECONDS_A_BLOCK = 16, 1024, 2.0
+# Steps per call of the kernel: few enough that a progress bar moves and Ctrl-C is heard, many enough that gathering the
+# active weights costs next to nothing.
+_FIRST_BLOCK, _LARGEST_BLOCK, _SECONDS_PER_BLOCK = 16, 1024, 2.0
+
+_OTHER_WEIGHTS = (
+    "something other than the optimizer changed weights during the run, or a kernel gives other bits on this machine "
+    "(try kernel='torch')"
+)
 
 
 def replay(
@@ -44,31 +49,30 @@ def replay(
     """Make the weights that a run had after some steps, in place.
 
     Args:
-        source: The record, its file, the run's folder, or an exported file.
+        source: The trajectory, its file, the run's folder, or an exported run.
         model: The network with the starting weights, or its tensors by name; written in place.
         steps: How many steps of the optimizer; None for all that are recorded.
-        force: Whether to go on when the starting weights are others than the run's (the result is then no run's).
+        force: Whether to continue when the starting weights are not the run's (the result is then no run's).
         kernel: What makes the updates; all kernels give the same bits.
         progress: Called now and then with the number of steps done so far.
-        verify: Whether to compare the result with the hash that the run noted at this step, if it did.
+        verify: Whether to compare the result with the hash that the run noted after this step, if it did.
 
     Returns:
         An optimizer of these weights in the state that the run's was in.
 
     Raises:
-        TrajectoryError: If the record is damaged, of another model or of other starting weights, or the result is not
-            what the run had.
+        TrajectoryError: If the trajectory is corrupted, of another model or of other starting weights, or the result
+            is not what the run had.
     """
     trajectory = source.upto(steps) if isinstance(source, Trajectory) else load(source, steps)
     tensors = tensors_of(trajectory.header, model, str(trajectory.path))
     check_start(trajectory.header, tensors, str(trajectory.path), force=force)
     optimizer = rebuild(trajectory.header, tensors, kernel)
-    replay_rows(optimizer, trajectory.rows, str(trajectory.path), check_masks=not force, progress=progress)
+    replay_records(optimizer, trajectory.records, str(trajectory.path), check_masks=not force, progress=progress)
     if verify and not force and matches_run(trajectory, tensors) is False:
         raise TrajectoryError(
             f"{trajectory.path}: the weights after {trajectory.next_step} steps are not those that the run had, though "
-            "they start from the same: something other than the optimizer changed weights during the run, or a kernel "
-            "gives other bits here (try kernel='torch')"
+            f"they start from the same: {_OTHER_WEIGHTS}"
         )
     return optimizer
 
@@ -91,16 +95,16 @@ class Applied:
 
 
 def apply(model: nn.Module, path: str | Path, *, force: bool = False, kernel: KernelName = "auto") -> Applied:
-    """Make a trained model of a loaded one, in place, from an exported run or a record.
+    """Make a trained model of a loaded one, in place, from an exported run or a trajectory.
 
     Args:
         model: The network with the starting weights, in the dtype that was trained.
         path: What `export` wrote, or a run's folder.
-        force: Whether to go on when the starting weights are others than the run's.
+        force: Whether to continue when the starting weights are not the run's.
         kernel: What makes the updates; all kernels give the same bits.
 
     Raises:
-        TrajectoryError: If the file is damaged or the model another one; the model is then as it was.
+        TrajectoryError: If the file is corrupted or the model another one; the model is then as it was.
 
     Examples:
         >>> model, tokenizer = smezo_pl.load_model("facebook/opt-1.3b")  # doctest: +SKIP
@@ -119,7 +123,7 @@ def apply(model: nn.Module, path: str | Path, *, force: bool = False, kernel: Ke
 
 
 def tensors_of(header: Header, model: nn.Module | Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The tensors that a record speaks of, out of a model, after a check of their names, shapes and dtypes.
+    """The recorded tensors of a model, after a check of their names, shapes and dtypes.
 
     Raises:
         TrajectoryError: Names the first that differs.
@@ -136,7 +140,7 @@ def tensors_of(header: Header, model: nn.Module | Mapping[str, Tensor], source: 
 
 
 def check_shapes(header: Header, model: nn.Module | Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The tensors that a record speaks of, after a check of their names and shapes.
+    """The recorded tensors of a model, after a check of their names and shapes.
 
     Raises:
         TrajectoryError: Names the first that differs.
@@ -159,7 +163,7 @@ def check_shapes(header: Header, model: nn.Module | Mapping[str, Tensor], source
 
 
 def check_start(header: Header, tensors: Mapping[str, Tensor], source: str, *, force: bool = False) -> None:
-    """Compare the starting weights with the record's fingerprint.
+    """Compare the starting weights with the trajectory's fingerprint.
 
     Raises:
         TrajectoryError: If a bit differs, unless forced.
@@ -168,9 +172,8 @@ def check_start(header: Header, tensors: Mapping[str, Tensor], source: str, *, f
     if root_digest(digests) == header.root:
         return
     differing = [info.name for info in header.tensors if digests[info.name][:TENSOR_DIGEST_SIZE] != info.digest]
-    what = (
-        f"{len(differing)} of {len(header.tensors)} tensors differ, the first {differing[:1] or '?'}{_called(header)}"
-    )
+    count, first = f"{len(differing)} of {len(header.tensors)} tensors differ", differing[:1] or "?"
+    what = f"{count}, the first {first}{_called(header)}"
     if not force:
         raise TrajectoryError(
             f"{source} starts from other weights than these (a network that was trained must be built again): {what}"
@@ -179,7 +182,7 @@ def check_start(header: Header, tensors: Mapping[str, Tensor], source: str, *, f
 
 
 def rebuild(header: Header, tensors: Mapping[str, Tensor], kernel: KernelName = "auto") -> SparseMeZO:
-    """An optimizer that makes the record's updates on these tensors, at the record's first step."""
+    """An optimizer that makes a run's updates on these tensors, in the state of its first recorded step."""
     groups = []
     for group in header.groups:
         # parameters of its own on the same memory: those of the model may be frozen where nothing is trained
@@ -204,20 +207,20 @@ def rebuild(header: Header, tensors: Mapping[str, Tensor], kernel: KernelName = 
     return optimizer
 
 
-def replay_rows(
+def replay_records(
     optimizer: SparseMeZO,
-    rows: Iterable[StepRecord],
+    records: Iterable[StepRecord],
     source: str,
     *,
     check_masks: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Make the updates of some rows, refreshing masks where the run did, as many steps at a time as the kernel can.
+    """Make the updates of some steps, refreshing masks where the run did, as many at a time as the kernel can.
 
     Args:
-        optimizer: The optimizer, at the first of the rows.
-        rows: The steps.
-        source: The record, for messages.
+        optimizer: The optimizer, at the first of the steps.
+        records: The steps.
+        source: The trajectory, for messages.
         check_masks: Whether to compare refreshed thresholds with the run's.
         progress: Called now and then with the number of steps done so far.
 
@@ -225,7 +228,7 @@ def replay_rows(
         TrajectoryError: If a refresh gives other thresholds than the run had.
     """
     size = _FIRST_BLOCK
-    for block in _between_barriers(rows):
+    for block in _between_refreshes(records):
         set_rates(optimizer, block[0])
         if block[0].refreshed:
             optimizer.refresh_masks()
@@ -239,47 +242,44 @@ def replay_rows(
             if progress is not None:
                 progress(part[-1].step + 1)
             if len(part) == size:
-                growth = _SECONDS_A_BLOCK / max(perf_counter() - began, 1e-6)
+                growth = _SECONDS_PER_BLOCK / max(perf_counter() - began, 1e-6)
                 size = max(1, min(_LARGEST_BLOCK, round(size * min(growth, 4.0))))
         set_rates(optimizer, block[-1])
 
 
-def _between_barriers(rows: Iterable[StepRecord]) -> Iterator[list[StepRecord]]:
-    """Runs of steps that may be made together: masks are refreshed, eps and sparsity change, before the first alone."""
+def _between_refreshes(records: Iterable[StepRecord]) -> Iterator[list[StepRecord]]:
+    """Steps that may be made in one call: masks, eps and sparsity change only before the first of them."""
     block: list[StepRecord] = []
-    for row in rows:
-        if block and (row.refreshed or (row.eps, row.sparsity) != (block[0].eps, block[0].sparsity)):
+    for record in records:
+        if block and (record.refreshed or (record.eps, record.sparsity) != (block[0].eps, block[0].sparsity)):
             yield block
             block = []
-        block.append(row)
+        block.append(record)
     if block:
         yield block
 
 
-def set_rates(optimizer: SparseMeZO, row: StepRecord) -> None:
-    """Give each group the learning rate, weight decay, eps and sparsity of a row."""
+def set_rates(optimizer: SparseMeZO, record: StepRecord) -> None:
+    """Give each group the learning rate, weight decay, eps and sparsity of a step."""
     for name in RATES:
-        for group, value in zip(optimizer.param_groups, getattr(row, name), strict=True):
+        for group, value in zip(optimizer.param_groups, getattr(record, name), strict=True):
             group[name] = value
 
 
 def matches_run(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> bool | None:
     """Whether weights are those that the run had at its last step; None if it noted no hash of them."""
-    noted = [mark for mark in trajectory.marked("weights") if mark.steps == trajectory.next_step]
-    if not noted:
-        return None
-    return root_digest(fingerprint(tensors)).hex() == noted[-1].facts.get("root")
+    root = trajectory.final_root
+    return None if root is None else root_digest(fingerprint(tensors)).hex() == root
 
 
-def _check_thresholds(optimizer: SparseMeZO, row: StepRecord, source: str) -> None:
+def _check_thresholds(optimizer: SparseMeZO, record: StepRecord, source: str) -> None:
     found = optimizer.thresholds()
-    recorded = unpack_thresholds(row.thresholds, len(found))
-    for (name, here), there in zip(found.items(), recorded, strict=True):
-        if here != there:
+    recorded = unpack_thresholds(record.thresholds, len(found))
+    for (name, now), then in zip(found.items(), recorded, strict=True):
+        if now != then:
             raise TrajectoryError(
-                f"{source}: the mask refresh before step {row.step} gives {name!r} the threshold {here!r}, the run had "
-                f"{there!r}: something other than the optimizer changed weights during the run, or a kernel gives "
-                "other bits here"
+                f"{source}: the mask refresh before step {record.step} gives {name!r} the threshold {now!r}, the run "
+                f"had {then!r}: {_OTHER_WEIGHTS}"
             )
 
 

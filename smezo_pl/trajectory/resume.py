@@ -28,8 +28,8 @@ from smezo_pl.trajectory.fingerprint import fingerprint, machine, root_digest
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, TrajectoryWriter, rewrite
 from smezo_pl.trajectory.recorder import Recorder, describe
-from smezo_pl.trajectory.replaying import check_shapes, matches_run, replay, replay_rows, tensors_of
-from smezo_pl.trajectory.snapshots import load_anchor, nearest_anchor
+from smezo_pl.trajectory.replaying import check_shapes, matches_run, replay, replay_records, tensors_of
+from smezo_pl.trajectory.snapshots import load_snapshot, nearest_snapshot
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -94,7 +94,7 @@ class SeedCheckpointIO(CheckpointIO):
         data = serialised(checkpoint)
         if writer is not None:
             # before the file is there: without the event it would be taken for corrupted
-            writer.mark("checkpoint", file=path.name, sha256=sha256(data).hexdigest())
+            writer.add_event("checkpoint", file=path.name, sha256=sha256(data).hexdigest())
         write_atomically(path, data)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -218,9 +218,9 @@ def find_trajectory(path: Path, seed: Mapping[str, Any]) -> Trajectory:
         left = f"`smezo replay --step {trajectory.next_step}` gives the weights so far"
         raise TrajectoryError(
             f"{path} is the checkpoint after {steps} steps, and {file} holds only {trajectory.next_step}: {reason}. "
-            + (left if trajectory.rows else "No step is left")
+            + (left if trajectory.records else "No step is left")
         )
-    known = {event.facts.get("sha256") for event in trajectory.marked("checkpoint")}
+    known = {event.facts.get("sha256") for event in trajectory.events_of("checkpoint")}
     trajectory = trajectory.upto(steps)
     if sha256(path.read_bytes()).hexdigest() not in known or trajectory.check.hex() != check:
         raise TrajectoryError(
@@ -242,13 +242,13 @@ def network_of(module: LightningModule, header: Header | None = None) -> nn.Modu
 
 def _from_snapshot(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> SparseMeZO | None:
     """The weights from the last full-weight snapshot; None if there is no valid one."""
-    found = nearest_anchor(trajectory)
+    found = nearest_snapshot(trajectory)
     if found is None:
         return None
     event, path = found
-    optimizer = load_anchor(trajectory, event, path, tensors)
-    after = trajectory.rows[event.steps - trajectory.header.first_step :]
-    replay_rows(optimizer, after, str(trajectory.path))
+    optimizer = load_snapshot(trajectory, event, path, tensors)
+    after = trajectory.records[event.steps - trajectory.header.first_step :]
+    replay_records(optimizer, after, str(trajectory.path))
     if matches_run(trajectory, tensors) is False:
         raise TrajectoryError(
             f"{trajectory.path}: the weights made from {path} are not those that the run had; without that file "
@@ -346,7 +346,7 @@ def _continue(earlier: Trajectory, path: Path) -> TrajectoryWriter:
     elif not os.path.samefile(earlier.path, path):
         raise TrajectoryError(f"{path} is the trajectory of another run: give SeedCheckpoint another dirpath")
     whole = Trajectory.read(path, damaged=True)
-    later = [event.steps for event in whole.marked("checkpoint") if event.steps > steps]
+    later = [event.steps for event in whole.events_of("checkpoint") if event.steps > steps]
     if whole.damage is not None:
         kept, anew = _free_name(path, "damaged"), _free_name(path, "sound")
         log.warning(

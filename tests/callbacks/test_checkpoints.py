@@ -63,7 +63,7 @@ def test_a_run_leaves_its_record_and_two_small_checkpoints(straight: tuple[Path,
     assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [BEST, LAST, RECORD]
     assert all((folder / name).stat().st_size < 20_000 for name in (LAST, BEST, RECORD))
     trajectory = Trajectory.read(folder)
-    assert [row.loss for row in trajectory.rows] == pytest.approx([watch.train[s + 1] for s in range(20)], rel=1e-6)
+    assert [row.loss for row in trajectory.records] == pytest.approx([watch.train[s + 1] for s in range(20)], rel=1e-6)
     again = network()
     replay(folder, again)
     assert same(again, trained.model)
@@ -97,8 +97,8 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     assert min(watch.train) <= killed + 1
     assert equal_after(watch, seen)
     assert same(resumed.model, trained.model)
-    assert [row.projected_gradients for row in Trajectory.read(tmp_path).rows] == [
-        row.projected_gradients for row in Trajectory.read(folder).rows
+    assert [row.projected_gradients for row in Trajectory.read(tmp_path).records] == [
+        row.projected_gradients for row in Trajectory.read(folder).records
     ]
 
 
@@ -177,7 +177,7 @@ class TestAnchors:
         resumed = Classifier()
         fit(tmp_path, resumed, anchored(), ckpt_path=tmp_path / LAST)
         assert same(resumed.model, straight[1].model)
-        assert ("is damaged; the weights are made without it" in caplog.text) == (harm == "damaged")
+        assert ("is corrupted; the weights are made without it" in caplog.text) == (harm == "damaged")
 
     def test_weights_that_are_left_alone_must_still_be_the_runs(self, tmp_path: Path) -> None:
         interrupted(tmp_path, Classifier(exclude="2"), 16, anchored())
@@ -420,7 +420,7 @@ class TestRefused:
         for change, message in (
             ("DELETE FROM steps WHERE step >= 7", "holds only 7: .*--step 7` gives the weights so far"),
             ("DELETE FROM steps", "holds only 0: .*No step is left"),
-            ("UPDATE steps SET data = zeroblob(9) WHERE step = 3", "holds only 3: step 3 is damaged: .*--step 3`"),
+            ("UPDATE steps SET data = zeroblob(9) WHERE step = 3", "holds only 3: step 3 is corrupted: .*--step 3`"),
         ):
             (self.folder / RECORD).write_bytes(whole)
             with sqlite3.connect(self.folder / RECORD) as connection:
@@ -614,8 +614,8 @@ def test_epochs_are_counted_through_any_resumes(tmp_path: Path, killed: tuple[in
     assert max(seen.epochs.values()) == 3
     assert min(watch.train) <= killed[-1] + 1
     assert equal_after(watch, seen)
-    assert [row.refresh for row in Trajectory.read(run).rows] == [
-        row.refresh for row in Trajectory.read(tmp_path / "straight").rows
+    assert [row.refresh for row in Trajectory.read(run).records] == [
+        row.refresh for row in Trajectory.read(tmp_path / "straight").records
     ]
     assert same(resumed.model, trained.model)
 

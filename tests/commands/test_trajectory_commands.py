@@ -69,7 +69,7 @@ class TestShow:
         smezo("show", run[0], "--json")
         facts = json.loads(capsys.readouterr().out)
         assert facts["steps"] == STEPS and facts["sound"] and not facts["writing"]
-        rows = Trajectory.read(run[0]).rows
+        rows = Trajectory.read(run[0]).records
         assert facts["loss"] == {
             "first": rows[0].loss,
             "last": rows[-1].loss,
@@ -97,9 +97,9 @@ class TestShow:
         with pytest.raises(SystemExit) as left:
             smezo("show", tmp_path / "copy")
         assert left.value.code == 1
-        assert "up to step 4, which `smezo replay --step` can make; then step 4 is damaged" in capsys.readouterr().out
+        assert "up to step 4, which `smezo replay --step` can make; then step 4 is corrupted" in capsys.readouterr().out
         for words in (("replay",), ("replay", "--step", "5"), ("export",), ("export", "--step", "5")):
-            with pytest.raises(TrajectoryError, match="step 4 is damaged"):
+            with pytest.raises(TrajectoryError, match="step 4 is corrupted"):
                 smezo(words[0], tmp_path / "copy", *words[1:], "--out", tmp_path / "out")
         smezo("export", tmp_path / "copy", "--step", "4", "--out", tmp_path / "exported.safetensors")
         smezo("apply", tmp_path / "exported.safetensors", "--out", tmp_path / "applied")
@@ -220,7 +220,7 @@ class TestReplayAndApply:
     ) -> None:
         shutil.copytree(run[0], tmp_path / "copy")
         with TrajectoryWriter.resume(tmp_path / "copy" / "trajectory.smezo") as writer:
-            writer.mark("weights", root="0" * 64)
+            writer.add_event("weights", root="0" * 64)
         smezo("replay", tmp_path / "copy", "--out", tmp_path / "model")
         printed = capsys.readouterr().out
         assert "NOT the run's weights. The run was made with kernel numba" in printed

@@ -139,7 +139,7 @@ def test_skipped_steps_are_recorded_and_skipped_again(tmp_path: Path) -> None:
         optimizer.step(lambda: float("inf"))
         with pytest.raises(NonFiniteLossError):
             optimizer.step(lambda: float("nan"))
-    rows = Trajectory.read(tmp_path / "t").rows
+    rows = Trajectory.read(tmp_path / "t").records
     assert [row.skipped for row in rows] == [False, True, False, True, True]  # the last one too, whose step raised
     assert math.isnan(rows[1].losses[0][0])
     replay(tmp_path / "t", again)
@@ -155,7 +155,7 @@ def test_projected_gradients_are_the_ones_that_were_used(tmp_path: Path) -> None
         for _ in range(3):
             optimizer.step(lambda: loss_of(model, x, y))
             used.append(optimizer.last_step)
-    rows = Trajectory.read(tmp_path / "t").rows
+    rows = Trajectory.read(tmp_path / "t").records
     assert [row.projected_gradients for row in rows] == [report.projected_gradients for report in used]
     assert [row.losses for row in rows] == [report.losses for report in used]
 

@@ -7,9 +7,9 @@ import pytest
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.records import (
     check_of,
-    pack_row,
+    pack_step,
     pack_thresholds,
-    unpack_row,
+    unpack_step,
     unpack_thresholds,
 )
 
@@ -38,68 +38,68 @@ def make(step: int = 0, samples: int = 1, **changes: object) -> StepRecord:
 @pytest.mark.parametrize("refresh", [{}, {"refreshed": True, "thresholds": b"thresholds"}])
 def test_a_row_comes_back_as_it_was(samples: int, refresh: dict[str, object]) -> None:
     row = make(5, samples, **refresh)
-    data = pack_row(row, None, KEY)
-    assert unpack_row(5, data, refresh.get("thresholds"), None, KEY, groups=2) == row
+    data = pack_step(row, None, KEY)
+    assert unpack_step(5, data, refresh.get("thresholds"), None, KEY, groups=2) == row
 
 
 def test_a_skipped_row_keeps_losses_that_are_not_finite() -> None:
     row = make(1, projected_gradients=(), losses=((math.inf, 1.5),), skipped=True)
-    assert unpack_row(1, pack_row(row, BEFORE, KEY), None, BEFORE, KEY, groups=2) == row
+    assert unpack_step(1, pack_step(row, BEFORE, KEY), None, BEFORE, KEY, groups=2) == row
 
 
 def test_a_loss_beyond_float32_becomes_infinite() -> None:
     row = make(1, losses=((1e300, -1e300),))
-    back = unpack_row(1, pack_row(row, BEFORE, KEY), None, BEFORE, KEY, groups=2)
+    back = unpack_step(1, pack_step(row, BEFORE, KEY), None, BEFORE, KEY, groups=2)
     assert back.losses == ((math.inf, -math.inf),)
 
 
 def test_rates_are_stored_where_they_change() -> None:
-    constant = pack_row(make(1), BEFORE, KEY)
+    constant = pack_step(make(1), BEFORE, KEY)
     assert len(constant) == 1 + 12 + 8
     changed = make(1, lr=(2e-6, 3e-5))
-    data = pack_row(changed, BEFORE, KEY)
+    data = pack_step(changed, BEFORE, KEY)
     assert len(data) == len(constant) + 16
-    assert unpack_row(1, data, None, BEFORE, KEY, groups=2) == changed
+    assert unpack_step(1, data, None, BEFORE, KEY, groups=2) == changed
 
 
 def test_every_flipped_bit_is_found() -> None:
-    data = pack_row(make(3), None, KEY)
+    data = pack_step(make(3), None, KEY)
     for bit in range(8 * len(data)):
         wrong = bytearray(data)
         wrong[bit // 8] ^= 1 << bit % 8
         with pytest.raises(ValueError, match="check"):
-            unpack_row(3, bytes(wrong), None, None, KEY, groups=2)
+            unpack_step(3, bytes(wrong), None, None, KEY, groups=2)
 
 
 def test_every_cut_is_found() -> None:
-    data = pack_row(make(3), None, KEY)
+    data = pack_step(make(3), None, KEY)
     for length in range(len(data)):
         with pytest.raises(ValueError, match="check"):
-            unpack_row(3, data[:length], None, None, KEY, groups=2)
+            unpack_step(3, data[:length], None, None, KEY, groups=2)
 
 
 def test_a_row_is_tied_to_its_step_its_refresh_and_the_row_before() -> None:
-    data = pack_row(make(3), None, KEY)
-    after = pack_row(make(4), BEFORE, check_of(data))
-    assert unpack_row(4, after, None, BEFORE, check_of(data), groups=2) == make(4)
+    data = pack_step(make(3), None, KEY)
+    after = pack_step(make(4), BEFORE, check_of(data))
+    assert unpack_step(4, after, None, BEFORE, check_of(data), groups=2) == make(4)
     for step, refresh, check in ((5, None, check_of(data)), (4, b"x", check_of(data)), (4, None, KEY)):
         with pytest.raises(ValueError, match="check"):
-            unpack_row(step, after, refresh, BEFORE, check, groups=2)
-    with_refresh = pack_row(make(3, refreshed=True, thresholds=b"abc"), None, KEY)
+            unpack_step(step, after, refresh, BEFORE, check, groups=2)
+    with_refresh = pack_step(make(3, refreshed=True, thresholds=b"abc"), None, KEY)
     for refresh in (None, b"abd"):
         with pytest.raises(ValueError, match="check"):
-            unpack_row(3, with_refresh, refresh, None, KEY, groups=2)
+            unpack_step(3, with_refresh, refresh, None, KEY, groups=2)
 
 
 def test_the_first_row_must_name_its_rates() -> None:
     with pytest.raises(ValueError, match="learning rate"):
-        unpack_row(0, pack_row(make(0), BEFORE, KEY), None, None, KEY, groups=2)
+        unpack_step(0, pack_step(make(0), BEFORE, KEY), None, None, KEY, groups=2)
 
 
 def test_a_number_of_groups_that_does_not_fit_is_refused() -> None:
-    data = pack_row(make(0), None, KEY)
+    data = pack_step(make(0), None, KEY)
     with pytest.raises(ValueError, match="fits no number of samples"):
-        unpack_row(0, data, None, None, KEY, groups=7)
+        unpack_step(0, data, None, None, KEY, groups=7)
 
 
 @pytest.mark.parametrize(("thresholds", "width"), [((0.0123456, math.inf), 8), ((f32(0.1), math.inf, 0.0), 4), ((), 4)])
@@ -111,5 +111,5 @@ def test_thresholds_come_back_to_the_bit(thresholds: tuple[float, ...], width: i
 
 @pytest.mark.parametrize("data", [b"", b"abc", pack_thresholds([1.0] * 5), pack_thresholds([0.0] * 100_000)])
 def test_damaged_thresholds_are_refused(data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"damaged|thresholds|inflates|ends early"):
+    with pytest.raises(ValueError, match=r"no deflated data|thresholds|inflates|ends early"):
         unpack_thresholds(data, 4)

@@ -54,7 +54,7 @@ def test_an_earlier_step_can_be_exported(run: tuple[Path, torch.nn.Sequential], 
 def test_what_an_export_holds_is_the_record(run: tuple[Path, torch.nn.Sequential], tune: Path) -> None:
     record, exported = Trajectory.read(run[0]), load(tune)
     assert exported.header == record.header
-    assert exported.rows == [replace(row, losses=(), thresholds=b"") for row in record.rows]
+    assert exported.records == [replace(row, losses=(), thresholds=b"") for row in record.records]
 
 
 def test_any_tool_can_read_it(run: tuple[Path, torch.nn.Sequential], tune: Path) -> None:
@@ -62,15 +62,15 @@ def test_any_tool_can_read_it(run: tuple[Path, torch.nn.Sequential], tune: Path)
         metadata = file.metadata()
         gradients = file.get_tensor("projected_gradients")
     assert metadata["kind"] == KIND and metadata["steps"] == "8" and json.loads(metadata["settings"])["lr"] == 1e-2
-    recorded = [row.projected_gradients for row in Trajectory.read(run[0]).rows]
+    recorded = [row.projected_gradients for row in Trajectory.read(run[0]).records]
     assert np.array_equal(gradients, np.array(recorded, dtype=np.float32))
 
 
 def test_skipped_steps_stay_skipped(run: tuple[Path, torch.nn.Sequential], tmp_path: Path) -> None:
     trajectory = Trajectory.read(run[0])
-    rows = [replace(r, projected_gradients=(), skipped=True) if r.step in (0, 4) else r for r in trajectory.rows]
-    export(replace(trajectory, rows=rows, marks=[]), tmp_path / "t.safetensors")
-    assert [r.skipped for r in load(tmp_path / "t.safetensors").rows] == [i in (0, 4) for i in range(8)]
+    rows = [replace(r, projected_gradients=(), skipped=True) if r.step in (0, 4) else r for r in trajectory.records]
+    export(replace(trajectory, records=rows, events=[]), tmp_path / "t.safetensors")
+    assert [r.skipped for r in load(tmp_path / "t.safetensors").records] == [i in (0, 4) for i in range(8)]
 
 
 def test_20000_steps_take_less_than_100_kilobytes(run: tuple[Path, torch.nn.Sequential], tmp_path: Path) -> None:
@@ -81,10 +81,10 @@ def test_20000_steps_take_less_than_100_kilobytes(run: tuple[Path, torch.nn.Sequ
         StepRecord(i, ((1.0, 1.0),), (float(np.float32(noise.gauss(0, 1))),), **rates, refreshed=i % 1000 == 0)
         for i in range(20_000)
     ]
-    one_sample = replace(trajectory, rows=rows, marks=[], header=replace(trajectory.header, num_samples=1))
+    one_sample = replace(trajectory, records=rows, events=[], header=replace(trajectory.header, num_samples=1))
     written = export(one_sample, tmp_path / "t.safetensors")
     assert written.size < 84_000
-    assert [r.projected_gradients for r in load(written.path).rows] == [r.projected_gradients for r in rows]
+    assert [r.projected_gradients for r in load(written.path).records] == [r.projected_gradients for r in rows]
 
 
 def test_other_starting_weights_are_refused(tune: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,7 +145,7 @@ def test_every_damaged_byte_is_found_or_harmless(run: tuple[Path, torch.nn.Seque
         wrong[noise.randrange(len(wrong))] ^= 1 << noise.randrange(8)
         tune.write_bytes(wrong)
         try:
-            assert load(tune).rows == right.rows
+            assert load(tune).records == right.records
         except TrajectoryError:
             found += 1
     assert found > 200  # the rest are words of the metadata that nothing reads
@@ -166,13 +166,13 @@ def content_of(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"skipped": [8]}, "a step is named that is not there"),
-        ({"refreshed": [-1]}, "a step is named that is not there"),
-        ({"skipped": {}}, "a step is named that is not there"),
-        ({"columns": [0, 0]}, "columns differ in length"),
-        ({"columns": [-1, 1, 0, 0]}, "columns differ in length"),
+        ({"skipped": [8]}, "a step is named that does not exist"),
+        ({"refreshed": [-1]}, "a step is named that does not exist"),
+        ({"skipped": {}}, "a step is named that does not exist"),
+        ({"columns": [0, 0]}, "columns do not have the lengths"),
+        ({"columns": [-1, 1, 0, 0]}, "columns do not have the lengths"),
         ({"pieces": {}}, "lr"),
-        ({"pieces": []}, "damaged"),
+        ({"pieces": []}, "corrupted"),
         ({"final": "00"}, "wrong length"),
         ({"header": {}}, "header is corrupted"),
         ({"header": None}, "header is corrupted"),
@@ -216,7 +216,7 @@ def test_a_file_that_is_too_large_is_not_opened(tune: Path, monkeypatch: pytest.
 def test_a_cut_file_is_refused(tune: Path, share: float) -> None:
     data = tune.read_bytes()
     tune.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(TrajectoryError, match="no safetensors file, damaged or cut short"):
+    with pytest.raises(TrajectoryError, match="no safetensors file, corrupted or cut short"):
         load(tune)
 
 

@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> Path:
     return folder / "trajectory.smezo"
 
 
-def row(step: int, thresholds: bytes = b"") -> StepRecord:
+def record(step: int, thresholds: bytes = b"") -> StepRecord:
     rates = {"lr": (1e-3,), "weight_decay": (0.0,), "eps": (1e-3,), "sparsity": (0.8,)}
     losses = ((1.0 + step, 1.0),)
     return StepRecord(step, losses, (step / 8,), **rates, refreshed=bool(thresholds), thresholds=thresholds)
@@ -38,16 +38,16 @@ def row(step: int, thresholds: bytes = b"") -> StepRecord:
 def written(path: Path, header: Header, steps: int = 10) -> Path:
     with TrajectoryWriter.create(path, header) as writer:
         for step in range(steps):
-            writer.append(row(step, b"thresholds" if step % 4 == 0 else b""))
-        writer.mark("checkpoint", file="last.ckpt", sha256="00")
+            writer.append(record(step, b"thresholds" if step % 4 == 0 else b""))
+        writer.add_event("checkpoint", file="last.ckpt", sha256="00")
     return path
 
 
 def test_what_is_written_is_read(path: Path, header: Header) -> None:
     trajectory = Trajectory.read(written(path, header))
     assert trajectory.header == header
-    assert list(trajectory.rows) == [row(step, b"thresholds" if step % 4 == 0 else b"") for step in range(10)]
-    assert [(mark.steps, mark.kind, mark.facts["file"]) for mark in trajectory.marks] == [
+    assert list(trajectory.records) == [record(step, b"thresholds" if step % 4 == 0 else b"") for step in range(10)]
+    assert [(event.steps, event.kind, event.facts["file"]) for event in trajectory.events] == [
         (10, "checkpoint", "last.ckpt")
     ]
     assert trajectory.damage is None
@@ -67,16 +67,16 @@ def test_a_folder_stands_for_its_record(path: Path, header: Header) -> None:
 def test_it_is_small(path: Path, header: Header) -> None:
     with TrajectoryWriter.create(path, header) as writer:
         for step in range(3000):
-            writer.append(row(step))
+            writer.append(record(step))
     assert path.stat().st_size / 3000 < 36
 
 
 def test_steps_come_in_order(path: Path, header: Header) -> None:
     with TrajectoryWriter.create(path, header) as writer:
-        writer.append(row(0))
+        writer.append(record(0))
         for step in (0, 2):
             with pytest.raises(TrajectoryError, match="the next one is 1"):
-                writer.append(row(step))
+                writer.append(record(step))
     assert Trajectory.read(path).next_step == 1
 
 
@@ -93,10 +93,10 @@ def test_a_record_goes_on(path: Path, header: Header, steps: int | None) -> None
     with TrajectoryWriter.resume(written(path, header), steps) as writer:
         assert writer.steps == (10 if steps is None else steps)
         for step in range(writer.steps, 12):
-            writer.append(row(step, b"thresholds" if step % 4 == 0 else b""))
+            writer.append(record(step, b"thresholds" if step % 4 == 0 else b""))
     trajectory = Trajectory.read(path)
     assert trajectory.check == straight.check
-    assert len(trajectory.marks) == (1 if steps in (None, 10) else 0)
+    assert len(trajectory.events) == (1 if steps in (None, 10) else 0)
 
 
 def test_it_cannot_go_on_where_it_has_not_been(path: Path, header: Header) -> None:
@@ -108,13 +108,13 @@ def test_it_cannot_go_on_where_it_has_not_been(path: Path, header: Header) -> No
 
 def test_a_second_writer_is_refused(path: Path, header: Header) -> None:
     with TrajectoryWriter.create(path, header) as writer:
-        writer.append(row(0))
+        writer.append(record(0))
         with pytest.raises(TrajectoryError, match=f"written by another run .process {os.getpid()}."):
             TrajectoryWriter.resume(path)
         code = "import sys; from smezo_pl.trajectory.log import TrajectoryWriter; TrajectoryWriter.resume(sys.argv[1])"
         other = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
         assert "is being written by another run" in other.stderr
-        writer.append(row(1))
+        writer.append(record(1))
     assert Trajectory.read(path).next_step == 2
     with TrajectoryWriter.resume(path) as writer:
         assert writer.steps == 2
@@ -136,7 +136,7 @@ def test_a_reader_sees_a_consistent_run_while_it_is_written(path: Path, header: 
         reader = threading.Thread(target=read)
         reader.start()
         for step in range(600):
-            writer.append(row(step, b"x" if step % 50 == 0 else b""))
+            writer.append(record(step, b"x" if step % 50 == 0 else b""))
         done.set()
         reader.join()
     assert not failures
@@ -147,7 +147,7 @@ def test_a_reader_sees_a_consistent_run_while_it_is_written(path: Path, header: 
 def test_what_was_appended_is_there_before_the_writer_ends(path: Path, header: Header) -> None:
     writer = TrajectoryWriter.create(path, header)
     for step in range(5):
-        writer.append(row(step))
+        writer.append(record(step))
         assert Trajectory.read(path).next_step == step + 1
     writer.close()
     writer.close()
@@ -159,9 +159,9 @@ def test_the_disk_is_waited_for_in_groups(path: Path, header: Header, monkeypatc
     with TrajectoryWriter.create(path, header) as writer:
         monkeypatch.setattr(writer, "sync", lambda: waited.append(writer.steps))
         for step in range(9):
-            writer.append(row(step))
+            writer.append(record(step))
         assert not waited
-        writer.append(row(9))
+        writer.append(record(9))
         assert waited == [10]
 
 
@@ -177,7 +177,7 @@ def test_a_full_disk_ends_with_a_clear_error_and_a_sound_record(path: Path, head
 
     def fill() -> None:
         for step in range(1000):
-            writer.append(row(step))
+            writer.append(record(step))
 
     with pytest.raises(TrajectoryError, match=r"the disk is full.*is intact: make space and resume"):
         fill()
@@ -186,7 +186,7 @@ def test_a_full_disk_ends_with_a_clear_error_and_a_sound_record(path: Path, head
     writer.close()
     assert Trajectory.read(path).next_step == reached
     with TrajectoryWriter.resume(path) as writer:
-        writer.append(row(reached))
+        writer.append(record(reached))
 
 
 def test_a_folder_that_cannot_be_written_is_named(path: Path, header: Header, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,26 +273,26 @@ def test_a_file_with_other_tables_is_refused(path: Path, header: Header, change:
 
 
 @pytest.mark.parametrize(
-    ("change", "message", "sound"),
+    ("change", "message", "valid"),
     [
         ("DELETE FROM steps WHERE step = 6", "step 6 is missing", 6),
         ("UPDATE steps SET step = 60 WHERE step = 6", "step 6 is missing", 6),
-        ("UPDATE steps SET data = (SELECT data FROM steps WHERE step = 3) WHERE step = 6", "step 6 is damaged", 6),
-        ("UPDATE steps SET data = 'text' WHERE step = 6", "step 6 is damaged: not bytes", 6),
-        ("UPDATE steps SET data = zeroblob(9) WHERE step = 6", "step 6 is damaged", 6),
-        ("UPDATE steps SET data = x'' WHERE step = 6", "step 6 is damaged", 6),
-        ("DELETE FROM refreshes WHERE step = 4", "step 4 is damaged", 4),
-        ("UPDATE refreshes SET data = x'00' WHERE step = 4", "step 4 is damaged", 4),
-        ("INSERT INTO refreshes VALUES (6, x'00')", "step 6 is damaged", 6),
+        ("UPDATE steps SET data = (SELECT data FROM steps WHERE step = 3) WHERE step = 6", "step 6 is corrupted", 6),
+        ("UPDATE steps SET data = 'text' WHERE step = 6", "step 6 is corrupted: not bytes", 6),
+        ("UPDATE steps SET data = zeroblob(9) WHERE step = 6", "step 6 is corrupted", 6),
+        ("UPDATE steps SET data = x'' WHERE step = 6", "step 6 is corrupted", 6),
+        ("DELETE FROM refreshes WHERE step = 4", "step 4 is corrupted", 4),
+        ("UPDATE refreshes SET data = x'00' WHERE step = 4", "step 4 is corrupted", 4),
+        ("INSERT INTO refreshes VALUES (6, x'00')", "step 6 is corrupted", 6),
         ("INSERT INTO refreshes VALUES (99, x'00')", "a mask refresh belongs to step 99", 10),
-        ("UPDATE marks SET steps = 9", "a mark is damaged", 10),
-        ("UPDATE marks SET data = zeroblob(30)", "a mark is damaged", 10),
-        ("UPDATE marks SET steps = 11", "a note was made after 11 steps, and only 10", 10),
-        ("UPDATE marks SET steps = 'x'", "is damaged", 10),
+        ("UPDATE marks SET steps = 9", "an event is corrupted", 10),
+        ("UPDATE marks SET data = zeroblob(30)", "an event is corrupted", 10),
+        ("UPDATE marks SET steps = 11", "an event is after 11 steps, and only 10", 10),
+        ("UPDATE marks SET steps = 'x'", "is corrupted", 10),
     ],
 )
 def test_damage_is_found_and_what_is_sound_is_saved(
-    path: Path, header: Header, change: str, message: str, sound: int
+    path: Path, header: Header, change: str, message: str, valid: int
 ) -> None:
     connection = sqlite3.connect(written(path, header))
     connection.execute(change)
@@ -300,10 +300,10 @@ def test_damage_is_found_and_what_is_sound_is_saved(
     connection.close()
     with pytest.raises(TrajectoryError, match=message) as caught:
         Trajectory.read(path)
-    assert f"sound up to {sound} steps" in str(caught.value)
+    assert f"valid up to {valid} steps" in str(caught.value)
     saved = Trajectory.read(path, damaged=True)
-    assert saved.next_step == sound and saved.damage is not None and message in saved.damage
-    assert saved.upto(sound).damage is None
+    assert saved.next_step == valid and saved.damage is not None and message in saved.damage
+    assert saved.upto(valid).damage is None
     with pytest.raises(TrajectoryError, match=message):
         saved.upto(11)
 
@@ -339,13 +339,13 @@ def test_steps_of_another_run_are_found(path: Path, header: Header) -> None:
     connection.execute("INSERT INTO steps SELECT * FROM other.steps")
     connection.commit()
     connection.close()
-    with pytest.raises(TrajectoryError, match=r"step 0 is damaged.*No step can be saved"):
+    with pytest.raises(TrajectoryError, match=r"step 0 is corrupted.*No step can be saved"):
         Trajectory.read(path)
 
 
 def test_a_snapshot_holds_what_the_log_holds(path: Path, header: Header) -> None:
     with TrajectoryWriter.resume(written(path, header)) as writer:
-        writer.append(row(10))
+        writer.append(record(10))
         store.copy(path, path.with_name("copy"))
     copy = Trajectory.read(path.with_name("copy"))
     assert copy.next_step == 11
@@ -355,19 +355,19 @@ def test_a_snapshot_holds_what_the_log_holds(path: Path, header: Header) -> None
 def test_the_log_of_a_record_that_is_replaced_is_not_taken_for_the_new_ones(path: Path, header: Header) -> None:
     """A run that was killed before its first step leaves a log; what it holds must not come into the next record."""
     writer = TrajectoryWriter.create(path, header)
-    writer.mark("checkpoint", file="last.ckpt", sha256="of the first run")
+    writer.add_event("checkpoint", file="last.ckpt", sha256="of the first run")
     left = {name: path.with_name(path.name + name).read_bytes() for name in ("", "-wal")}
     writer.close()
     for name, data in left.items():
         path.with_name(path.name + name).write_bytes(data)
-    assert len(Trajectory.read(path).marks) == 1
+    assert len(Trajectory.read(path).events) == 1
     from dataclasses import replace
 
     with TrajectoryWriter.create(path, replace(header, seed=header.seed + 1)) as writer:
-        writer.append(row(0))
+        writer.append(record(0))
     trajectory = Trajectory.read(path)
     assert trajectory.header.seed == header.seed + 1
-    assert trajectory.next_step == 1 and not trajectory.marks
+    assert trajectory.next_step == 1 and not trajectory.events
 
 
 def test_the_log_of_another_run_is_refused(path: Path, header: Header) -> None:
@@ -380,7 +380,7 @@ def test_the_log_of_another_run_is_refused(path: Path, header: Header) -> None:
     ]
     for writer in writers:
         for step in range(4):
-            writer.append(row(step))
+            writer.append(record(step))
     logs = [file.with_name(file.name + "-wal").read_bytes() for file in (path, other)]
     data = path.read_bytes()
     for writer in writers:
@@ -408,7 +408,7 @@ def test_a_damaged_schema_that_is_no_text_is_an_error_like_any_other(path: Path,
 def test_what_the_log_holds_of_it_is_still_read(path: Path, header: Header) -> None:
     writer = TrajectoryWriter.create(path, header)
     for step in range(200):  # the file grows, so that the log holds the page of the schema
-        writer.append(row(step))
+        writer.append(record(step))
     data, log = path.read_bytes(), path.with_name(path.name + "-wal").read_bytes()
     writer.close()
     harmed = data.replace(b"stepssteps", b"st\xf4psst\xf4ps").replace(b"CREATE TABLE steps", b"CREATE TABLX steps")

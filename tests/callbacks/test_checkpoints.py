@@ -614,8 +614,8 @@ def test_epochs_are_counted_through_any_resumes(tmp_path: Path, killed: tuple[in
     assert max(seen.epochs.values()) == 3
     assert min(watch.train) <= killed[-1] + 1
     assert equal_after(watch, seen)
-    assert [row.refresh for row in Trajectory.read(run).records] == [
-        row.refresh for row in Trajectory.read(tmp_path / "straight").records
+    assert [row.thresholds for row in Trajectory.read(run).records] == [
+        row.thresholds for row in Trajectory.read(tmp_path / "straight").records
     ]
     assert same(resumed.model, trained.model)
 

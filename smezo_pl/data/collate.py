@@ -22,7 +22,7 @@ def group_examples(examples: Sequence[Encoded], max_tokens: int | None = None) -
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes a :class:`PromptBatch` of encoded examples.
+    """Makes a `PromptBatch` of encoded examples.
 
     Args:
         pad_id: The padding token, on the right of rows.

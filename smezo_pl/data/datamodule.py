@@ -230,7 +230,7 @@ class PromptDataModule(pl.LightningDataModule):
         return self.splits.get(split, self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING)
 
     def encoded(self, split: SplitName) -> list[Encoded]:
-        """The examples of a split as tokens, in the order of :meth:`examples`."""
+        """The examples of a split as tokens, in the order of `examples`."""
         if split not in self._encoded:
             encoder: Encoder | MaskedLMEncoder
             if self.task.is_masked:

@@ -64,7 +64,7 @@ def loss_of(scores: Tensor, batch: "PromptBatch") -> tuple[Tensor, int]:
     tokens; the number is that of the tokens.
 
     Args:
-        scores: float32 ``[K]`` from :func:`candidate_scores`.
+        scores: float32 ``[K]`` from `candidate_scores`.
         batch: The batch.
 
     Returns:

@@ -154,7 +154,7 @@ def make_example(
     Args:
         task: The task.
         row: Column names and values.
-        index: Number of the row, for :attr:`Example.index` and for errors.
+        index: Number of the row, for `Example.index` and for errors.
         origin: The file that it comes from, for errors.
         line: Where it stands in that file, for errors; ``row <index>`` if empty.
         label_names: What the data set calls the integers of its label column, if it says.

@@ -215,7 +215,7 @@ class Task:
         prompt: Template of the prompt. Spaces at its end and white space at its start are dropped once it is filled in.
             One that holds ``<mask>`` is for a masked language model, which fills the candidate in there.
         candidates: For each label value, in the data set's own order, the template of its text; or a
-            :class:`ListCandidates`; or a :class:`GeneratedAnswer`, which the model writes itself.
+            `ListCandidates`; or a `GeneratedAnswer`, which the model writes itself.
         label: Column of the label: the name of a label, its place as an integer, or a boolean.
         objective: ``"classification"``: cross-entropy over the candidates' mean log-probabilities. ``"lm"``: token
             cross-entropy on the right candidate alone.
@@ -285,7 +285,7 @@ class Task:
 
     @cached_property
     def candidate_templates(self) -> tuple[Template, ...]:
-        """The candidates' texts, parsed: one for each label, or the one of a :class:`ListCandidates`."""
+        """The candidates' texts, parsed: one for each label, or the one of a `ListCandidates`."""
         if isinstance(self.candidates, ListCandidates):
             return (Template(self.candidates.text),)
         if isinstance(self.candidates, GeneratedAnswer):

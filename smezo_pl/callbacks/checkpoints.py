@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +19,6 @@ from smezo_pl.trajectory.snapshots import write_snapshot
 
 log = logging.getLogger(__name__)
 
-_BEST = "best"
-
 
 class WeightCheckpoint(ModelCheckpoint):
     """Writes ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt`` with all weights that are trained.
@@ -37,9 +34,9 @@ class WeightCheckpoint(ModelCheckpoint):
         monitor: Metric that decides which checkpoint is the best, read after each validation; None for no
             ``best.ckpt``.
         mode: Whether the smallest or the largest value is the best.
-        save_top_k: How many of the best checkpoints to keep; -1 for one of each validation.
-        filename: Name of the best checkpoints as `ModelCheckpoint` takes it, for instance ``{step}-{val/loss:.3f}``;
-            by default ``best``, and ``{step}`` if more than one is kept.
+        save_top_k: Number of best checkpoints to keep; -1 for one per validation.
+        filename: Their name without ``.ckpt``, with metrics in braces: ``step={step}-loss={val/loss:.3f}``. By default
+            ``best``, and ``step={step}`` if more than one is kept.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -59,7 +56,8 @@ class WeightCheckpoint(ModelCheckpoint):
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
         super().__init__(
-            filename=filename or (_BEST if save_top_k == 1 else "{step}"),
+            filename=filename or ("best" if save_top_k == 1 else "step={step}"),
+            auto_insert_metric_name=False,  # a metric's name has a slash
             monitor=monitor,
             mode=mode,
             save_last=True,
@@ -80,22 +78,22 @@ class WeightCheckpoint(ModelCheckpoint):
     def state_dict(self) -> dict[str, Any]:
         """The best score so far, and the scores of the files that are kept if they are not ``best.ckpt`` alone."""
         score = None if self.best_model_score is None else float(self.best_model_score)
-        files = {os.path.basename(path): float(score) for path, score in self.best_k_models.items()}
         state = {"best_score": score, "best_step": self.best_step, "monitor": self.monitor}
-        return state | ({"files": files} if files.keys() - {f"{_BEST}.ckpt"} else {})
+        files = {Path(path).name: float(score) for path, score in self.best_k_models.items()}
+        return state | ({"files": files} if files.keys() - {"best.ckpt"} else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue to compare with the best score of the run that is resumed, if it is the same metric's."""
+        """Continue to compare with the best scores of the run that is resumed, if they are of the same metric."""
         if state_dict["monitor"] != self.monitor or state_dict["best_score"] is None:
             return
-        scores = state_dict.get("files", {f"{_BEST}.ckpt": state_dict["best_score"]})
-        kept = sorted(scores.items(), key=lambda item: item[1], reverse=self.mode == "max")
-        kept = kept[: self.save_top_k] if self.save_top_k > 0 else kept
-        self.best_k_models = {os.path.join(str(self.dirpath), name): torch.tensor(score) for name, score in kept}
-        paths = list(self.best_k_models)
-        self.kth_best_model_path, self.kth_value = paths[-1], self.best_k_models[paths[-1]]
-        self.best_model_score, self.best_step = self.best_k_models[paths[0]], state_dict["best_step"]
-        self.best_model_path = paths[0] if os.path.isfile(paths[0]) else ""  # not there if the run has a new folder
+        scores = state_dict.get("files", {"best.ckpt": state_dict["best_score"]})
+        ranked = sorted(scores, key=lambda name: scores[name], reverse=self.mode == "max")
+        ranked = ranked[: self.save_top_k if self.save_top_k > 0 else None]
+        self.best_k_models = {str(Path(self.dirpath or "", name)): torch.tensor(scores[name]) for name in ranked}
+        best, *_, self.kth_best_model_path = [next(iter(self.best_k_models)), *self.best_k_models]
+        self.kth_value = self.best_k_models[self.kth_best_model_path]
+        self.best_model_score, self.best_step = self.best_k_models[best], state_dict["best_step"]
+        self.best_model_path = best if Path(best).is_file() else ""  # the run may have a new folder
 
     # ------------------------------------------------------------------ what Lightning calls
 
@@ -107,7 +105,7 @@ class WeightCheckpoint(ModelCheckpoint):
         self.dirpath = str(self._folder / "checkpoints")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the checkpoint of a run that begins, so that one that ends before its first step is due resumes too."""
+        """Write the checkpoint of a run that begins, so that it resumes wherever it ends."""
         self._last_global_step_saved = 0
         if trainer.global_step == 0 and trainer.optimizers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save_last_checkpoint(trainer, {})
@@ -150,7 +148,7 @@ class WeightCheckpoint(ModelCheckpoint):
         if filepath == self.best_model_path:
             self.best_step = trainer.global_step
         writer = self._recorder.writer if self._recorder is not None else None
-        trainer.save_checkpoint(filepath, storage_options=resume.Atomic(writer))
+        trainer.save_checkpoint(filepath, False, storage_options=resume.Atomic(writer))
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
 
 
@@ -174,9 +172,9 @@ class SeedCheckpoint(WeightCheckpoint):
             a resume then replays at most that many steps. None for none; a multiple of ``every_n_steps``.
         fingerprints: Whether a hash of the weights is stored with a checkpoint, which a later replay is checked
             against; it reads the weights once (about half a second per gigabyte on two cores).
-        save_top_k: How many of the best checkpoints to keep; -1 for one of each validation.
-        filename: Name of the best checkpoints as `ModelCheckpoint` takes it, for instance ``{step}-{val/loss:.3f}``;
-            by default ``best``, and ``{step}`` if more than one is kept.
+        save_top_k: Number of best checkpoints to keep; -1 for one per validation.
+        filename: Their name without ``.ckpt``, with metrics in braces: ``step={step}-loss={val/loss:.3f}``. By default
+            ``best``, and ``step={step}`` if more than one is kept.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -206,7 +204,7 @@ class SeedCheckpoint(WeightCheckpoint):
     def state_dict(self) -> dict[str, Any]:
         """The state of `WeightCheckpoint`, and the position in the trajectory."""
         writer = self._recorder.writer if self._recorder is not None else None
-        place = {} if writer is None else {**resume.place_in(writer), "record": str(writer.path.absolute())}
+        place = {} if writer is None else {**resume.position_of(writer), "record": str(writer.path.absolute())}
         return {**super().state_dict(), "place": place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

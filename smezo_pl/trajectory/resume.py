@@ -41,7 +41,7 @@ SEED_KEY = "smezo_pl"
 checkpoint's folder to the trajectory)."""
 
 
-def place_in(writer: TrajectoryWriter) -> dict[str, Any]:
+def position_of(writer: TrajectoryWriter) -> dict[str, Any]:
     """What identifies the present position of a trajectory: its run, its number of steps, and their checksum."""
     return {"run": writer.header.run, "steps": writer.steps, "check": writer.check.hex()}
 
@@ -84,7 +84,7 @@ class SeedCheckpointIO(CheckpointIO):
         without = {name: value for name, value in checkpoint.items() if name != "state_dict"}
         if writer is not None:
             checkpoint = without
-            checkpoint[SEED_KEY] = {**place_in(writer), "record": os.path.relpath(writer.path, path.parent)}
+            checkpoint[SEED_KEY] = {**position_of(writer), "record": os.path.relpath(writer.path, path.parent)}
             for state in checkpoint["optimizer_states"]:
                 if "smezo" in state:
                     state["smezo"]["bits"] = {}  # constant masks: the replay makes them again
@@ -159,7 +159,8 @@ def restore(trainer: Trainer) -> None:
         if replayed is None:
             _load_starting_weights(trajectory.header, tensors, trainer)
             replayed = replay(trajectory, tensors)
-        _hand_over(replayed, trainer)
+        if trainer.state.fn == TrainerFn.FITTING:  # else the optimizer is that of a fit before
+            _hand_over(replayed, trainer)
     checkpoints.is_restored = True
     steps, seconds = trajectory.next_step, perf_counter() - began
     log.info("restored the weights after %d steps, by replay of %s in %.1f s", steps, trajectory.path, seconds)

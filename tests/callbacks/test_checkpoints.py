@@ -4,13 +4,14 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint
@@ -249,6 +250,58 @@ def test_best_survives_a_resume(straight: tuple[Path, Classifier, Watch], tmp_pa
     assert callback.best_step == min(watch.val, key=lambda step: watch.val[step]["val/loss"])
     assert callback.best_model_path == str(tmp_path / BEST)
     assert callback.last_model_path == str(tmp_path / LAST)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_several_best_checkpoints_under_names_with_metrics(
+    straight: tuple[Path, Classifier, Watch], tmp_path: Path, mode: Literal["min", "max"]
+) -> None:
+    def best() -> SeedCheckpoint:
+        return SeedCheckpoint(every_n_steps=3, mode=mode, save_top_k=2, filename="step{step}-{val/loss:.4f}")
+
+    losses = {step: metrics["val/loss"] for step, metrics in straight[2].val.items()}
+    ranked = sorted(losses, key=lambda step: losses[step], reverse=mode == "max")
+    interrupted(tmp_path, Classifier(), 14, best())
+    resumed = best()
+    fit(tmp_path, Classifier(), resumed, ckpt_path=tmp_path / LAST)
+    names = [f"step{step}-{losses[step]:.4f}.ckpt" for step in ranked[:2]]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last.ckpt", *sorted(names)]
+    assert resumed.best_model_path == str(tmp_path / "checkpoints" / names[0])
+    assert resumed.best_step == ranked[0]
+    for name, step in zip(names, ranked, strict=False):
+        [result] = make_trainer(tmp_path).validate(Classifier(), Examples(), tmp_path / "checkpoints" / name)
+        assert result["val/loss"] == losses[step]
+
+
+def test_lightning_finds_the_best_and_the_last(straight: tuple[Path, Classifier, Watch], tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, SeedCheckpoint(every_n_steps=3), max_steps=12)
+    trainer.fit(Classifier(), Examples())
+    losses = {step: metrics["val/loss"] for step, metrics in straight[2].val.items() if step <= 12}
+    [result] = trainer.validate(Classifier(), Examples(), ckpt_path="best")
+    assert result["val/loss"] == min(losses.values())
+    resumed = Classifier()
+    fit(tmp_path, resumed, ckpt_path="last")  # type: ignore[arg-type]
+    assert same(resumed.model, straight[1].model)
+
+
+def test_a_run_of_version_0_1_0_resumes_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    """After 12 steps, the 4th of the second epoch. The files were written by that version and are never made anew."""
+    shutil.copytree(Path(__file__).parent / "version_0_1_0", tmp_path, dirs_exist_ok=True)
+    start = load_file(tmp_path / "start.safetensors")
+    trained, resumed, callback = Classifier(), Classifier(), SeedCheckpoint(every_n_steps=3)
+    for module in (trained, resumed):
+        module.model.load_state_dict(start)
+    seen = fit(tmp_path / "straight", trained, MaskRefresh(every_n_epochs=1))
+    watch = fit(tmp_path, resumed, MaskRefresh(every_n_epochs=1), callback, ckpt_path=tmp_path / LAST)
+    assert sorted(watch.seen) == list(range(13, 21))
+    assert all(watch.seen[step] == seen.seen[step] for step in watch.seen)
+    assert all(watch.epochs[step] == seen.epochs[step] for step in watch.epochs)
+    losses = {4: 1.5220499, **{step: metrics["val/loss"] for step, metrics in watch.val.items()}}
+    assert callback.best_step == min(losses, key=lambda step: losses[step])
+    again = Classifier()
+    again.model.load_state_dict(start)
+    replay(tmp_path, again.model)
+    assert same(again.model, resumed.model)
 
 
 def test_a_metric_that_is_not_there_is_named(tmp_path: Path) -> None:

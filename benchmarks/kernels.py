@@ -1,4 +1,4 @@
-"""Speed of every pass over the weights, beside what plain torch takes for the same.
+"""Speed of every pass over the weights, compared with plain torch.
 
     python benchmarks/kernels.py [--json FILE] [--dtypes fp32 bf16 fp16] [--numel 16777216] [--device cpu]
 
@@ -8,14 +8,13 @@ is the pass of the official MeZO code. About a minute on 2 cores that nothing el
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, interleave, machine, write_json
+from common import DTYPES, interleave, machine, parser_of, print_table, write_json
 from torch import Tensor
 
 from smezo_pl.optim.kernels import Kernel, available_kernels, get_kernel
@@ -82,28 +81,32 @@ def rows_of(kind: str, kernels: list[str], numel: int, rounds: int, device: str)
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys((row["kernel"], row["dtype"]) for row in rows if row["kernel"] != "plain"))
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Passes by kernel and dtype; a pass of plain torch has the same figure for every kernel."""
+    kernels = list(dict.fromkeys((row["kernel"], row["dtype"]) for row in rows if row["kernel"] != "plain"))
     rates = {(row["pass"], row["kernel"], row["dtype"]): f"{row['rate']:.2f}" for row in rows}
-    lines = [["G weights/s", *(f"{kernel} {dtype}" for kernel, dtype in columns)]]
-    for what in dict.fromkeys(row["pass"] for row in rows):
-        plain = any(row["kernel"] == "plain" and row["pass"] == what for row in rows)
-        lines.append([what, *(rates.get((what, "plain" if plain else k, dtype), "-") for k, dtype in columns)])
-    widths = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(widths[0]) if not j else cell.rjust(widths[j]) for j, cell in enumerate(line))
-                     for line in lines)  # fmt: skip
+    return [
+        {"G weights/s": what}
+        | {
+            f"{kernel} {dtype}": rates.get((what, kernel, dtype), rates.get((what, "plain", dtype)))
+            for kernel, dtype in kernels
+        }
+        for what in dict.fromkeys(row["pass"] for row in rows)
+    ]
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--kernels", nargs="+", help="default: all that can run on the device")
-    parser.add_argument("--numel", type=int, default=1 << 24, help="weights a pass")
+    parser.add_argument("--numel", type=int, default=1 << 24, help="weights per pass")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(args)
+    if options.small:
+        options.dtypes, options.numel, options.rounds = ["fp32"], 4096, 1
     if options.threads:
         torch.set_num_threads(options.threads)
     about = machine(options.device)
@@ -112,7 +115,7 @@ def main(args: list[str] | None = None) -> None:
     for kind in options.dtypes:
         kernels = options.kernels or available_kernels(options.device)
         rows += rows_of(kind, kernels, options.numel, options.rounds, options.device)
-    print(table(rows))
+    print_table(table(rows))
     write_json(options.json, {"machine": about, "rows": rows})
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of a training step beside the weights and one forward, on the CPU (Linux).
+"""Peak memory of a training step beyond the weights and one forward, on the CPU (Linux).
 
     python benchmarks/memory.py --json benchmarks/results/memory.json
 
@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from common import DTYPES, last_position_loss, machine, print_table, smollm2, write_json
+from common import DTYPES, last_position_loss, machine, parser_of, print_table, random_llama, smollm2, write_json
 
 ROWS = ["forward", "layerwise", "layerwise, constant mask", "in_place", "in_place, dense"]
 
@@ -28,19 +27,20 @@ def _resident(key: str) -> int:
     raise SystemExit(f"/proc/self/status has no {key}: this needs Linux")
 
 
-def measure(row: str, dtype: str, batch: int, length: int) -> dict[str, Any]:
+def measure(row: str, options: argparse.Namespace) -> dict[str, Any]:
     """Bytes of the weights, and the peak above what was resident before the run."""
     import torch
 
     from smezo_pl.optim import SparseMeZO
 
-    small = torch.nn.Sequential(torch.nn.Embedding(4096, 64), torch.nn.Linear(64, 4096)).to(DTYPES[dtype])
-    warm = SparseMeZO(small.named_parameters(), mask_update="constant" if "constant" in row else "dynamic")
+    dtype = DTYPES[options.dtype]
+    first = torch.nn.Sequential(torch.nn.Embedding(4096, 64), torch.nn.Linear(64, 4096)).to(dtype)
+    warm = SparseMeZO(first.named_parameters(), mask_update="constant" if "constant" in row else "dynamic")
     for _ in range(2):  # every pass that the rows need, in place and layer by layer
-        warm.step(lambda: small(torch.zeros(1, 1, dtype=torch.long)).sum())
-        warm.attach(small)
-    model = smollm2(DTYPES[dtype])
-    closure = last_position_loss(model, batch, length)
+        warm.step(lambda: first(torch.zeros(1, 1, dtype=torch.long)).sum())
+        warm.attach(first)
+    model = random_llama(64, 1, dtype) if options.small else smollm2(dtype)
+    closure = last_position_loss(model, options.batch, options.length)
     if row == "forward":
         run = closure
     else:
@@ -63,24 +63,33 @@ def measure(row: str, dtype: str, batch: int, length: int) -> dict[str, Any]:
     return {"weights": weights, "peak": _resident("VmHWM") - before}
 
 
-def main() -> None:
+def measure_alone(row: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The same in a process of its own."""
+    words = ["--row", row, "--dtype", options.dtype, "--batch", options.batch, "--length", options.length]
+    done = subprocess.run([sys.executable, __file__, *map(str, words)], capture_output=True, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main(args: list[str] | None = None) -> None:
     """Measure every row in its own process, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    if arguments.row:
-        print(json.dumps(measure(arguments.row, arguments.dtype, arguments.batch, arguments.length)))
+    options = parser.parse_args(args)
+    if options.small:
+        options.batch, options.length = 2, 8
+    if options.row:
+        print(json.dumps(measure(options.row, options)))
         return
     rows = []
     forward = 0
     for row in ROWS:
-        words = ["--row", row, "--dtype", arguments.dtype, "--batch", arguments.batch, "--length", arguments.length]
-        done = subprocess.run([sys.executable, __file__, *map(str, words)], capture_output=True, text=True, check=True)
-        result = json.loads(done.stdout.splitlines()[-1])
+        # Small: all in this process, as the figures do not matter.
+        result = measure(row, options) if options.small else measure_alone(row, options)
         forward = result["peak"] if row == "forward" else forward
         rows.append(
             {
@@ -90,10 +99,10 @@ def main() -> None:
                 "share_of_weights": round((result["peak"] - forward) / result["weights"], 3),
             }
         )
-    print(f"SmolLM2-135M, {result['weights'] / 1e6:.1f} MB of weights, {arguments.dtype}", end=", ")
-    print(f"{arguments.batch} x {arguments.length} tokens")
+    print(f"SmolLM2-135M, {result['weights'] / 1e6:.1f} MB of weights, {options.dtype}", end=", ")
+    print(f"{options.batch} x {options.length} tokens")
     print_table(rows)
-    write_json(arguments.json, {"machine": machine(), "weights": result["weights"], "rows": rows})
+    write_json(options.json, {"machine": machine(), "weights": result["weights"], "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How the cost of a step over its two forwards, and the memory beside the weights, grow with model, length and batch.
+"""Cost of a step relative to its two forwards, and memory beyond the weights, by size of model, length and batch.
 
     python benchmarks/scaling.py --json benchmarks/results/scaling.json --plot benchmarks/results/scaling.png
 
@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from common import DTYPES, last_position_loss, machine, print_table, random_llama, write_json
+from common import DTYPES, last_position_loss, machine, parser_of, print_table, random_llama, write_json
 from step import measure
 
 MODELS = ((256, 4), (512, 8), (1024, 8), (1536, 16), (2048, 18))  # hidden units, layers: 10 M to 1 B weights
@@ -73,7 +71,7 @@ def plot(path: Path, groups: dict[str, list[dict[str, Any]]], about: dict[str, A
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
     for axis, (name, key, label) in zip(
         axes,
-        (("model", "weights", "weights"), ("length", "length", "tokens a row"), ("batch", "batch", "rows")),
+        (("model", "weights", "weights"), ("length", "length", "tokens per row"), ("batch", "batch", "rows")),
         strict=False,
     ):
         rows = groups[name]
@@ -89,7 +87,7 @@ def plot(path: Path, groups: dict[str, list[dict[str, Any]]], about: dict[str, A
     axes[3].plot(x, [row["extra_MB"] for row in rows], "o-", label="layer by layer")
     axes[3].plot(x, [row["largest_MB"] for row in rows], "k:", label="largest tensor")
     axes[3].plot(x, [row["weights_MB"] for row in rows], color="grey", label="the weights")
-    axes[3].set(xscale="log", yscale="log", xlabel="weights", title="MB beside the weights")
+    axes[3].set(xscale="log", yscale="log", xlabel="weights", title="MB beyond the weights")
     label_at(axes[3], x)
     axes[3].legend(frameon=False)
     figure.suptitle(f"{dtype}, Gaussian noise, {about['processor']}, {about['threads']} threads", fontsize=9)
@@ -98,9 +96,10 @@ def plot(path: Path, groups: dict[str, list[dict[str, Any]]], about: dict[str, A
     print(f"written to {path}")
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--noise", choices=["gaussian", "rademacher"], default="gaussian")
     parser.add_argument("--kernel", choices=["auto", "numba", "triton", "torch"], default="auto")
@@ -108,18 +107,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--largest", type=float, default=1.1e9, help="leave out models with more weights than this")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(args)
+    models, middle, lengths, batches = MODELS, (512, 8), LENGTHS, BATCHES
+    if options.small:
+        models, middle, lengths, batches, options.rounds = ((64, 1),), (64, 1), (8,), (2,), 1
     about = machine(options.device)
     print(f"{options.dtype}, {options.noise}, s {options.sparsity}; {about['processor']}, {about['threads']} threads")
     sized = [
-        (hidden, layers) for hidden, layers in MODELS if 12 * layers * hidden**2 + 64000 * hidden <= options.largest
+        (hidden, layers) for hidden, layers in models if 12 * layers * hidden**2 + 64000 * hidden <= options.largest
     ]
     groups = {
         "model": [point(hidden, layers, 16, 64, options) for hidden, layers in sized],
-        "length": [point(512, 8, 16, length, options) for length in LENGTHS],
-        "batch": [point(512, 8, batch, 64, options) for batch in BATCHES],
+        "length": [point(*middle, 16, length, options) for length in lengths],
+        "batch": [point(*middle, batch, 64, options) for batch in batches],
     }
     for name, rows in groups.items():
         print(f"by {name}")

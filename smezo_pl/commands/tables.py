@@ -18,6 +18,8 @@ def markdown(rows: Sequence[Mapping[str, object]]) -> str:
 
     Written here because `pandas.DataFrame.to_markdown` needs another package for it (tabulate).
     """
+    if not rows:
+        return ""
     lines = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     texts = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]

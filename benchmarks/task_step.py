@@ -89,7 +89,7 @@ def main(args: list[str] | None = None) -> None:
         row.pop("extra_bytes")
     about = machine()
     tokens = sum(int(batch.input_ids.numel()) for batch in batches) / len(batches)
-    print(f"{Path(name).name}, {arguments.dtype}, SST-2, batch {arguments.batch}, {tokens:.0f} padded tokens per forward")
+    print(f"{Path(name).name}, {arguments.dtype}, SST-2, batch {arguments.batch}, {tokens:.0f} padded tokens each")
     print(f"{about['processor']}, {about['threads']} threads; largest difference of the losses {difference:.2e}")
     print_table(rows)
     factor = rows[0]["seconds"] / rows[1]["seconds"]

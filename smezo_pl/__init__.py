@@ -26,30 +26,24 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "apply": "smezo_pl.trajectory",
-    "export": "smezo_pl.trajectory",
-    "record": "smezo_pl.trajectory",
-    "replay": "smezo_pl.trajectory",
-    "ForwardDDPStrategy": "smezo_pl.strategies",
-    "MaskRefresh": "smezo_pl.callbacks",
-    "PredictionWriter": "smezo_pl.callbacks",
-    "PromptDataModule": "smezo_pl.data",
-    "RunMetrics": "smezo_pl.callbacks",
-    "SeedCheckpoint": "smezo_pl.callbacks",
-    "SparseMeZO": "smezo_pl.optim",
-    "SparseMeZOModule": "smezo_pl.module",
-    "ZerothOrderMonitor": "smezo_pl.callbacks",
-    "build": "smezo_pl.cli",
-    "load_model": "smezo_pl.models",
+    "callbacks": ("MaskRefresh", "PredictionWriter", "RunMetrics", "SeedCheckpoint", "ZerothOrderMonitor"),
+    "cli": ("build",),
+    "data": ("PromptDataModule",),
+    "models": ("load_model",),
+    "module": ("SparseMeZOModule",),
+    "optim": ("SparseMeZO",),
+    "strategies": ("ForwardDDPStrategy",),
+    "trajectory": ("apply", "export", "record", "replay"),
 }
+_HOME = {name: f"smezo_pl.{home}" for home, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
     return value
 
 

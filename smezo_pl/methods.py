@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from smezo_pl.data.batch import batch_weight
@@ -64,11 +65,7 @@ else:
 
 
 def method_of(name: str | None) -> Method | None:
-    """The method of a name, None for none.
-
-    Raises:
-        ValueError: If there is no such method.
-    """
+    """The method of a name, None for none; a ``ValueError`` for an unknown one."""
     if name is not None and name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     return None if name is None else METHODS[name]
@@ -91,22 +88,6 @@ def adapter_of(name: str | None, given: Mapping[str, Any] | None) -> dict[str, A
         allowed = f"an adapter of peft_type {own}" if own else "no adapter"
         raise ValueError(f"method {name!r} takes {allowed}, got adapter={dict(given)}")
     return {**given, "peft_type": kind}
-
-
-def set_mask(optimizer: SparseMeZO, name: str | None) -> None:
-    """Give the optimizer the mask of its method; to be called before its first step.
-
-    Raises:
-        ValueError: If the configuration asks for a mask that is another method's.
-    """
-    method = method_of(name)
-    if method is None or method.mask is None:
-        return
-    for group in optimizer.param_groups:
-        if group["mask"] not in ("small", method.mask):  # small is the default, so it was perhaps not asked for
-            raise ValueError(f"method {name!r} has mask {method.mask!r}, but the optimizer was given {group['mask']!r}")
-        group["mask"] = method.mask
-    optimizer.defaults["mask"] = method.mask
 
 
 @dataclass(frozen=True)
@@ -155,7 +136,7 @@ MAX_SKIPPED = 20
 
 
 class FirstOrderBaseline:
-    """Training with AdamW, for comparison: the optimizer and the step.
+    """Training with AdamW, for comparison.
 
     The network stays in ``eval()`` mode as for the other methods, so there is no dropout. The weights are updated in
     their own dtype: in bfloat16 an update below about 1/256 of a weight is lost by rounding, so ``full`` and ``prefix``
@@ -177,29 +158,12 @@ class FirstOrderBaseline:
         self.last_loss = self.gradient_norm = math.nan
         self.skipped_steps = self._skipped_in_row = 0
 
-    def optimizer(self, network: nn.Module) -> torch.optim.AdamW:
-        """AdamW on the network's trained weights."""
-        trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-        coarse = sorted({str(p.dtype).removeprefix("torch.") for _, p in trained if p.dtype.itemsize < 4})
-        if coarse:
-            logger.warning(
-                "AdamW updates weights in %s, where an update that is small beside its weight is rounded away: "
-                "32-true and bf16-mixed keep it",
-                " and ".join(coarse),
-            )
-        s = self.settings
-        return torch.optim.AdamW(trained, lr=self.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay)
-
     def hyperparameters(self) -> dict[str, Any]:
         """The settings as plain values."""
         return {"optimizer": "AdamW", **asdict(self.settings), "lr": self.lr}
 
     def step(self, module: LightningModule, parts: list[Any]) -> Tensor:
-        """One step on the parts of a batch, whose graphs are freed one by one.
-
-        Args:
-            module: A module in training, with a method ``loss`` that gives the mean loss of a part.
-            parts: The parts, weighted by example (``lm``: by token).
+        """One step on the parts of a batch, weighted by example (``lm``: by token); their graphs are freed one by one.
 
         Returns:
             The loss of the batch before the update, a float32 scalar.
@@ -213,9 +177,8 @@ class FirstOrderBaseline:
         weights = [batch_weight(part) for part in parts]
         losses = []
         for part, weight in zip(parts, weights, strict=True):
-            reward = getattr(part, "reward", None) is not None
             loss = module.loss(part).float().reshape(()) * (weight / sum(weights))  # type: ignore[operator]
-            if reward or not loss.requires_grad:
+            if getattr(part, "reward", None) is not None or not loss.requires_grad:
                 raise ValueError(
                     f"method {self.method!r} needs a loss with a gradient, and this objective has none: choose a "
                     "zeroth-order method (s-mezo, mezo, r-mezo) or another objective"
@@ -237,27 +200,78 @@ class FirstOrderBaseline:
     def _skip(self) -> None:
         self.skipped_steps += 1
         self._skipped_in_row += 1
-        logger.warning("step skipped: loss %g, gradient norm %g", self.last_loss, self.gradient_norm)
+        values = f"loss {self.last_loss:g}, gradient norm {self.gradient_norm:g}"
+        logger.warning("step skipped: %s", values)
         if self._skipped_in_row >= MAX_SKIPPED:
             raise NonFiniteLossError(
-                f"{MAX_SKIPPED} losses or gradients in a row were not finite (the last: loss {self.last_loss:g}, "
-                f"gradient norm {self.gradient_norm:g}): try a smaller lr (now {self.lr:g}) or another precision"
+                f"{MAX_SKIPPED} losses or gradients in a row were not finite (the last: {values}): try a smaller lr "
+                f"(now {self.lr:g}) or another precision"
             )
+
+
+def optimizer_of(module: Any) -> torch.optim.Optimizer | None:
+    """The optimizer of the module's method on its network, attached to it; None if nothing is trained.
+
+    Raises:
+        TypeError: If the configured optimizer needs gradients.
+        ValueError: If the configured optimizer has a mask that is another method's.
+        MisconfigurationException: If several processes would train a first-order baseline.
+    """
+    if module.baseline is not None:
+        if module.trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"method {module.method!r} runs in one process, as nothing here adds up gradients over "
+                f"{module.trainer.world_size}: set devices=1"
+            )
+        return _adamw(module.model, module.baseline)
+    if not module.zeroth_order:
+        return None
+    optimizer: Any = module.build_optimizer(module.model.named_parameters())
+    if not isinstance(optimizer, SparseMeZO):
+        raise TypeError(f"optimizer must build a SparseMeZO, got {type(optimizer).__name__}, which needs gradients")
+    if mask := METHODS[module.method].mask if module.method else None:
+        for group in optimizer.param_groups:
+            if group["mask"] not in ("small", mask):  # small is the default, so it was perhaps not asked for
+                raise ValueError(
+                    f"method {module.method!r} has mask {mask!r}, but the optimizer was given {group['mask']!r}"
+                )
+            group["mask"] = mask
+        optimizer.defaults["mask"] = mask
+    if module.perturbation == "layerwise":
+        optimizer.attach(module.model)
+    return optimizer
+
+
+def _adamw(network: nn.Module, baseline: FirstOrderBaseline) -> torch.optim.AdamW:
+    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    if coarse := sorted({str(p.dtype).removeprefix("torch.") for _, p in trained if p.dtype.itemsize < 4}):
+        logger.warning(
+            "AdamW updates weights in %s, where an update that is small beside its weight is rounded away: "
+            "32-true and bf16-mixed keep it",
+            " and ".join(coarse),
+        )
+    s = baseline.settings
+    return torch.optim.AdamW(trained, lr=baseline.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay)
+
+
+def log_method(module: Any) -> None:
+    """Log the method, and how many weights it trains."""
+    trained, frozen = (
+        sum(p.numel() for p in module.model.parameters() if p.requires_grad is flag) for flag in (True, False)
+    )
+    settings = "" if module.baseline is None else f", {module.baseline.hyperparameters()}"
+    summary = f"method {module.method} ({METHODS[module.method].summary})"
+    logger.info("%s: %s weights are trained, %s are frozen%s", summary, f"{trained:,}", f"{frozen:,}", settings)
 
 
 def trained_only(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a module's state that are trained; all of them if nothing is frozen."""
-    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    return {name: tensor for name, tensor in state.items() if not frozen or name in trained}
+    trained = {name: p.requires_grad for name, p in module.named_parameters()}
+    return {name: tensor for name, tensor in state.items() if trained.get(name, all(trained.values()))}
 
 
 def check_trained(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse a state that lacks trained weights, as that of another method does.
-
-    Raises:
-        ValueError: Names the first few.
-    """
+    """Refuse a state that lacks trained weights, as that of another method does, with a ``ValueError``."""
     missing = [name for name, p in module.named_parameters() if p.requires_grad and name not in state]
     if missing:
         raise ValueError(

@@ -45,43 +45,38 @@ def load_model(
 def load_network(
     pretrained: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None
 ) -> "PreTrainedModel":
-    """Load the network alone; arguments and errors as in `load_model`.
-
-    A masked language model is loaded as one (see `kind_of`), everything else as a causal one.
-    """
-    where, arguments = _locate(pretrained, revision)
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    """Load the network alone, of the kind that `kind_of` says; arguments and errors as in `load_model`."""
+    import transformers
 
     masked = kind_of(pretrained, revision=revision) == "masked"
+    auto: Any = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     dtype = dtype or torch.get_default_dtype()
-    if "gguf_file" in arguments:
-        arguments |= _unpacked()
-    try:
-        # Lightning builds inside a device context, for which transformers would need accelerate.
-        with torch.device("cpu"):
-            auto: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-            loaded: Any = auto.from_pretrained(where, dtype=dtype, output_loading_info=True, **arguments)
-    except OSError as error:
-        raise _not_given(pretrained, error) from error
+    arguments: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if _is_gguf(pretrained) and hasattr(transformers, "GgufConfig"):
+        # Quantized blocks cannot be perturbed. Releases without this class always dequantize them.
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # Lightning builds inside a device context, for which transformers would need accelerate.
+    with torch.device("cpu"):
+        loaded = _from_pretrained(auto, pretrained, revision, **arguments)
     network: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):
         raise ValueError(
             f"pretrained={str(pretrained)!r} lacks {len(missing)} of the weights of {type(network).__name__}, which "
             f"would be random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
-    network.train(False)
     size = sum(p.numel() for p in network.parameters())
     logger.info("%s: %s, %s parameters, %s, %s", pretrained, type(network).__name__, f"{size:,}", dtype, network.device)
     if masked:
         logger.info("%s is a masked language model: it answers where the prompt holds a mask", pretrained)
+    network.train(False)
     return network
 
 
 def kind_of(pretrained: "str | Path | nn.Module", *, revision: str | None = None) -> Kind:
-    """Whether a model goes on with a text (``causal``) or fills in a mask (``masked``).
+    """Whether a model is a causal or a masked language model.
 
-    A model is masked if its configuration names such a head (``RobertaForMaskedLM``), or names none and its type has
-    such a head and is an encoder. Everything else, and every GGUF file, is causal.
+    It is masked if its configuration names such a head (``RobertaForMaskedLM``), or names none and its type has such a
+    head and is an encoder. Everything else, and every GGUF file, is causal.
 
     Args:
         pretrained: As in `load_model`, or a network.
@@ -90,59 +85,46 @@ def kind_of(pretrained: "str | Path | nn.Module", *, revision: str | None = None
     Raises:
         ValueError: For an encoder-decoder model, such as T5.
     """
+    config: Any
     if isinstance(pretrained, nn.Module):
         base = getattr(pretrained, "get_base_model", None)
         network = base() if callable(base) else pretrained
-        named = (type(network).__name__,)
-        return _kind(getattr(network, "config", None), named, type(network).__name__)
-    where, arguments = _locate(pretrained, revision)
-    if "gguf_file" in arguments:
-        return "causal"
-    from transformers import AutoConfig
+        config, name = getattr(network, "config", None), type(network).__name__
+        architectures = [name]
+    else:
+        folder = Path(pretrained).expanduser()
+        # Of PEFT's folders transformers finds the base model by itself.
+        adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+        if _is_gguf(pretrained) or adapter:
+            return "causal"
+        from transformers import AutoConfig
 
-    if (Path(where) / "adapter_config.json").is_file() and not (Path(where) / "config.json").is_file():
-        # A folder of PEFT's: transformers finds the base model by itself.
-        return "causal"
-    try:
-        config = AutoConfig.from_pretrained(where, **arguments)
-    except OSError as error:
-        raise _not_given(pretrained, error) from error
-    return _kind(config, tuple(config.architectures or ()), str(pretrained))
-
-
-def _kind(config: Any, architectures: tuple[str, ...], called: str) -> Kind:
+        config, name = _from_pretrained(AutoConfig, pretrained, revision), str(pretrained)
+        architectures = config.architectures or []
     if getattr(config, "is_encoder_decoder", False) is True:
         raise ValueError(
-            f"{called} is an encoder-decoder model ({config.model_type}): only causal models (LLaMA, OPT, GPT-2, ...) "
+            f"{name} is an encoder-decoder model ({config.model_type}): only causal models (LLaMA, OPT, GPT-2, ...) "
             "and masked ones (RoBERTa, BERT, ...) are supported"
         )
     if any(name.endswith(_MASKED_HEADS) for name in architectures):
         return "masked"
     if config is None or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         return "causal"
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    from transformers.models.auto import modeling_auto
 
-    kind = str(getattr(config, "model_type", ""))
-    head = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")
-    # BERT's family has both heads; as a decoder it says so.
-    only_masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not head
-    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(config, "is_decoder", None) is False
-    return "masked" if only_masked or encoder else "causal"
+    kind = getattr(config, "model_type", "")
+    # BERT's family has both heads; a decoder is configured as one.
+    encoder = (
+        kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_decoder", None) is False
+    )
+    return "masked" if kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and encoder else "causal"
 
 
 def load_tokenizer(pretrained: str | Path, *, revision: str | None = None) -> "PreTrainedTokenizerBase":
     """Load the tokenizer alone, padding on the left; arguments and errors as in `load_model`."""
-    where, arguments = _locate(pretrained, revision)
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **arguments)
-    except OSError as error:
-        raise _not_given(pretrained, error) from error
-    return with_pad_token(tokenizer)
+    return with_pad_token(_from_pretrained(AutoTokenizer, pretrained, revision))
 
 
 def with_pad_token(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
@@ -176,7 +158,7 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     types: dict[str, Any] = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    # PEFT has no task for masked models: its plain wrapper takes them as they are.
+    # PEFT has no task type for masked language models: its plain wrapper takes them.
     task = {} if type(model).__name__.endswith(_MASKED_HEADS) else {"task_type": "CAUSAL_LM"}
     arguments = {**task, **adapter}
     kind = str(arguments.pop("peft_type", "")).upper()
@@ -191,7 +173,7 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
             # peft 0.21 asks transformers 5.23 by a name that it will drop in version 6.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             torch.manual_seed(seed)
-            # drawn in the network's dtype, so that they are the same inside a Trainer's precision and outside
+            # Drawn in the network's dtype, so that they are the same inside a Trainer's precision and outside.
             torch.set_default_dtype(next(model.parameters()).dtype)
             wrapped: nn.Module = peft.get_peft_model(model, settings)
     except (TypeError, ValueError) as error:
@@ -203,24 +185,40 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
     return wrapped.eval()
 
 
+def _is_gguf(pretrained: str | Path) -> bool:
+    return Path(pretrained).suffix == ".gguf"
+
+
+def _from_pretrained(auto: Any, pretrained: str | Path, revision: str | None, **arguments: Any) -> Any:
+    """What one of transformers' auto classes loads."""
+    folder, location = _locate(pretrained, revision)
+    try:
+        return auto.from_pretrained(folder, **location, **arguments)
+    except OSError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"pretrained={str(pretrained)!r} is neither a folder nor a .gguf file here, and the Hugging Face hub did "
+            f"not give it: {reason} (offline? `hf download {pretrained}` keeps a copy that later runs find)"
+        ) from error
+
+
 def _locate(pretrained: str | Path, revision: str | None) -> tuple[str, dict[str, Any]]:
-    """What transformers is asked for: a folder or hub name, and the arguments that go with it."""
+    """A folder or hub name, and the arguments of transformers that go with it."""
     name = str(pretrained)
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    if _is_gguf(path):
         if not path.is_file():
-            raise FileNotFoundError(f"pretrained={str(pretrained)!r}: there is no such file")
-        if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+            raise FileNotFoundError(f"pretrained={name!r}: there is no such file")
+        if missing := [package for package in ("gguf", "accelerate") if find_spec(package) is None]:
             raise ModuleNotFoundError(
-                f"a GGUF file needs {' and '.join(missing)}: pip install 'smezo_pl[gguf]' "
-                f"(pretrained={str(pretrained)!r})"
+                f"a GGUF file needs {' and '.join(missing)}: pip install 'smezo_pl[gguf]' (pretrained={name!r})"
             )
         return str(path.parent), {"gguf_file": path.name}
     if name and path.is_dir():
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"; name one of its GGUF files: {', '.join(ggufs)}" if ggufs else ""
-            raise FileNotFoundError(f"pretrained={str(pretrained)!r}: the folder holds no config.json{hint}")
+            raise FileNotFoundError(f"pretrained={name!r}: the folder holds no config.json{hint}")
         return str(path), {}
     # A hub name is `name` or `owner/name`: anything else can only be a path.
     if path.is_file() or not name or name[0] in "./~" or name.count("/") > 1 or "\\" in name:
@@ -228,20 +226,3 @@ def _locate(pretrained: str | Path, revision: str | None) -> tuple[str, dict[str
             f"pretrained={name!r}: there is no such folder (a path must be a folder with config.json, or a .gguf file)"
         )
     return name, {"revision": revision} if revision else {}
-
-
-def _unpacked() -> dict[str, Any]:
-    """The argument that makes plain weights of a GGUF file's blocks, which cannot be perturbed as they are."""
-    import transformers
-
-    # Releases without this class always unpack.
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
-def _not_given(pretrained: str | Path, error: OSError) -> OSError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return OSError(
-        f"pretrained={str(pretrained)!r} is neither a folder nor a .gguf file here, and the Hugging Face hub did not "
-        f"give it: {reason} (offline? `hf download {pretrained}` keeps a copy that later runs find)"
-    )

@@ -2,42 +2,21 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from smezo_pl import methods
 from smezo_pl.data import PromptBatch, PromptDataModule
 from smezo_pl.data.batch import batch_size, batch_weight, split_batch
-from smezo_pl.methods import (
-    METHODS,
-    FirstOrder,
-    FirstOrderBaseline,
-    MethodName,
-    adapter_of,
-    check_trained,
-    method_of,
-    set_mask,
-    trained_only,
-)
+from smezo_pl.methods import FirstOrder, FirstOrderBaseline, MethodName
 from smezo_pl.models import add_adapter, kind_of, load_network, load_tokenizer
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.scoring.candidates import calibrated, loss_of
-from smezo_pl.scoring.evaluation import (
-    Sums,
-    WeightedMeans,
-    answers_of,
-    batch_sums,
-    generated,
-    generation_rows,
-    prediction_rows,
-    scores_of,
-)
+from smezo_pl.scoring import candidates, evaluation
 from smezo_pl.scoring.linear_probe import LinearProbe
 from smezo_pl.strategies import check_trainer, silence_expected_warnings
 from smezo_pl.tasks.objectives import reward_of
@@ -118,17 +97,15 @@ class SparseMeZOModule(LightningModule):
         self.pretrained: str | None = None if ready else str(pretrained)
         self.revision, self.perturbation, self.micro_batch_size = revision, perturbation, micro_batch_size
         self.build_optimizer, self.build_scheduler = optimizer, lr_scheduler
-        self.method, self.adapter, self.adapter_seed = method, adapter_of(method, adapter), first_order.seed
-        chosen = method_of(method)
+        self.method, self.adapter, self.adapter_seed = method, methods.adapter_of(method, adapter), first_order.seed
+        chosen = methods.method_of(method)
         self.zeroth_order = chosen is None or chosen.order == 0
         self.baseline = FirstOrderBaseline(str(method), first_order) if chosen and chosen.order == 1 else None
         self.save_folder = save_pretrained
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._means = WeightedMeans()
+        self._means = evaluation.WeightedMeans()
         if isinstance(pretrained, nn.Module):
             self.model = self._adapted(pretrained)
-
-    # ------------------------------------------------------------------ the network
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase | None":
@@ -144,17 +121,12 @@ class SparseMeZOModule(LightningModule):
     @property
     def is_masked_lm(self) -> bool:
         """Whether the network is a masked language model; known before it is loaded."""
-        network = self._modules.get("model")
-        network = network.network if isinstance(network, LinearProbe) else network
-        source = network if self.pretrained is None else self.pretrained
-        return source is not None and kind_of(source, revision=self.revision) == "masked"
+        if self.pretrained is not None:
+            return kind_of(self.pretrained, revision=self.revision) == "masked"
+        return kind_of(self.model.network if isinstance(self.model, LinearProbe) else self.model) == "masked"
 
     def text_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer that generated text is decoded with: the data module's, else the module's.
-
-        Raises:
-            RuntimeError: If there is neither.
-        """
+        """The tokenizer that generated text is decoded with: the data module's, else the module's."""
         data = getattr(self._trainer, "datamodule", None)
         tokenizer = getattr(data, "tokenizer", None) or self.tokenizer
         if tokenizer is None:
@@ -196,34 +168,14 @@ class SparseMeZOModule(LightningModule):
         """The network's forward."""
         return self.model(*args, **kwargs)
 
-    # ------------------------------------------------------------------ training
-
     def configure_optimizers(self) -> Any:
-        """The method's optimizer on the network, attached, and the scheduler; None for zero-shot.
-
-        Raises:
-            TypeError: If the configured optimizer needs gradients.
-            MisconfigurationException: If several processes would train a first-order baseline.
-        """
-        optimizer: Any
-        if self.baseline is not None:
-            if self.trainer.world_size > 1:
-                raise MisconfigurationException(
-                    f"method {self.method!r} runs in one process, as nothing here adds up gradients over "
-                    f"{self.trainer.world_size}: set devices=1"
-                )
-            optimizer = self.baseline.optimizer(self.model)
-            self.save_hyperparameters({"adamw": self.baseline.hyperparameters()})
-        elif not self.zeroth_order:
+        """The method's optimizer on the network, and the scheduler; None for zero-shot."""
+        optimizer = methods.optimizer_of(self)
+        if optimizer is None:
             return None
-        else:
-            optimizer = self.build_optimizer(self.model.named_parameters())
-            if not isinstance(optimizer, SparseMeZO):
-                kind = type(optimizer).__name__
-                raise TypeError(f"optimizer must build a SparseMeZO, got {kind}, which needs gradients")
-            set_mask(optimizer, self.method)
-            if self.perturbation == "layerwise":
-                optimizer.attach(self.model)
+        if self.baseline is not None:
+            self.save_hyperparameters({"adamw": self.baseline.hyperparameters()})
+        elif isinstance(optimizer, SparseMeZO):
             self.save_hyperparameters({"sparse_mezo": optimizer.settings()})
         return optimizer if self.build_scheduler is None else ([optimizer], [self.build_scheduler(optimizer)])
 
@@ -232,12 +184,7 @@ class SparseMeZOModule(LightningModule):
         perturbation = self.perturbation if self.zeroth_order else "none"
         logger.info("precision %s, perturbation %s, device %s", self.trainer.precision, perturbation, self.device)
         if self.method is not None:
-            trained, frozen = (
-                sum(p.numel() for p in self.model.parameters() if p.requires_grad is flag) for flag in (True, False)
-            )
-            settings = "" if self.baseline is None else f", {self.baseline.hyperparameters()}"
-            summary = f"method {self.method} ({METHODS[self.method].summary})"
-            logger.info("%s: %s weights are trained, %s are frozen%s", summary, f"{trained:,}", f"{frozen:,}", settings)
+            methods.log_method(self)
         if self.pretrained is None and self.zeroth_order:
             logger.warning(
                 "no file holds the starting weights of this network: the run can be replayed only if they are saved, "
@@ -263,15 +210,12 @@ class SparseMeZOModule(LightningModule):
             scheduler.step()  # type: ignore[union-attr]
 
     def loss(self, batch: Any) -> Tensor:
-        """Mean loss over the examples of a batch; override it for another kind of model.
-
-        Args:
-            batch: What the data loader gives, or a part of it.
+        """Mean loss over the examples of a batch or a part of it; override it for another kind of model.
 
         Returns:
             A tensor of one element. It need not be differentiable.
         """
-        total, weight = loss_of(scores_of(self.model, batch), batch)
+        total, weight = candidates.loss_of(evaluation.scores_of(self.model, batch), batch)
         return total / weight
 
     def batch_loss(self, parts: list[Any]) -> Tensor:
@@ -284,7 +228,9 @@ class SparseMeZOModule(LightningModule):
         weight = float(sum(weights))
         if isinstance(parts[0], PromptBatch) and parts[0].reward is not None:
             # Of all parts together, as an F1 of the whole is no mean of the parts' F1.
-            answers = [answer for part in parts for answer in answers_of(self.model, part, self.text_tokenizer)]
+            answers = [
+                answer for part in parts for answer in evaluation.answers_of(self.model, part, self.text_tokenizer)
+            ]
             reward = reward_of(parts[0].reward, parts[0].num_labels)
             total = torch.tensor(reward.loss(answers), dtype=torch.float32, device=self.device) * weight
         else:
@@ -297,9 +243,7 @@ class SparseMeZOModule(LightningModule):
         total, overall = self.trainer.strategy.all_gather(both).sum(0).unbind()
         return total / overall
 
-    # ------------------------------------------------------------------ evaluation
-
-    def evaluate_batch(self, batch: Any) -> Sums:
+    def evaluate_batch(self, batch: Any) -> evaluation.Sums:
         """Sums and weights of a batch's metrics by name; ``val/<name>`` is the sum of sums over the sum of weights.
 
         For metrics that are no means, the batch's answers (`smezo_pl.scoring.evaluation.Collected`).
@@ -307,7 +251,7 @@ class SparseMeZOModule(LightningModule):
         if not isinstance(batch, PromptBatch):
             weight = batch_weight(batch)
             return {"loss": (self.loss(batch).float() * weight, weight)}
-        return batch_sums(self.model, batch, self.text_tokenizer)
+        return evaluation.batch_sums(self.model, batch, self.text_tokenizer)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a batch to the metrics of the split."""
@@ -336,11 +280,9 @@ class SparseMeZOModule(LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """The prediction for each example: its index in the dataset, the answer, and the gold one."""
         if batch.prompts is not None:
-            return generation_rows(batch, generated(self.model, batch, self.text_tokenizer))
-        scores = scores_of(self.model, batch)
-        return prediction_rows(batch, calibrated(self.model, scores, batch))
-
-    # ------------------------------------------------------------------ checkpoints and the end
+            return evaluation.generation_rows(batch, evaluation.generated(self.model, batch, self.text_tokenizer))
+        scores = evaluation.scores_of(self.model, batch)
+        return evaluation.prediction_rows(batch, candidates.calibrated(self.model, scores, batch))
 
     def setup(self, stage: str) -> None:
         """Let the Trainer read checkpoints without weights."""
@@ -350,22 +292,23 @@ class SparseMeZOModule(LightningModule):
         """Load weights into the network, which is built first if needed (as after a run in subprocesses)."""
         self.configure_model()
         if self.baseline is not None:
-            check_trained(self, args[0])
+            methods.check_trained(self, args[0])
             kwargs["strict"] = False  # frozen weights are not in it
         return super().load_state_dict(*args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep frozen weights, which ``pretrained`` holds, out of the checkpoints of a first-order baseline."""
         if self.baseline is not None and "state_dict" in checkpoint:
-            checkpoint["state_dict"] = trained_only(self, checkpoint["state_dict"])
+            checkpoint["state_dict"] = methods.trained_only(self, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to be a network without weights."""
         resume.refuse_unrestored(self, checkpoint)
 
     def on_validation_start(self) -> None:
-        """Restore the weights of a checkpoint that holds none."""
+        """Restore the weights of a checkpoint that holds none, and drop what an interrupted evaluation left."""
         resume.restore(self.trainer)
+        self._means = evaluation.WeightedMeans()
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -373,13 +316,11 @@ class SparseMeZOModule(LightningModule):
         """Write the trained model as a Hugging Face folder."""
         resume.restore(self.trainer)  # a run that had ended already trains no step
         trial = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.save_folder is None or trial or not self.trainer.is_global_zero:
-            return
-        folder = Path(self.save_folder)
-        self.model.save_pretrained(folder)  # type: ignore[operator]
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
-        logger.info("the trained model is in %s", folder)
+        if self.save_folder is not None and not trial and self.trainer.is_global_zero:
+            self.model.save_pretrained(self.save_folder)  # type: ignore[operator]
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(self.save_folder)
+            logger.info("the trained model is in %s", self.save_folder)
 
     def teardown(self, stage: str) -> None:
         """Leave no hook on the network."""

@@ -13,8 +13,6 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed")
-
 
 class ReplicasDifferError(RuntimeError):
     """The weights of two processes are not the same bits."""
@@ -115,10 +113,10 @@ for _suffix, _method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork")):
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse settings that would be ignored or give wrong results. To be called in ``configure_callbacks``.
+    """Refuse settings that would be ignored or give wrong results.
 
-    That is the one hook before Lightning's own check of manual optimization, whose message knows nothing of
-    micro-batches.
+    To be called in ``configure_callbacks``, the one hook before Lightning's own check of manual optimization, whose
+    message knows nothing of micro-batches.
 
     Raises:
         MisconfigurationException: For gradient clipping, gradient accumulation, a precision that scales gradients or
@@ -148,16 +146,12 @@ def check_precision(precision: str | int) -> None:
         raise MisconfigurationException(
             "precision='16-mixed' scales gradients, and there are none here: use 'bf16-mixed', '16-true' or 'bf16-true'"
         )
-    if precision not in PRECISIONS:
-        raise MisconfigurationException(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision not in (supported := ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed")):
+        raise MisconfigurationException(f"precision must be one of {', '.join(supported)}, got {precision!r}")
 
 
 def silence_expected_warnings(data_in_memory: bool) -> None:
-    """Ignore warnings of Lightning about what is intended here, or about Lightning itself.
-
-    Args:
-        data_in_memory: Whether batches are made of what is in memory, so that worker processes would gain nothing.
-    """
+    """Ignore warnings of Lightning about what is intended here, or about Lightning itself."""
     messages = [
         # Both forwards must see the same function, so dropout is off.
         r"Found \d+ module\(s\) in eval mode at the start of training",
@@ -170,7 +164,7 @@ def silence_expected_warnings(data_in_memory: bool) -> None:
         # The weights after the step are the ones to keep: there is no other state to save in the middle of a step.
         "Using ModelCheckpoint with manual optimization and every_n_train_steps",
     ]
-    if data_in_memory:
+    if data_in_memory:  # worker processes would gain nothing
         messages.append(r"The '\w+_dataloader' does not have many workers")
     for message in messages:
         warnings.filterwarnings("ignore", message=message)

@@ -12,11 +12,7 @@ from smezo_pl.optim import SparseMeZO
 
 
 def zeroth_order_optimizer(trainer: Trainer, callback: Callback) -> SparseMeZO:
-    """The run's `SparseMeZO`.
-
-    Raises:
-        TypeError: If it has none.
-    """
+    """The run's `SparseMeZO`; a ``TypeError`` if it has none."""
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, SparseMeZO):
             return optimizer
@@ -45,9 +41,7 @@ class RunProgressBar(RichProgressBar):
     """One bar from the first step to the last, with loss, steps/s and the time left.
 
     Lightning's own bar starts again at every epoch, and an epoch of 1,000 examples is 63 of 20,000 steps.
-
-    Args:
-        refresh_rate: Updates per second.
+    ``refresh_rate`` is the number of updates per second.
     """
 
     def __init__(self, refresh_rate: int = 4) -> None:
@@ -66,13 +60,9 @@ class RunProgressBar(RichProgressBar):
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training  "
 
-    def get_metrics(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """The metrics to show; the logger's version number is in the run's folder."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The metrics to show, without the logger's version number, which is in the name of the run's folder."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the bar, once."""

@@ -1,4 +1,4 @@
-"""Figures for TensorBoard and ``curve.png``."""
+"""Figures for TensorBoard and ``curve.png``, and the points of a run's curve."""
 
 from __future__ import annotations
 
@@ -34,32 +34,30 @@ def gradient_figure(gradients: Sequence[float]) -> Figure:
 
 
 def density_figure(stats: Sequence[MaskStat]) -> Figure:
-    """Share of active weights: over the layers by kind of tensor, or by tensor in a model without numbered layers."""
+    """Fraction of active weights: over the layers by kind of tensor; by tensor in a model without numbered layers."""
     kinds: dict[str, list[tuple[float, float]]] = {}
-    alone: list[tuple[str, float]] = []
+    others: list[tuple[str, float]] = []
     for stat in stats:
         number = re.search(r"\.(\d+)\.", stat.name)
-        share = stat.selected / max(1, stat.numel)
+        fraction = stat.selected / max(1, stat.numel)
         if number is None:
-            alone.append((stat.name, share))
+            others.append((stat.name, fraction))
         else:
-            kind = stat.name[number.end() :].removesuffix(".weight")
-            kinds.setdefault(kind, []).append((int(number[1]), share))
+            kinds.setdefault(stat.name[number.end() :].removesuffix(".weight"), []).append((int(number[1]), fraction))
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.set_title("Density: share of the weights that take part", fontsize=10)
+    axes.set_title("Density: fraction of active weights", fontsize=10)
     if kinds:
         for kind, points in sorted(kinds.items()):
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=kind, alpha=0.85)
-        for (name, share), style in zip(alone[:8], cycle(("--", ":", "-.")), strict=False):
-            axes.axhline(share, color=GREY, linewidth=1.2, linestyle=style, label=name.removesuffix(".weight"))
+        for (name, fraction), style in zip(others[:8], cycle(("--", ":", "-.")), strict=False):
+            axes.axhline(fraction, color=GREY, linewidth=1.2, linestyle=style, label=name.removesuffix(".weight"))
         axes.set_ylim(-0.02, 1.05)
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     else:
-        shown = alone[:30]
-        axes.barh([name for name, _ in shown], [share for _, share in shown], color=BLUE, alpha=0.85)
+        axes.barh([name for name, _ in others[:30]], [share for _, share in others[:30]], color=BLUE, alpha=0.85)
         axes.set_xlim(0.0, 1.05)
         axes.invert_yaxis()
     _plain(axes)
@@ -67,15 +65,7 @@ def density_figure(stats: Sequence[MaskStat]) -> Figure:
 
 
 def curve_figure(title: str, train: Points, loss: Points, accuracy: Points, metric: str = "accuracy") -> Figure:
-    """Loss and accuracy over the steps of a run.
-
-    Args:
-        title: What was trained on what.
-        train: Step and training loss.
-        loss: Step and loss on the held-out examples.
-        accuracy: Step and accuracy on them, or another metric in ``[0, 1]``; empty where the task has none.
-        metric: What that metric is called.
-    """
+    """Training loss and held-out loss over the steps of a run, and another held-out ``metric`` if there is one."""
     panels = 2 if accuracy else 1
     figure = Figure(figsize=(5.2 * panels, 3.8), layout="constrained", dpi=130)
     figure.suptitle(title, fontsize=11)
@@ -85,20 +75,19 @@ def curve_figure(title: str, train: Points, loss: Points, accuracy: Points, metr
         axes.plot(*zip(*train, strict=True), color=GREY, linewidth=0.8, alpha=0.6, label="training batches")
         if len(train) >= 8:
             axes.plot(*zip(*running_mean(train), strict=True), color=BLUE, linewidth=1.8, label="their running mean")
+    held_out = {"color": ORANGE, "marker": "o", "markersize": 4.5, "linewidth": 1.4}
     if loss:
-        axes.plot(*zip(*loss, strict=True), color=ORANGE, marker="o", markersize=4.5, linewidth=1.4, label="held out")
+        axes.plot(*zip(*loss, strict=True), label="held out", **held_out)
     axes.set_ylabel("loss")
     if train or loss:
         axes.legend(fontsize=8, frameon=False)
     if accuracy:
         axes = all_axes[1]
-        axes.plot(*zip(*accuracy, strict=True), color=ORANGE, marker="o", markersize=4.5, linewidth=1.4)
-        for step, value in (accuracy[0], accuracy[-1]):
-            axes.annotate(
-                f"{value:.3f}", (step, value), textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9
-            )
-        low = min(value for _, value in accuracy)
-        axes.set_ylim(max(0.0, low - 0.08), min(1.02, max(value for _, value in accuracy) + 0.06))
+        steps, values = zip(*accuracy, strict=True)
+        axes.plot(steps, values, **held_out)
+        for point in (accuracy[0], accuracy[-1]):
+            axes.annotate(f"{point[1]:.3f}", point, textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9)
+        axes.set_ylim(max(0.0, min(values) - 0.08), min(1.02, max(values) + 0.06))
         axes.set_ylabel(f"{metric}, held out")
     for axes in all_axes:
         axes.set_xlabel("step")
@@ -113,22 +102,21 @@ def running_mean(points: Points) -> list[tuple[float, float]]:
     half = max(1, len(points) // 20)
     smoothed = []
     for index, (step, _) in enumerate(points):
-        # as many on either side, so that the ends are not pulled inwards
+        # As many on either side, so that the ends are not pulled inwards.
         reach = min(half, index, len(points) - 1 - index)
         window = points[index - reach : index + reach + 1]
         smoothed.append((step, sum(value for _, value in window) / len(window)))
     return smoothed
 
 
-def _plain(axes: object) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)  # type: ignore[attr-defined]
-    axes.grid(True, color="#e6e8eb", linewidth=0.8)  # type: ignore[attr-defined]
-    axes.set_axisbelow(True)  # type: ignore[attr-defined]
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 MOST_POINTS = 256
-"""Points kept of the training loss. A checkpoint holds them, so there are few."""
+"""Maximum number of points kept of the training loss. A checkpoint holds them, so there are few."""
 
 _SHOWN = ("accuracy", "f1", "rougeL", "rouge1", "rouge2", "drop_f1", "em")
 """The metric beside the loss: the first of these that the task has. All of them lie in [0, 1]."""
@@ -143,8 +131,8 @@ class Curve:
         self._sum, self._count = 0.0, 0
         self._held_out: dict[int, dict[str, float]] = {}
 
-    def add_train(self, step: int, loss: float) -> None:
-        """Add the loss of a training step, the next one; a loss that is not finite is left out."""
+    def add_train(self, loss: float) -> None:
+        """Add the loss of the next training step; a loss that is not finite is left out."""
         self._count += 1
         self._sum += loss if isfinite(loss) else (self._means[-1] if self._means else 0.0)
         if self._count == self._span:
@@ -155,21 +143,8 @@ class Curve:
             self._span *= 2
 
     def add_held_out(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a measurement: ``loss`` and the task's metrics, of which the picture shows one."""
+        """Add a measurement: ``loss`` and the task's metrics, of which the figure shows one."""
         self._held_out[step] = dict(metrics)
-
-    def draw(self, title: str) -> Figure:
-        """The picture."""
-        train = [(self._span * (index + 0.5) + 0.5, mean) for index, mean in enumerate(self._means)]
-        held_out = sorted(self._held_out.items())
-        shown = next((name for name in _SHOWN if any(name in values for _, values in held_out)), "accuracy")
-        return curve_figure(
-            title,
-            train,
-            [(step, values["loss"]) for step, values in held_out if "loss" in values],
-            [(step, values[shown]) for step, values in held_out if shown in values],
-            shown,
-        )
 
     def points(self) -> dict[str, Any]:
         """Step and training loss (means over equally many steps), and step and metrics on the held-out examples."""
@@ -177,6 +152,14 @@ class Curve:
             "train_loss": [(self._span * (index + 0.5) + 0.5, mean) for index, mean in enumerate(self._means)],
             "held_out": [{"step": step, **values} for step, values in sorted(self._held_out.items())],
         }
+
+    def draw(self, title: str) -> Figure:
+        """The figure."""
+        points = self.points()
+        held_out = points["held_out"]
+        shown = next((name for name in _SHOWN if any(name in values for values in held_out)), "accuracy")
+        loss, accuracy = ([(v["step"], v[name]) for v in held_out if name in v] for name in ("loss", shown))
+        return curve_figure(title, points["train_loss"], loss, accuracy, shown)
 
     def state_dict(self) -> dict[str, Any]:
         """The points, in plain types."""
@@ -189,7 +172,7 @@ class Curve:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the points of a state."""
+        """Continue from a state."""
         self._span, self._means = state["span"], list(state["means"])
         self._sum, self._count = state["sum"], state["count"]
         self._held_out = {int(step): dict(values) for step, values in state["held_out"].items()}

@@ -118,7 +118,7 @@ def selected(bits: Tensor) -> int:
 def density(masks: Mapping[str, Tensor], optimizer: SparseMeZO) -> float:
     """Fraction of the weights that the masks select."""
     sizes = _sizes(optimizer)
-    return sum(selected(bits) for bits in masks.values()) / sum(sizes[name] for name in masks)
+    return sum(map(selected, masks.values())) / sum(sizes[name] for name in masks)
 
 
 def churn(before: Mapping[str, Tensor], after: Mapping[str, Tensor], optimizer: SparseMeZO) -> float:

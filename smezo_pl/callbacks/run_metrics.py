@@ -169,7 +169,7 @@ class RunMetrics(Callback):
         self._clock.end_step()
         optimizer = _zeroth_order(trainer)
         loss = pl_module.baseline.last_loss if optimizer is None else optimizer.last_step.loss
-        self._curve.add_train(trainer.global_step, loss)
+        self._curve.add_train(loss)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             scalars = {STEP_SECONDS: self._clock.step_seconds, PEAK_MEMORY: self._clock.peak}
             log_scalars(trainer, {name: float(value) for name, value in scalars.items() if value is not None})

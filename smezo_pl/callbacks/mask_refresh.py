@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from smezo_pl.callbacks.common import log_scalars, zeroth_order_optimizer
 from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim.masks import count_ones
 
 log = logging.getLogger(__name__)
 
@@ -108,17 +108,10 @@ def sampled_names(optimizer: SparseMeZO, limit: int = SAMPLE) -> list[str]:
     return names or [min(sizes, key=lambda name: sizes[name])]
 
 
-def selected(bits: Tensor) -> int:
-    """Number of set bits of a packed mask."""
-    counts = torch.bincount(bits.flatten(), minlength=256)
-    ones = torch.tensor([value.bit_count() for value in range(256)], device=bits.device)
-    return int((counts * ones).sum())
-
-
 def density(masks: Mapping[str, Tensor], optimizer: SparseMeZO) -> float:
     """Fraction of the weights that the masks select."""
     sizes = _sizes(optimizer)
-    return sum(map(selected, masks.values())) / sum(sizes[name] for name in masks)
+    return sum(map(count_ones, masks.values())) / sum(sizes[name] for name in masks)
 
 
 def churn(before: Mapping[str, Tensor], after: Mapping[str, Tensor], optimizer: SparseMeZO) -> float:

@@ -67,6 +67,11 @@ class Mask:
 DENSE = Mask("dense")
 
 
+def count_ones(bits: Tensor) -> int:
+    """How many weights a packed mask selects."""
+    return int.from_bytes(bits.cpu().numpy().tobytes(), "little").bit_count()
+
+
 Histogram = Callable[[Tensor, int, "int | None"], Tensor]
 """``histogram(theta, shift, prefix)``: counts of ``(code >> shift) & 0xffff`` over the elements with
 ``code >> 16 == prefix``, or over all of them when ``prefix`` is None (see `smezo_pl.optim.kernels`)."""

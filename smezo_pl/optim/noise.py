@@ -54,7 +54,7 @@ from torch import Tensor
 NOISE_SCHEME = 1
 """Version of the scheme above, kept in every trajectory."""
 
-Law = Literal["gaussian", "rademacher"]
+Distribution = Literal["gaussian", "rademacher"]
 """Distribution of ``z``: standard normal (the papers') or +1 and -1 with equal odds."""
 
 NOISE, MASK, ROUNDING = 0, 1, 2
@@ -186,9 +186,9 @@ def words16(stream: Stream, kind: int, numel: int, device: torch.device | str = 
     return _in_blocks(_halves_of, BLOCK, stream, kind, numel, torch.int32, device)
 
 
-def draw(law: Law, stream: Stream, numel: int, device: torch.device | str = "cpu") -> Tensor:
-    """``z`` of a law: `normals` or `signs`."""
-    return normals(stream, numel, device) if law == "gaussian" else signs(stream, numel, device)
+def draw(distribution: Distribution, stream: Stream, numel: int, device: torch.device | str = "cpu") -> Tensor:
+    """``z`` of a distribution: `normals` or `signs`."""
+    return normals(stream, numel, device) if distribution == "gaussian" else signs(stream, numel, device)
 
 
 def chunk_of(device: torch.device) -> int:

@@ -4,20 +4,66 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from smezo_pl.optim.kernels import Kernel, KernelName, get_kernel
 from smezo_pl.optim.masks import MASK_RULES
 
 Patterns = str | Sequence[str] | None
 """One or several patterns of parameter names, or None."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizedTensor:
+    """A parameter that is optimized.
+
+    Attributes:
+        name: Its name.
+        parameter: The parameter.
+        number: Its number among all parameters given, which addresses its noise.
+        position: Its position in its group.
+        dense: Whether all of its weights are active whatever the rule.
+        group: Its parameter group; thresholds are kept there, as plain numbers.
+        kernel_name: What makes the passes over it; float64 is left to the torch kernel.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    number: int
+    position: int
+    dense: bool
+    group: dict[str, Any]
+    kernel_name: KernelName
+
+    @property
+    def flat(self) -> Tensor:
+        """The weights as one dimension, without a graph."""
+        return self.parameter.detach().view(-1)
+
+    @property
+    def double(self) -> bool:
+        """Whether its arithmetic is float64."""
+        return self.parameter.dtype == torch.float64
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel for its device, which may change."""
+        return get_kernel("torch" if self.double else self.kernel_name, self.parameter.device)
+
+    @property
+    def threshold(self) -> float | None:
+        """Threshold of its mask, None where it has none."""
+        value = self.group["thresholds"][self.position]
+        return None if value is None else float(value)
 
 
 def as_patterns(argument: str, patterns: Patterns) -> tuple[str, ...]:
@@ -54,24 +100,41 @@ def require_matches(argument: str, patterns: Iterable[str], names: Sequence[str]
             raise ValueError(f"{argument} pattern {pattern!r} matches no parameter{hint} Names: {shown}")
 
 
-def named(params: Iterable[Any]) -> tuple[list[tuple[str | None, Tensor]], bool]:
-    """Pairs of name (None where none was given) and tensor, and whether names were given.
+def choose(params: Iterable[Any], scope: Mapping[str, tuple[str, ...]], given: list[str]) -> dict[str, Any]:
+    """Choose the parameters of a group that are optimized.
+
+    Args:
+        params: Tensors, or pairs of name and tensor.
+        scope: Patterns of ``include``, ``exclude`` and ``dense``; all three need names.
+        given: Names of all parameters given before; those of this group are added. Their order numbers the tensors.
+
+    Returns:
+        ``params``, ``names`` and ``numbers`` of the group, and ``param_names`` where names were given: apart from the
+        tensors, because torch takes a group that the filters emptied for one without names.
 
     Raises:
-        TypeError: If an item is neither a tensor nor a pair of name and tensor.
+        TypeError: If an item is neither a tensor nor a pair of name and tensor, or a tensor cannot be perturbed.
+        ValueError: If there are patterns and no names, or a tensor cannot be perturbed.
     """
-    pairs: list[tuple[str | None, Tensor]] = []
-    with_names = False
-    for item in [params] if isinstance(params, Tensor) else params:
-        if isinstance(item, tuple):
-            name, tensor = item
-            with_names = True
-        else:
-            name, tensor = None, item
+    items = [params] if isinstance(params, Tensor) else list(params)
+    with_names = any(isinstance(item, tuple) for item in items)
+    if not with_names and any(scope.values()):
+        raise ValueError("include, exclude and dense need names: pass model.named_parameters() instead of parameters()")
+    group: dict[str, Any] = {"params": [], "names": [], **({"param_names": []} if with_names else {}), "numbers": []}
+    for item in items:
+        name, tensor = item if isinstance(item, tuple) else (f"parameter {len(given)}", item)
         if not isinstance(tensor, Tensor):
             raise TypeError(f"params must hold tensors or (name, tensor) pairs, got {type(tensor).__name__}")
-        pairs.append((name, tensor))
-    return pairs, with_names
+        given.append(name)
+        included = not scope["include"] or matches(name, scope["include"])
+        if not tensor.requires_grad or not included or matches(name, scope["exclude"]):
+            continue
+        if not tensor.is_meta:
+            check_tensor(name, tensor)
+        entry = {"params": tensor, "names": name, "param_names": name, "numbers": len(given) - 1}
+        for key, values in group.items():
+            values.append(entry[key])
+    return group
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -143,33 +206,6 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not low <= value < high:
         raise ValueError(f"{name} must be in [{low}, {high}), got {value}")
-
-
-def check_loss(loss: object) -> Tensor | float:
-    """A closure's result as one real number, left on its device.
-
-    Raises:
-        TypeError: If it is not a number or a tensor of one element.
-    """
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1:
-            raise TypeError(f"the closure must return one number, got a tensor of shape {tuple(loss.shape)}")
-        if loss.is_complex():
-            raise TypeError("the closure must return a real number, got a complex tensor")
-        return loss.detach().reshape(()).double()
-    if loss is None:
-        raise TypeError("the closure returned None; it must return the loss")
-    if isinstance(loss, (bool, str, bytes)) or not hasattr(loss, "__float__"):
-        raise TypeError(f"the closure must return a number, got {type(loss).__name__}")
-    return float(cast(float, loss))
-
-
-def read_losses(losses: list[Tensor | float]) -> list[float]:
-    """All losses as numbers, with one synchronisation when they lie on one device."""
-    tensors = [loss for loss in losses if isinstance(loss, Tensor)]
-    if len(tensors) == len(losses) and len({tensor.device for tensor in tensors}) == 1:
-        return [float(value) for value in torch.stack(tensors).tolist()]
-    return [float(loss) for loss in losses]
 
 
 def float32(value: float) -> float:

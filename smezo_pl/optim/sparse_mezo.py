@@ -13,31 +13,30 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from smezo_pl.optim.kernels import Kernel, KernelName, get_kernel
-from smezo_pl.optim.masks import Mask, MaskRule
-from smezo_pl.optim.noise import NOISE_SCHEME, Law
+from smezo_pl.optim.kernels import KernelName
+from smezo_pl.optim.masks import MaskRule, count_ones
+from smezo_pl.optim.noise import NOISE_SCHEME, Distribution
 from smezo_pl.optim.parameters import (
+    OptimizedTensor,
     Patterns,
     as_patterns,
     check_group,
     check_integer,
-    check_tensor,
+    choose,
     float32,
     matches,
-    named,
     require_matches,
 )
-from smezo_pl.optim.perturbation.directions import StepMoves
-from smezo_pl.optim.perturbation.forwards import Closure, Forwards, deferred_interrupt
+from smezo_pl.optim.perturbation import Closure, Forwards, deferred_interrupt
 from smezo_pl.optim.perturbation.layerwise import Layerwise
-from smezo_pl.optim.selection import MaskStat, Member, Selection
-from smezo_pl.optim.step import StepRecord, check_recorded, coefficients, update_in_blocks
+from smezo_pl.optim.selection import MaskStat, Selection
+from smezo_pl.optim.step import StepPerturbation, StepRecord, check_record
 
 logger = logging.getLogger(__name__)
 
 _COPIED = (
     *("num_samples", "seed", "max_skipped", "noise", "kernel", "_scope", "_given", "_steps_done", "_skipped"),
-    *("_skipped_in_row", "_refreshed", "_last_step", "_said", "_copied_bytes"),
+    *("_skipped_in_row", "_refreshed", "_last_step", "_logged", "_copied_bytes"),
 )
 """Attributes that a copied or pickled optimizer keeps beside torch's own."""
 
@@ -81,10 +80,10 @@ class SparseMeZO(Optimizer):
         num_samples: Perturbations averaged in a step (n-SPSA), at least 1; each costs two forwards.
         weight_decay: Decay of the active weights, at least 0.
         seed: Base seed of all noise, in ``[0, 2**64)``.
-        include: Patterns of parameter names (``*`` and ``?``, or a module's name) that take part; None for all.
-        exclude: Patterns of names that do not take part.
-        dense: Patterns of names that take part with all their weights.
-        noise: Law of ``z``: ``gaussian``, the papers', or ``rademacher``, +1 or -1.
+        include: Patterns of parameter names (``*`` and ``?``, or a module's name) to optimize; None for all.
+        exclude: Patterns of names to leave alone.
+        dense: Patterns of names whose weights are all active, whatever the rule.
+        noise: Distribution of ``z``: ``gaussian``, the papers', or ``rademacher``, +1 or -1.
         kernel: What makes the fused passes: ``numba`` (CPU), ``triton`` (CUDA), ``torch`` (any device, the slow
             reference) or ``auto``. All give the same bits.
         maximize: Whether to ascend.
@@ -117,7 +116,7 @@ class SparseMeZO(Optimizer):
         exclude: Patterns = None,
         *,
         dense: Patterns = None,
-        noise: Law = "gaussian",
+        noise: Distribution = "gaussian",
         kernel: KernelName = "auto",
         maximize: bool = False,
         max_skipped: int = 20,
@@ -130,15 +129,14 @@ class SparseMeZO(Optimizer):
         if kernel not in ("auto", "numba", "triton", "torch"):
             raise ValueError(f"kernel must be 'auto', 'numba', 'triton' or 'torch', got {kernel!r}")
         self.num_samples, self.seed, self.max_skipped = num_samples, seed, max_skipped
-        self.noise: Law = noise
+        self.noise: Distribution = noise
         self.kernel: KernelName = kernel
         self._scope = {k: as_patterns(k, v) for k, v in (("include", include), ("exclude", exclude), ("dense", dense))}
         self._given: list[str] = []
         self._steps_done = self._skipped_in_row = self._skipped = 0
-        self._refreshed = False
-        self._copied_bytes = 0
+        self._refreshed, self._copied_bytes = False, 0
         self._last_step: StepRecord | None = None
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         self._wire()
         defaults = {
             "lr": lr,
@@ -154,49 +152,22 @@ class SparseMeZO(Optimizer):
             require_matches(argument, patterns, self._given)
         if not any(group["params"] for group in self.param_groups):
             raise ValueError(
-                f"no parameter takes part: of {len(self._given)} given, none has requires_grad=True and is in include "
-                "and not in exclude"
+                f"no parameter is optimized: of {len(self._given)} given, none has requires_grad=True and is in "
+                "include and not in exclude"
             )
 
     def _wire(self) -> None:
-        """Make the parts that refer to this optimizer and are not copied with it."""
-        self._kernels: dict[tuple[KernelName, torch.device], Kernel] = {}
-        self._listed: list[Member] = []
+        """Make the parts that are not copied with the optimizer."""
+        self._listed: list[OptimizedTensor] = []
         self._layerwise: Layerwise | None = None
-        self._selection = Selection(self._members, self._kernel, lambda: self.param_groups)
-
-    # ------------------------------------------------------------------ groups and state
+        self._selection = Selection()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, numbered after those given before (see `torch.optim.Optimizer.add_param_group`)."""
         group = {**self.defaults, **param_group}
         check_group(group)
-        pairs, with_names = named(group["params"])
-        if not with_names and any(self._scope.values()):
-            raise ValueError(
-                "include, exclude and dense need names: pass model.named_parameters() instead of parameters()"
-            )
-        kept: list[tuple[str, Tensor]] = []
-        numbers: list[int] = []
-        for name, tensor in pairs:
-            number = len(self._given)
-            label = name if name is not None else f"parameter {number}"
-            self._given.append(label)
-            include, exclude = self._scope["include"], self._scope["exclude"]
-            if not tensor.requires_grad or (include and not matches(label, include)) or matches(label, exclude):
-                continue
-            if not tensor.is_meta:
-                check_tensor(label, tensor)
-            kept.append((label, tensor))
-            numbers.append(number)
-        group["params"] = [tensor for _, tensor in kept]
-        group["names"] = [label for label, _ in kept]
-        if with_names:  # named apart from the tensors: torch takes a group that the filters emptied for an unnamed one
-            group["param_names"] = list(group["names"])
-        group["numbers"] = numbers
-        group["thresholds"] = [None] * len(kept)
-        group["ready"] = False
-        group["mask_step"] = 0
+        group |= choose(group["params"], self._scope, self._given)
+        group |= {"thresholds": [None] * len(group["params"]), "ready": False, "mask_step": 0}
         super().add_param_group(group)
 
     def settings(self) -> dict[str, Any]:
@@ -204,11 +175,7 @@ class SparseMeZO(Optimizer):
         return {
             **self.defaults,
             **{argument: list(patterns) or None for argument, patterns in self._scope.items()},
-            "num_samples": self.num_samples,
-            "seed": self.seed,
-            "noise": self.noise,
-            "kernel": self.kernel,
-            "max_skipped": self.max_skipped,
+            **{name: getattr(self, name) for name in ("num_samples", "seed", "noise", "kernel", "max_skipped")},
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,7 +194,7 @@ class SparseMeZO(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a `state_dict`.
+        """Resume from a `state_dict`.
 
         Raises:
             ValueError: If the state is another optimizer's, of another noise scheme or of other parameters.
@@ -238,7 +205,7 @@ class SparseMeZO(Optimizer):
         if own["noise_scheme"] != NOISE_SCHEME:
             raise ValueError(
                 f"the state was made with noise scheme {own['noise_scheme']}, this version has scheme {NOISE_SCHEME}; "
-                "the run cannot go on with other noise"
+                "the run cannot be resumed with other noise"
             )
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
             if saved["names"] != group["names"] or saved["numbers"] != group["numbers"]:
@@ -250,7 +217,7 @@ class SparseMeZO(Optimizer):
         self._steps_done, self._skipped = own["steps_done"], own["skipped"]
         self._skipped_in_row = own["skipped_in_row"]
         self.seed, self.num_samples, self.noise = own["seed"], own["num_samples"], own["noise"]
-        self._selection.load_bits(own["bits"])
+        self._selection.load_bits(self._tensors(), own["bits"])
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in _COPIED}
@@ -263,25 +230,21 @@ class SparseMeZO(Optimizer):
             self._wire()
             self._selection.bits = bits
 
-    def _members(self) -> list[Member]:
+    def _tensors(self) -> list[OptimizedTensor]:
+        """The parameters with their groups: listed once, and again when a group was added or replaced."""
         owned = [(tensor, group) for group in self.param_groups for tensor in group["params"]]
         known = self._listed
         if len(owned) != len(known) or any(
-            member.parameter is not tensor or member.group is not group
-            for member, (tensor, group) in zip(known, owned, strict=True)
+            entry.parameter is not tensor or entry.group is not group
+            for entry, (tensor, group) in zip(known, owned, strict=True)
         ):
-            self._listed = self._list_members()
+            dense, kernel = self._scope["dense"], self.kernel
+            self._listed = [
+                OptimizedTensor(name, group["params"][index], number, index, matches(name, dense), group, kernel)
+                for group in self.param_groups
+                for index, (name, number) in enumerate(zip(group["names"], group["numbers"], strict=True))
+            ]
         return self._listed
-
-    def _list_members(self) -> list[Member]:
-        dense = self._scope["dense"]
-        return [
-            Member(name, group["params"][position], number, position, matches(name, dense), group)
-            for group in self.param_groups
-            for position, (name, number) in enumerate(zip(group["names"], group["numbers"], strict=True))
-        ]
-
-    # ------------------------------------------------------------------ attach
 
     def attach(self, module: nn.Module) -> None:
         """Perturb layer by layer from now on, inside the module's forward.
@@ -292,7 +255,7 @@ class SparseMeZO(Optimizer):
         Raises:
             ValueError: If it does not hold them, or is compiled.
         """
-        layerwise = Layerwise(module, {tensor.name: tensor.parameter for tensor in self._members()})
+        layerwise = Layerwise(module, {tensor.name: tensor.parameter for tensor in self._tensors()})
         self.detach()
         self._layerwise = layerwise
 
@@ -307,11 +270,9 @@ class SparseMeZO(Optimizer):
         """The module given to `attach`, or None."""
         return self._layerwise.module if self._layerwise is not None else None
 
-    # ------------------------------------------------------------------ masks
-
     def prepare_masks(self) -> None:
         """Compute the thresholds that are not there yet. The first step does it; call it to see them before."""
-        self._refreshed |= self._selection.prepare(self._steps_done)
+        self._refreshed |= self._selection.prepare(self._tensors(), self.param_groups, self._steps_done)
 
     def refresh_masks(self, sparsity: float | None = None) -> None:
         """Compute thresholds, and constant masks, again from today's weights.
@@ -327,7 +288,7 @@ class SparseMeZO(Optimizer):
                 check_group({**group, "sparsity": sparsity})
             for group in self.param_groups:
                 group["sparsity"] = sparsity
-        self._selection.make(self.param_groups, self._steps_done)
+        self._selection.make(self._tensors(), self.param_groups, self._steps_done)
         self._refreshed = True
 
     def adopt_masks(self, other: SparseMeZO) -> None:
@@ -338,34 +299,34 @@ class SparseMeZO(Optimizer):
         """
         if [group["names"] for group in other.param_groups] != [group["names"] for group in self.param_groups]:
             raise ValueError("adopt_masks needs an optimizer of the same parameters in the same groups")
-        for mine, its in zip(self.param_groups, other.param_groups, strict=True):
-            mine.update(thresholds=list(its["thresholds"]), ready=its["ready"], mask_step=its["mask_step"])
-        self._selection.load_bits(other._selection.bits)
+        for own, theirs in zip(self.param_groups, other.param_groups, strict=True):
+            own.update(thresholds=list(theirs["thresholds"]), ready=theirs["ready"], mask_step=theirs["mask_step"])
+        self._selection.load_bits(self._tensors(), other._selection.bits)
 
     def thresholds(self) -> dict[str, float]:
-        """Threshold of every tensor that takes part, by name; infinity where it has none."""
+        """Threshold of every optimized tensor, by name; infinity where it has none."""
         self.prepare_masks()
-        return self._selection.thresholds()
+        return {t.name: math.inf if t.threshold is None else t.threshold for t in self._tensors()}
 
     def packed_masks(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Today's masks by parameter name, one bit a weight (see `smezo_pl.optim.masks.Mask`).
+        """Current masks by parameter name, one bit per weight (see `smezo_pl.optim.masks.Mask`).
 
         Args:
             names: Parameters to look at; None for all.
         """
         self.prepare_masks()
-        return self._selection.packed(self.seed, self._steps_done, names)
+        wanted = None if names is None else set(names)
+        tensors = [tensor for tensor in self._tensors() if wanted is None or tensor.name in wanted]
+        return self._selection.packed(tensors, self.seed, self._steps_done)
 
     def mask_stats(self) -> list[MaskStat]:
-        """Size, number of active weights and threshold of every tensor that takes part, today."""
-        self.prepare_masks()
-        return self._selection.stats(self.seed, self._steps_done)
-
-    # ------------------------------------------------------------------ the step
+        """Size, number of active weights and threshold of every optimized tensor."""
+        packed = self.packed_masks()
+        return [MaskStat(t.name, t.parameter.numel(), count_ones(packed[t.name]), t.threshold) for t in self._tensors()]
 
     @property
     def steps_done(self) -> int:
-        """Steps taken so far, skipped ones included; the index of the next step."""
+        """Steps done, skipped ones included; the index of the next step."""
         return self._steps_done
 
     @property
@@ -408,7 +369,7 @@ class SparseMeZO(Optimizer):
             raise TypeError("SparseMeZO.step needs a closure that runs the forward and returns the loss")
         started = perf_counter()
         self.prepare_masks()
-        forwards = Forwards(self.moves_at(self._steps_done), self._layerwise, self._kernel, self.say_once)
+        forwards = Forwards(self._perturbation(self._steps_done), self._layerwise, self._log_once)
         losses = forwards.losses(closure, self.num_samples)
         self._copied_bytes = forwards.copied_bytes
         eps = self.param_groups[0]["eps"]
@@ -455,66 +416,37 @@ class SparseMeZO(Optimizer):
         rates = self._rates() | {"lr": tuple(lr), "weight_decay": tuple(weight_decay)}
         self.replay_steps([StepRecord(step, (), tuple(projected_gradients), **rates, skipped=skipped)])
 
+    @torch.no_grad()
     def replay_steps(self, steps: Sequence[StepRecord]) -> None:
-        """Make the updates of several steps again, with the bits of `replay_step` one by one.
-
-        Much faster where numba makes the updates: a block of weights takes many steps while it is in cache.
+        """Make the updates of several steps again from their records. Masks and eps are those of the optimizer.
 
         Args:
-            steps: The steps, the first with the index `steps_done`. Masks and eps stay as they are between them.
+            steps: The steps, the first with the index `steps_done`.
 
         Raises:
-            ValueError: If a step is not the next one, or numbers are missing.
+            ValueError: If a step is not the next one, or numbers are missing; then nothing is written.
         """
-        for index, recorded in enumerate(steps, self._steps_done):
-            check_recorded(recorded, index, len(self.param_groups), self.num_samples)
+        for index, record in enumerate(steps, self._steps_done):
+            check_record(record, index, len(self.param_groups), self.num_samples)
         self.prepare_masks()
-        with deferred_interrupt():
-            made = [recorded for recorded in steps if not recorded.skipped]
-            if made:
-                self._update(made)
-            for recorded in steps:
+        for record in steps:
+            with deferred_interrupt():
+                if not record.skipped:
+                    self._perturbation(record.step).update(record, self.param_groups)
                 self._steps_done += 1
-                self._skipped += recorded.skipped
-                self._skipped_in_row = self._skipped_in_row + 1 if recorded.skipped else 0
+                self._skipped += record.skipped
+                self._skipped_in_row = self._skipped_in_row + 1 if record.skipped else 0
                 self._refreshed = False
 
-    def moves_at(self, step: int, members: Sequence[Member] | None = None) -> StepMoves:
-        """What moves the weights at a step.
-
-        Args:
-            step: Index of the step.
-            members: Tensors to move; None for all that take part.
-        """
-        moved = self._members() if members is None else members
-        return StepMoves(moved, self._selection, self._kernel, self.noise, self.seed, step)
+    def _perturbation(self, step: int) -> StepPerturbation:
+        return StepPerturbation(self._tensors(), self._selection, self.noise, self.seed, step)
 
     def _rates(self) -> dict[str, Any]:
         """What a record has for each parameter group."""
         names = ("lr", "weight_decay", "eps", "sparsity")
         return {name: tuple(float(group[name]) for group in self.param_groups) for name in names}
 
-    @torch.no_grad()
-    def _update(self, steps: Sequence[StepRecord]) -> None:
-        if len(steps) > 1:
-            update_in_blocks(self, [(member, self._kernel(member.parameter)) for member in self._members()], steps)
-            return
-        self.moves_at(steps[0].step).update(coefficients(self.param_groups, steps[0]), self.param_groups)
-
-    def mask_at(self, member: Member, step: int) -> Mask:
-        """The mask of a tensor at a step, to be evaluated on its weights before the step."""
-        return self._selection.mask(member, self.seed, step)
-
-    def _kernel(self, where: Tensor | torch.device) -> Kernel:
-        device = where if isinstance(where, torch.device) else where.device
-        name: KernelName = "torch" if isinstance(where, Tensor) and where.dtype == torch.float64 else self.kernel
-        kernel = self._kernels.get((name, device))
-        if kernel is None:
-            kernel = self._kernels[name, device] = get_kernel(name, device)
-        return kernel
-
-    def say_once(self, line: str) -> None:
-        """Log a line unless this optimizer did so before."""
-        if line not in self._said:
-            self._said.add(line)
+    def _log_once(self, line: str) -> None:
+        if line not in self._logged:
+            self._logged.add(line)
             logger.info("%s", line)

@@ -1,19 +1,18 @@
-"""The record of one step."""
+"""One step: its record, its perturbations and its update, handed to the kernels tensor by tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from torch import Tensor, nn
 
-from smezo_pl.optim.noise import Stream
-
-if TYPE_CHECKING:
-    from smezo_pl.optim.kernels import Kernel
-    from smezo_pl.optim.selection import Member
+from smezo_pl.optim.kernels import Kernel, Update
+from smezo_pl.optim.masks import Mask
+from smezo_pl.optim.noise import Distribution, Stream
+from smezo_pl.optim.parameters import OptimizedTensor, float32
+from smezo_pl.optim.selection import Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,81 +60,124 @@ class StepRecord:
         return self.total_seconds - self.forward_seconds
 
 
-def coefficients(groups: Sequence[dict[str, Any]], step: StepRecord) -> list[tuple[list[float], float]]:
-    """What an update multiplies with: for each group the factor of each sample's noise, and the decay, in float64."""
-    first_eps, gradients = groups[0]["eps"], step.projected_gradients
+def check_record(record: StepRecord, step: int, groups: int, samples: int) -> None:
+    """Refuse a record that does not fit an optimizer at step ``step``, of so many groups and samples per step.
+
+    Raises:
+        ValueError: If it is not the next one, or numbers are missing.
+    """
+    if record.step != step:
+        raise ValueError(f"step {record.step} cannot be made now: the next step is {step}")
+    if not len(record.lr) == len(record.weight_decay) == groups:
+        raise ValueError(f"lr and weight_decay need one number for each of the {groups} groups")
+    if not record.skipped and len(record.projected_gradients) != samples:
+        raise ValueError(
+            f"step {record.step} has {len(record.projected_gradients)} projected gradients, expected {samples}"
+        )
+
+
+class StepPerturbation:
+    """Perturbs and updates the weights of one step along its noise, under its masks.
+
+    Args:
+        tensors: The parameters that are optimized.
+        selection: Their masks.
+        noise: Distribution of the noise.
+        seed: Base seed.
+        step: Index of the step.
+    """
+
+    def __init__(
+        self, tensors: Sequence[OptimizedTensor], selection: Selection, noise: Distribution, seed: int, step: int
+    ) -> None:
+        self.tensors, self.noise = tensors, noise
+        self._selection, self._seed, self._step = selection, seed, step
+        self._by_id = {id(tensor.parameter): tensor for tensor in tensors}
+        self._masks: dict[int, Mask] = {}
+
+    def tensor(self, parameter: nn.Parameter) -> OptimizedTensor:
+        """The entry of a parameter."""
+        return self._by_id[id(parameter)]
+
+    def mask(self, parameter: nn.Parameter) -> Mask:
+        """The mask of a parameter at this step."""
+        mask = self._masks.get(id(parameter))
+        if mask is None:
+            mask = self._selection.mask(self.tensor(parameter), self._seed, self._step)
+            self._masks[id(parameter)] = mask
+        return mask
+
+    def stream(self, tensor: OptimizedTensor, sample: int) -> Stream:
+        """Where the noise of a tensor comes from."""
+        return Stream(self._seed, self._step, sample, tensor.number)
+
+    def update(self, record: StepRecord, groups: Sequence[dict[str, Any]]) -> None:
+        """Subtract ``lr * (g * m * z + decay * m * theta)`` from the weights, averaged over the samples.
+
+        Args:
+            record: The step.
+            groups: The parameter groups.
+        """
+        coefficients = {id(g): each for g, each in zip(groups, _coefficients(groups, record), strict=True)}
+        updates: dict[Kernel, list[Update]] = {}
+        for tensor in self.tensors:
+            scales, decay = coefficients[id(tensor.group)]
+            parameter = tensor.parameter
+            if not tensor.double:
+                scales, decay = [float32(scale) for scale in scales], float32(decay)
+            if not any(scales) and not decay:
+                continue  # nothing to add: adding a zero could still turn the sign of a zero
+            streams = [self.stream(tensor, sample) for sample in range(len(scales))]
+            rounding = streams[0] if parameter.element_size() == 2 else None
+            update = Update(tensor.flat, self.mask(parameter), streams, scales, decay, rounding)
+            updates.setdefault(tensor.kernel, []).append(update)
+        for kernel, listed in updates.items():
+            kernel.update_all(listed, self.noise)
+
+
+def _coefficients(groups: Sequence[dict[str, Any]], record: StepRecord) -> list[tuple[list[float], float]]:
+    """For each group the factor of each sample's noise, and the decay, in float64."""
+    first_eps, gradients = groups[0]["eps"], record.projected_gradients
     found = []
-    for group, rate, decay in zip(groups, step.lr, step.weight_decay, strict=True):
+    for group, rate, decay in zip(groups, record.lr, record.weight_decay, strict=True):
         sign = -1.0 if group["maximize"] else 1.0
         scales = [sign * rate * g / len(gradients) * (first_eps / group["eps"]) for g in gradients]
         found.append((scales, rate * decay))
     return found
 
 
-def check_recorded(recorded: StepRecord, step: int, groups: int, samples: int) -> None:
-    """Refuse a step that cannot be made now.
+class Direction:
+    """One of the two opposite perturbations of a sample: what a forward is to see.
 
     Args:
-        recorded: The step.
-        step: Index of the next one.
-        groups: Number of parameter groups.
-        samples: Samples a step.
-
-    Raises:
-        ValueError: If it is not the next one, or numbers are missing.
+        step: The step.
+        sample: Number of the sample.
+        sign: 1 or -1.
     """
-    if recorded.step != step:
-        raise ValueError(f"step {recorded.step} cannot be made now: the next step is {step}")
-    if not len(recorded.lr) == len(recorded.weight_decay) == groups:
-        raise ValueError(f"lr and weight_decay need one number for each of the {groups} groups")
-    if not recorded.skipped and len(recorded.projected_gradients) != samples:
-        raise ValueError(
-            f"step {recorded.step} has {len(recorded.projected_gradients)} projected gradients, expected {samples}"
-        )
 
+    def __init__(self, step: StepPerturbation, sample: int, sign: float) -> None:
+        self._step, self._sample, self._sign = step, sample, sign
 
-def update_in_blocks(optimizer: Any, members: Sequence[tuple[Member, Kernel]], steps: Sequence[StepRecord]) -> None:
-    """Make the updates of several steps, tensor by tensor. No mask is refreshed and no eps changed between them.
+    def whole(self, parameter: nn.Parameter, out: Tensor) -> None:
+        """Put a parameter's perturbed weights into ``out``, which has its shape."""
+        self._perturb(parameter, out, self._step.mask(parameter))
 
-    The bits are those of the steps one after the other: no tensor's update looks at another tensor.
+    def in_place(self, parameter: nn.Parameter, mask: Mask) -> None:
+        """Perturb the parameter itself under a packed mask of its unperturbed weights."""
+        self._perturb(parameter, parameter.detach(), mask)
 
-    Args:
-        optimizer: The `SparseMeZO`; its counters are left alone.
-        members: Its tensors and the kernel of each.
-        steps: The steps, none of them skipped.
-    """
-    groups = optimizer.param_groups
-    numbers = _numbers(groups, steps)
-    slow = sorted({kernel.name for _, kernel in members if kernel.name != "numba"})
-    if slow:
-        optimizer.say_once(f"replay: step by step (slower): kernel {', '.join(slow)} makes one update at a time")
-    for member, kernel in members:
-        which = next(index for index, group in enumerate(groups) if group is member.group)
-        if kernel.name == "numba":
-            from smezo_pl.optim.kernels.numba_replay import update_many
+    def rows(self, parameter: nn.Parameter, rows: Tensor, out: Tensor) -> None:
+        """Put the perturbed rows of these numbers into ``out``."""
+        tensor, step = self._step.tensor(parameter), self._step
+        stream, scale = step.stream(tensor, self._sample), self._scale(tensor)
+        tensor.kernel.perturb_rows(parameter.detach(), out, rows, step.mask(parameter), step.noise, stream, scale)
 
-            at, scales, decays = numbers[which]
-            mask = optimizer.mask_at(member, steps[0].step)
-            redrawn = mask.rule == "random" and member.group["mask_update"] == "dynamic"
-            first = Stream(optimizer.seed, 0, 0, member.number)
-            update_many(member.flat, mask, optimizer.noise, first, at, scales, decays, rounded=True, redrawn=redrawn)
-        else:
-            for recorded in steps:
-                optimizer.moves_at(recorded.step, [member]).update(coefficients(groups, recorded), groups)
+    def _perturb(self, parameter: nn.Parameter, out: Tensor, mask: Mask) -> None:
+        tensor, step = self._step.tensor(parameter), self._step
+        stream, scale = step.stream(tensor, self._sample), self._scale(tensor)
+        tensor.kernel.perturb(tensor.flat, out.view(-1), mask, step.noise, stream, scale)
 
-
-def _numbers(
-    groups: Sequence[dict[str, Any]], steps: Sequence[StepRecord]
-) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-    """Of each group: index, scales and decay of those steps that change it."""
-    made = [coefficients(groups, step) for step in steps]
-    found = []
-    for group in range(len(groups)):
-        # numpy rounds to float32 as torch does: to nearest, and to infinity beyond its range
-        with np.errstate(over="ignore"):
-            scales = np.array([each[group][0] for each in made]).astype(np.float32)
-            decays = np.array([each[group][1] for each in made]).astype(np.float32)
-        some = scales.any(1) | (decays != 0)
-        at = np.array([s.step for s in steps], np.int64)
-        found.append((at[some], np.ascontiguousarray(scales[some]), np.ascontiguousarray(decays[some])))
-    return found
+    def _scale(self, tensor: OptimizedTensor) -> float:
+        """``sign * eps``, in the precision that the noise is added in."""
+        value = self._sign * float(tensor.group["eps"])
+        return value if tensor.double else float32(value)

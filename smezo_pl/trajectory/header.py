@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import Any, get_args
 
 from smezo_pl.optim.masks import MASK_RULES
-from smezo_pl.optim.noise import NOISE_SCHEME, Law
+from smezo_pl.optim.noise import NOISE_SCHEME, Distribution
 from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE
 
 
@@ -98,7 +98,7 @@ class Header:
     run: str
     created: str
     seed: int
-    noise: Law
+    noise: Distribution
     num_samples: int
     first_step: int
     groups: tuple[GroupInfo, ...]
@@ -214,7 +214,7 @@ def _check(header: Header) -> None:
     _check_int("first_step", header.first_step, 0, 1 << 32)
     _check_int("noise_scheme", header.noise_scheme, 1, 1 << 16)
     _check_int("format", header.format, 1, FORMAT + 1)
-    if header.noise not in get_args(Law):
+    if header.noise not in get_args(Distribution):
         raise ValueError(f"noise is {header.noise!s:.40}")
     if len(header.root) != 32 or not isinstance(header.run, str) or len(header.run) != 32:
         raise ValueError("run or root have the wrong length")

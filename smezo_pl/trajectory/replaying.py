@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -25,10 +24,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-
-# Steps per call of the kernel: few enough that a progress bar moves and Ctrl-C is heard, many enough that gathering the
-# active weights costs next to nothing.
-_FIRST_BLOCK, _LARGEST_BLOCK, _SECONDS_PER_BLOCK = 16, 1024, 2.0
 
 _OTHER_WEIGHTS = (
     "something other than the optimizer changed weights during the run, or a kernel gives other bits on this machine "
@@ -54,7 +49,7 @@ def replay(
         steps: How many steps of the optimizer; None for all that are recorded.
         force: Whether to continue when the starting weights are not the run's (the result is then no run's).
         kernel: What makes the updates; all kernels give the same bits.
-        progress: Called now and then with the number of steps done so far.
+        progress: Called after each step with the number of steps done so far.
         verify: Whether to compare the result with the hash that the run noted after this step, if it did.
 
     Returns:
@@ -215,48 +210,27 @@ def replay_records(
     check_masks: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Make the updates of some steps, refreshing masks where the run did, as many at a time as the kernel can.
+    """Make the updates of some steps, refreshing masks where the run did.
 
     Args:
         optimizer: The optimizer, at the first of the steps.
         records: The steps.
         source: The trajectory, for messages.
         check_masks: Whether to compare refreshed thresholds with the run's.
-        progress: Called now and then with the number of steps done so far.
+        progress: Called after each step with the number of steps done so far.
 
     Raises:
         TrajectoryError: If a refresh gives other thresholds than the run had.
     """
-    size = _FIRST_BLOCK
-    for block in _between_refreshes(records):
-        set_rates(optimizer, block[0])
-        if block[0].refreshed:
-            optimizer.refresh_masks()
-            if check_masks and block[0].thresholds:  # an exported run has no thresholds
-                _check_thresholds(optimizer, block[0], source)
-        begin = 0
-        while begin < len(block):
-            part, began = block[begin : begin + size], perf_counter()
-            optimizer.replay_steps(part)
-            begin += len(part)
-            if progress is not None:
-                progress(part[-1].step + 1)
-            if len(part) == size:
-                growth = _SECONDS_PER_BLOCK / max(perf_counter() - began, 1e-6)
-                size = max(1, min(_LARGEST_BLOCK, round(size * min(growth, 4.0))))
-        set_rates(optimizer, block[-1])
-
-
-def _between_refreshes(records: Iterable[StepRecord]) -> Iterator[list[StepRecord]]:
-    """Steps that may be made in one call: masks, eps and sparsity change only before the first of them."""
-    block: list[StepRecord] = []
     for record in records:
-        if block and (record.refreshed or (record.eps, record.sparsity) != (block[0].eps, block[0].sparsity)):
-            yield block
-            block = []
-        block.append(record)
-    if block:
-        yield block
+        set_rates(optimizer, record)
+        if record.refreshed:
+            optimizer.refresh_masks()
+            if check_masks and record.thresholds:  # an exported run has none
+                _check_thresholds(optimizer, record, source)
+        optimizer.replay_steps([record])
+        if progress is not None:
+            progress(record.step + 1)
 
 
 def set_rates(optimizer: SparseMeZO, record: StepRecord) -> None:

@@ -7,8 +7,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from smezo_pl.callbacks import MaskRefresh
-from smezo_pl.callbacks.mask_refresh import SAMPLE, churn, density, sampled_names, selected
+from smezo_pl.callbacks.mask_refresh import SAMPLE, churn, density, sampled_names
 from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim.masks import count_ones
 from tests.trajectory.runs import Classifier, fit, network
 
 
@@ -74,7 +75,7 @@ def test_density_and_churn_are_counted_right() -> None:
     before = optimizer.packed_masks()
     stats = optimizer.mask_stats()
     numel = sum(stat.numel for stat in stats)
-    assert {stat.name: selected(before[stat.name]) for stat in stats} == {s.name: s.selected for s in stats}
+    assert {stat.name: count_ones(before[stat.name]) for stat in stats} == {s.name: s.selected for s in stats}
     assert density(before, optimizer) == sum(stat.selected for stat in stats) / numel
     assert churn(before, before, optimizer) == 0.0
     optimizer.refresh_masks(0.5)

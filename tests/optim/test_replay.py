@@ -1,4 +1,3 @@
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -80,13 +79,3 @@ def test_steps_in_another_order_are_refused_before_anything_is_written() -> None
         own.replay_steps([replace(recorded[0], lr=(1e-3,))])
     assert all(torch.equal(a, b) for a, b in zip(weights(own), before, strict=True))
     assert own.steps_done == 0
-
-
-def test_the_log_says_when_blocks_are_not_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        optimizer(torch.float32, "torch").replay_steps(steps(1))
-    assert "step by step (slower): kernel torch" in caplog.text
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        optimizer(torch.float32).replay_steps(steps(1))
-    assert "step by step" not in caplog.text

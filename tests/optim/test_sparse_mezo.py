@@ -232,9 +232,7 @@ def test_single_magnitude_takes_part_dense_until_a_refresh(caplog):
     optimizer = SparseMeZO(model.named_parameters(), lr=1e-2, sparsity=0.75)
     with caplog.at_level("INFO"):
         optimizer.step(loss_closure(model))
-    assert (
-        "2 tensors have a single magnitude and take part whole until a refresh: norm.weight, norm.bias" in caplog.text
-    )
+    assert "2 tensors have a single magnitude and are dense until a refresh: norm.weight, norm.bias" in caplog.text
     stats = {stat.name: stat for stat in optimizer.mask_stats()}
     assert stats["norm.weight"].selected == 8 and stats["norm.weight"].threshold is None
     optimizer.refresh_masks()
@@ -434,7 +432,7 @@ def test_bad_closures(closure, message):
         ({"kernel": "cuda"}, "kernel must be"),
         ({"include": "nothing.*"}, r"include pattern 'nothing.\*' matches no parameter.*Names: embedding.weight"),
         ({"exclude": "hiden.weight"}, "did you mean 'hidden.weight'"),
-        ({"exclude": "*"}, "no parameter takes part"),
+        ({"exclude": "*"}, "no parameter is optimized"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -446,7 +444,7 @@ def test_bad_arguments(arguments, message):
 def test_bad_parameters():
     with pytest.raises(ValueError, match="empty parameter list"):
         SparseMeZO([])
-    with pytest.raises(ValueError, match="no parameter takes part: of 1 given, none has requires_grad=True"):
+    with pytest.raises(ValueError, match="no parameter is optimized: of 1 given, none has requires_grad=True"):
         SparseMeZO([nn.Parameter(torch.zeros(3), requires_grad=False)])
     with pytest.raises(TypeError, match="'w' has dtype complex64; allowed: float32"):
         SparseMeZO([("w", nn.Parameter(torch.zeros(3, dtype=torch.complex64)))])

@@ -19,8 +19,7 @@ from numba import cfunc, float32, int64, njit, prange, types, uint8, uint32, uin
 from numba.extending import intrinsic
 
 from smezo_pl.optim import noise
-from smezo_pl.optim.kernels import _numba_formats, _numba_words
-from smezo_pl.optim.kernels._numba_formats import magnitude_of, nearest, stochastic, widen
+from smezo_pl.optim.kernels import _numba_words
 from smezo_pl.optim.kernels._numba_words import (
     BITS,
     DECAY,
@@ -42,8 +41,12 @@ from smezo_pl.optim.kernels._numba_words import (
     fill_halves,
     fill_words,
     float_of,
+    magnitude_of,
+    nearest,
+    stochastic,
     trailing_zeros,
     wide_vectors,
+    widen,
 )
 
 log = logging.getLogger(__name__)
@@ -398,9 +401,9 @@ def compile_table(parallel: bool) -> Any:
     return _cached(njit(signature, cache=True, **options), njit(signature, **options), function)
 
 
-def _source_stamp(*others):
+def _source_stamp():
     digest = hashlib.sha256()
-    for module in (noise, _numba_words, _numba_formats, *others):
+    for module in (noise, _numba_words):
         digest.update(Path(module.__file__).read_bytes())
     return int.from_bytes(digest.digest()[:4], "big")
 

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numba
@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from smezo_pl.optim.kernels import _numba_passes as passes
-from smezo_pl.optim.kernels._common import (
+from smezo_pl.optim.kernels._numba_words import BITS, NUMEL, OUT, ROW, START, THETA
+from smezo_pl.optim.kernels.base import (
+    Kernel,
     Update,
     check_bits,
     check_mask,
@@ -34,54 +36,50 @@ from smezo_pl.optim.kernels._common import (
     float_bits,
     packed_size,
 )
-from smezo_pl.optim.kernels._numba_words import BITS, NUMEL, OUT, ROW, START, THETA
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
-from smezo_pl.optim.noise import BLOCK, MASK, NOISE, ROUNDING, Law, Stream
+from smezo_pl.optim.noise import BLOCK, MASK, NOISE, ROUNDING, Distribution, Stream
 
 log = logging.getLogger(__name__)
 
 _LIKE = {torch.float32: np.uint32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
 _SERIAL = 1 << 15  # weights; waking a second thread takes about as long as one thread takes for these
-_STEP = {
-    "sweep": 64,
-    "pack": 64,
-    "count": 8,
-    "move": 1,
-    "histogram": 1 << 16,
-}  # units of work a thread takes: about 30 us
+_STEP = {"sweep": 64, "pack": 64, "count": 8, "move": 1, "histogram": 1 << 16}
+"""Units of work that a thread takes at a time: about 30 microseconds."""
 _LOCK = threading.Lock()  # one of numba's threading layers (workqueue) aborts the process when entered twice at once
 _REFERENCE = TorchKernel()
 
 
-class NumbaKernel:
+class NumbaKernel(Kernel):
     """Compiled loops over CPU memory (see `Kernel` for what each pass computes)."""
 
     name = "numba"
 
-    def perturb(self, theta: Tensor, out: Tensor, mask: Mask, law: Law, stream: Stream, scale: float) -> None:
+    def perturb(
+        self, theta: Tensor, out: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float
+    ) -> None:
         """Write ``theta + scale * m * z`` to ``out``; see `Kernel.perturb`."""
         check_pair(theta, out)
         if theta.dtype == torch.float64:
-            return _REFERENCE.perturb(theta, out, mask, law, stream, scale)
+            return _REFERENCE.perturb(theta, out, mask, noise, stream, scale)
         if scale == 0.0:
             if out.data_ptr() != theta.data_ptr():
                 out.copy_(theta)
             return None
         # Adding is subtracting the negative, to the last bit: one compiled pass serves both.
-        task = _task(theta, out, mask, law, [stream], [-scale], 0.0, None)
+        task = _task(theta, out, mask, noise, [stream], [-scale], 0.0, None)
         return _run("sweep", theta, *_blocks(stream.start, theta.numel()), task)
 
     def perturb_rows(
-        self, theta: Tensor, out: Tensor, rows: Tensor, mask: Mask, law: Law, stream: Stream, scale: float
+        self, theta: Tensor, out: Tensor, rows: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float
     ) -> None:
         """`perturb` some rows of a matrix; see `Kernel.perturb_rows`."""
         check_rows(theta, out, rows)
         if theta.dtype == torch.float64 or scale == 0.0:
-            return _REFERENCE.perturb_rows(theta, out, rows, mask, law, stream, scale)
+            return _REFERENCE.perturb_rows(theta, out, rows, mask, noise, stream, scale)
         width, size = theta.shape[1], theta.element_size()
         first = rows.numpy() * width  # index of the first weight of each row
-        task = _task(theta.view(-1), out.view(-1), mask, law, [stream], [-scale], 0.0, None)
+        task = _task(theta.view(-1), out.view(-1), mask, noise, [stream], [-scale], 0.0, None)
         tasks = np.tile(np.array(task, np.int64), (len(first), 1))
         tasks[:, NUMEL], tasks[:, START] = width, first + stream.start
         tasks[:, THETA] += first * size
@@ -95,43 +93,28 @@ class NumbaKernel:
         table[:, 1] = np.cumsum(-((table[:, 2] - table[:, 3]) // table[:, 4]))
         return _run_table(table.ctypes.data, len(first), int(table[-1, 1]) if len(first) else 0, out.numel())
 
-    def update(
-        self,
-        theta: Tensor,
-        mask: Mask,
-        law: Law,
-        streams: Sequence[Stream],
-        scales: Sequence[float],
-        decay: float = 0.0,
-        rounding: Stream | None = None,
-    ) -> None:
-        """Subtract ``m * (sum of scale * z + decay * theta)`` from ``theta``; see `Kernel.update`."""
-        check_weights(theta)
-        if theta.dtype == torch.float64:
-            return _REFERENCE.update(theta, mask, law, streams, scales, decay, rounding)
-        if decay == 0.0 and not any(scales):
-            return None
-        task = _task(theta, theta, mask, law, streams, scales, decay, rounding)
-        return _run("sweep", theta, *_blocks(streams[0].start, theta.numel()), task)
-
-    def update_all(self, updates: Sequence[Update], law: Law) -> None:
-        """Several tensors' `update` in one call; see `Kernel.update_all`."""
+    def update_all(self, updates: Sequence[Update], noise: Distribution) -> None:
+        """Update all tensors in one parallel pass; see `Kernel.update_all`."""
         tasks, table, pieces, numel, step = array("q"), array("q"), 0, 0, _STEP["sweep"]
-        for theta, mask, streams, scales, decay, rounding in updates:
+        for update in updates:
+            theta, mask, streams, scales, decay, rounding = update
             check_weights(theta)
             if theta.dtype == torch.float64:
-                _REFERENCE.update(theta, mask, law, streams, scales, decay, rounding)
+                _REFERENCE.update_all([update], noise)
                 continue
             count = theta.numel()
-            if count == 0 or (decay == 0.0 and not any(scales)):
+            if decay == 0.0 and not any(scales):
+                continue
+            task = _task(theta, theta, mask, noise, streams, scales, decay, rounding)
+            if count == 0:
                 continue
             first, last = _blocks(streams[0].start, count)
             pieces, numel = pieces + (last - first + step - 1) // step, numel + count
             table.extend((_compiled("sweep", theta.dtype).address, pieces, first, last, step, len(tasks)))
-            tasks.extend(_task(theta, theta, mask, law, streams, scales, decay, rounding))
+            tasks.extend(task)
         address = tasks.buffer_info()[0]
-        for at in range(passes.TABLE_ROW - 1, len(table), passes.TABLE_ROW):
-            table[at] = address + tasks.itemsize * table[at]
+        for index in range(passes.TABLE_ROW - 1, len(table), passes.TABLE_ROW):
+            table[index] = address + tasks.itemsize * table[index]
         _run_table(table.buffer_info()[0], len(table) // passes.TABLE_ROW, pieces, numel)
 
     def select(self, theta: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
@@ -193,7 +176,7 @@ def _task(
     theta: Tensor,
     out: Tensor,
     mask: Mask,
-    law: Law,
+    noise: Distribution,
     streams: Sequence[Stream],
     scales: Sequence[float],
     decay: float,
@@ -210,7 +193,7 @@ def _task(
         out.data_ptr(),
         theta.numel(),
         streams[0].start,
-        0 if law == "gaussian" else 1,
+        0 if noise == "gaussian" else 1,
         len(streams),
         float_bits(decay),
         int(stochastic),
@@ -334,24 +317,12 @@ def _in_parallel(function: Any, threads: int, *arguments: int) -> None:
 
 @functools.cache
 def _compiled(name: str, dtype: torch.dtype) -> Any:
-    return _timed(lambda: passes.compile_pass(name, _LIKE[dtype]), f"{name} for {str(dtype).removeprefix('torch.')}")
-
-
-@functools.cache
-def _parallel() -> Any:
-    return passes.compile_parallel()
-
-
-@functools.cache
-def _table(parallel: bool) -> Any:
-    return passes.compile_table(parallel)
-
-
-def _timed(compile_it: Callable[[], Any], what: str) -> Any:
     before = time.perf_counter()
-    compiled = compile_it()
+    compiled = passes.compile_pass(name, _LIKE[dtype])
     if not compiled.cache_hits:
-        log.info(
-            "numba compiled the pass %s in %.1f s; the next run finds it on disk", what, time.perf_counter() - before
-        )
+        what, seconds = f"{name} for {str(dtype).removeprefix('torch.')}", time.perf_counter() - before
+        log.info("numba compiled the pass %s in %.1f s; the next run finds it on disk", what, seconds)
     return compiled
+
+
+_parallel, _table = functools.cache(passes.compile_parallel), functools.cache(passes.compile_table)

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from smezo_pl.optim.kernels._common import (
+from smezo_pl.optim.kernels.base import (
     CODE_DTYPES,
     INFINITY,
     QUIET_NAN,
-    OneByOne,
+    Kernel,
+    Update,
     check_bits,
     check_mask,
     check_pair,
@@ -26,15 +27,17 @@ from smezo_pl.optim.kernels._common import (
     threshold_code,
 )
 from smezo_pl.optim.masks import Mask
-from smezo_pl.optim.noise import MASK, ROUNDING, Law, Stream, chunk_of, draw, words16
+from smezo_pl.optim.noise import MASK, ROUNDING, Distribution, Stream, chunk_of, draw, words16
 
 
-class TorchKernel(OneByOne):
+class TorchKernel(Kernel):
     """Plain torch operations, on any device that has float64 (see `Kernel` for what each pass computes)."""
 
     name = "torch"
 
-    def perturb(self, theta: Tensor, out: Tensor, mask: Mask, law: Law, stream: Stream, scale: float) -> None:
+    def perturb(
+        self, theta: Tensor, out: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float
+    ) -> None:
         """Write ``theta + scale * m * z`` to ``out``; see `Kernel.perturb`."""
         check_pair(theta, out)
         check_mask(theta, mask)
@@ -44,43 +47,14 @@ class TorchKernel(OneByOne):
             new = part
             if scale != 0.0:
                 wide = _widen(part)
-                z = draw(law, _shift(stream, low), high - low, theta.device).to(wide.dtype)
+                z = draw(noise, _shift(stream, low), high - low, theta.device).to(wide.dtype)
                 new = _where(active(theta, mask, low, high), _narrow(wide + z * _scalar(scale, wide), part.dtype), part)
             out[low:high] = new
 
-    def update(
-        self,
-        theta: Tensor,
-        mask: Mask,
-        law: Law,
-        streams: Sequence[Stream],
-        scales: Sequence[float],
-        decay: float = 0.0,
-        rounding: Stream | None = None,
-    ) -> None:
-        """Subtract ``m * (sum of scale * z + decay * theta)`` from ``theta``; see `Kernel.update`."""
-        check_weights(theta)
-        check_mask(theta, mask)
-        check_streams(mask, streams, scales, rounding)
-        if decay == 0.0 and not any(scales):
-            return
-        for low, high in _chunks(theta):
-            part = theta[low:high]
-            wide = _widen(part)
-            terms = (
-                draw(law, _shift(stream, low), high - low, theta.device).to(wide.dtype) * _scalar(scale, wide)
-                for stream, scale in zip(streams, scales, strict=True)
-            )
-            delta = functools.reduce(torch.add, terms)
-            if decay != 0.0:
-                delta = delta + wide * _scalar(decay, wide)
-            new = wide - delta
-            if rounding is None or theta.element_size() > 2:
-                rounded = _narrow(new, theta.dtype)
-            else:
-                word = words16(_shift(rounding, low), ROUNDING, high - low, theta.device)
-                rounded = round_stochastically(new, word, theta.dtype)
-            theta[low:high] = _where(active(theta, mask, low, high), rounded, part)
+    def update_all(self, updates: Sequence[Update], noise: Distribution) -> None:
+        """Update one tensor after the other; see `Kernel.update_all`."""
+        for update in updates:
+            _update(update, noise)
 
     def select(self, theta: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         """Packed mask and a copy of the weights under it; see `Kernel.select`."""
@@ -119,6 +93,32 @@ class TorchKernel(OneByOne):
                 digits = digits[digits >> 16 == prefix]
             counts += torch.bincount(digits & 0xFFFF, minlength=1 << 16)
         return counts
+
+
+def _update(update: Update, noise: Distribution) -> None:
+    theta, mask, streams, scales, decay, rounding = update
+    check_weights(theta)
+    check_mask(theta, mask)
+    check_streams(mask, streams, scales, rounding)
+    if decay == 0.0 and not any(scales):
+        return
+    for low, high in _chunks(theta):
+        part = theta[low:high]
+        wide = _widen(part)
+        terms = (
+            draw(noise, _shift(stream, low), high - low, theta.device).to(wide.dtype) * _scalar(scale, wide)
+            for stream, scale in zip(streams, scales, strict=True)
+        )
+        delta = functools.reduce(torch.add, terms)
+        if decay != 0.0:
+            delta = delta + wide * _scalar(decay, wide)
+        new = wide - delta
+        if rounding is None or theta.element_size() > 2:
+            rounded = _narrow(new, theta.dtype)
+        else:
+            word = words16(_shift(rounding, low), ROUNDING, high - low, theta.device)
+            rounded = round_stochastically(new, word, theta.dtype)
+        theta[low:high] = _where(active(theta, mask, low, high), rounded, part)
 
 
 def active(theta: Tensor, mask: Mask, low: int, high: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Memory for perturbed copies: allocated once, handed out and taken back in the order modules nest."""
+"""Layer by layer: while a module runs, its parameter slots hold perturbed copies; the weights are never written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from smezo_pl.optim.perturbation.reads import Reading, ReadWatch, is_compiled, nearest_holder
+from smezo_pl.optim.step import Direction
 
 _ALIGNMENT = 64
 """Elements. Keeps every copy on the 64-byte boundary that torch's own allocations have."""
@@ -101,18 +102,6 @@ ROW_COST = 1 << 11
 """Weights that a pass perturbs in the time that one row of an embedding costs: blocks of noise at both of its ends."""
 
 
-class Write(Protocol):
-    """Makes perturbed copies."""
-
-    def whole(self, parameter: nn.Parameter, out: Tensor) -> None:
-        """Put the perturbed weights into ``out``, which has the shape of the parameter."""
-        ...
-
-    def rows(self, parameter: nn.Parameter, rows: Tensor, out: Tensor) -> None:
-        """Put the perturbed rows of these numbers into ``out``."""
-        ...
-
-
 @dataclass(slots=True)
 class _Slot:
     """A place where a module keeps a parameter: ``owner._parameters[name]``."""
@@ -192,7 +181,7 @@ class Layerwise:
         self._holdings: dict[nn.Module, _Holding] = {}
         self._scratch = ScratchStack()
         self._reserved = False
-        self._write: Write | None = None
+        self._direction: Direction | None = None
         self._watch: ReadWatch | None = None
         self._handles: dict[nn.Module, tuple[RemovableHandle, RemovableHandle]] = {}
         self.watched_once = False
@@ -212,15 +201,15 @@ class Layerwise:
         return self._scratch.nbytes()
 
     @contextmanager
-    def perturbed(self, write: Write) -> Iterator[None]:
-        """Forwards inside the block run on the copies that ``write`` makes."""
+    def perturbed(self, direction: Direction) -> Iterator[None]:
+        """Forwards inside the block run on the copies that ``direction`` makes."""
         self._check_structure()
         self._reserve()
-        self._write, self.write_seconds = write, 0.0
+        self._direction, self.write_seconds = direction, 0.0
         try:
             yield
         finally:
-            self._write = None
+            self._direction = None
             self._put_all_back()
 
     @contextmanager
@@ -305,8 +294,8 @@ class Layerwise:
                     )
 
     def _enter(self, module: nn.Module, args: Any) -> Any:
-        write = self._write
-        if write is None:
+        direction = self._direction
+        if direction is None:
             return None
         holding = self._holdings.setdefault(module, _Holding())
         holding.depth += 1
@@ -316,10 +305,10 @@ class Layerwise:
             self._watch.paused = True
         started = perf_counter()
         if type(module) is nn.Embedding and (rows := self._rows(module, args)) is not None:
-            args = self._enter_rows(holding, self._held_by[module][0], rows, write)
+            args = self._enter_rows(holding, self._held_by[module][0], rows, direction)
         else:
             args = None
-            self._enter_whole(holding, module, write)
+            self._enter_whole(holding, module, direction)
         self.write_seconds += perf_counter() - started
         if self._watch is not None:
             self._watch.paused = False
@@ -339,15 +328,17 @@ class Layerwise:
         # an index out of range is left to the embedding's own error
         return None if rows[0] < 0 or rows[-1] >= weight.shape[0] else (rows, inverse)
 
-    def _enter_rows(self, holding: _Holding, slot: _Slot, rows: tuple[Tensor, Tensor], write: Write) -> tuple[Tensor]:
+    def _enter_rows(
+        self, holding: _Holding, slot: _Slot, rows: tuple[Tensor, Tensor], direction: Direction
+    ) -> tuple[Tensor]:
         table = torch.empty(rows[0].numel(), slot.parameter.shape[1], dtype=slot.parameter.dtype)
-        write.rows(slot.parameter, rows[0], table)
+        direction.rows(slot.parameter, rows[0], table)
         copy = nn.Parameter(table, requires_grad=slot.parameter.requires_grad)
         holding.taken.append((slot, copy, -1))
         slot.owner._parameters[slot.name] = copy
         return (rows[1],)
 
-    def _enter_whole(self, holding: _Holding, module: nn.Module, write: Write) -> None:
+    def _enter_whole(self, holding: _Holding, module: nn.Module, direction: Direction) -> None:
         copies: dict[int, Tensor] = {}
         for slot in self._held_by[module]:
             if slot.owner._parameters[slot.name] is not slot.parameter:
@@ -356,7 +347,7 @@ class Layerwise:
             number = -1
             if copy is None:
                 buffer, number = self._scratch.take(slot.parameter)
-                write.whole(slot.parameter, buffer)
+                direction.whole(slot.parameter, buffer)
                 # torch.matmul folds or not by requires_grad, also under no_grad: the copy must look like the original
                 copy = nn.Parameter(buffer, requires_grad=slot.parameter.requires_grad)
                 copies[id(slot.parameter)] = copy

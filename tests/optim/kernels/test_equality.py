@@ -8,7 +8,7 @@ import torch
 from smezo_pl.optim.kernels import Kernel, get_kernel
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
-from smezo_pl.optim.noise import Law, Stream
+from smezo_pl.optim.noise import Distribution, Stream
 from tests.optim.kernels.cases import (
     DTYPES,
     INTERPRETED,
@@ -97,7 +97,7 @@ def test_histogram(kernel: Kernel, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_a_packed_mask_does_what_its_rule_does(kernel: Kernel, law: Law) -> None:
+def test_a_packed_mask_does_what_its_rule_does(kernel: Kernel, law: Distribution) -> None:
     count, device = 5000 if kernel.name == "numba" else 1100, place(kernel.name)
     theta, stream = weights(torch.bfloat16, count).to(device), Stream(1, 2, 3, 4)
     for rule in RULES:

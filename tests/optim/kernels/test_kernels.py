@@ -159,7 +159,7 @@ def test_a_mask_that_lacks_something_is_refused(kernel: Kernel, mask: Mask, mess
 
 def test_streams_that_do_not_fit_together_are_refused(kernel: Kernel) -> None:
     theta, later = torch.ones(10), Stream(1, 2, 3, 4, 5)
-    with pytest.raises(ValueError, match="one scale a stream and at least one, got 1 and 2"):
+    with pytest.raises(ValueError, match="one scale per stream and at least one, got 1 and 2"):
         kernel.update(theta, Mask("dense"), "gaussian", [STREAM], [1.0, 2.0], 0.0, None)
     with pytest.raises(ValueError, match="all streams of a pass must start at the same element, got 0 and 5"):
         kernel.update(theta, Mask("dense"), "gaussian", [STREAM], [1.0], 0.0, later)

@@ -11,7 +11,7 @@ from smezo_pl.optim.kernels import Kernel, Update
 from smezo_pl.optim.kernels.numba_cpu import NumbaKernel
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
-from smezo_pl.optim.noise import Law, Stream
+from smezo_pl.optim.noise import Distribution, Stream
 from tests.optim.kernels.cases import DTYPES, LAWS, RULES, mask_of, same, updates, weights
 
 KERNELS = (NumbaKernel(), TorchKernel())
@@ -21,7 +21,7 @@ ROWS, WIDTH = 40, 72  # rows begin at any place of a block of 1024
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_rows_are_those_of_the_whole_matrix(kernel: Kernel, law: Law, dtype: torch.dtype) -> None:
+def test_rows_are_those_of_the_whole_matrix(kernel: Kernel, law: Distribution, dtype: torch.dtype) -> None:
     theta = weights(torch.float32, ROWS * WIDTH).to(dtype)
     chosen = torch.tensor([0, 3, 7, 8, 39])
     for start in (0, 1000):
@@ -77,7 +77,7 @@ def test_rows_that_do_not_fit_are_refused(kernel: Kernel, theta, rows, out, erro
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_updates_at_once_are_the_updates_one_by_one(law: Law, threads: int) -> None:
+def test_updates_at_once_are_the_updates_one_by_one(law: Distribution, threads: int) -> None:
     torch.set_num_threads(threads)
     tensors, one_by_one, listed = [], [], []
     for number, count in enumerate((1, 1023, 4096, 40001)):

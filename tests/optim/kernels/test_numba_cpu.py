@@ -15,7 +15,7 @@ from smezo_pl.optim.kernels import numba_cpu
 from smezo_pl.optim.kernels.numba_cpu import NumbaKernel
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
-from smezo_pl.optim.noise import Law, Stream, normals
+from smezo_pl.optim.noise import Distribution, Stream, normals
 from tests.optim.kernels.cases import DTYPES, LAWS, RULES, mask_of, same, weights
 
 KERNEL, REFERENCE = NumbaKernel(), TorchKernel()
@@ -24,7 +24,7 @@ COUNT = numba_cpu._SERIAL + 54321
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("law", LAWS)
-def test_threads_do_not_change_a_bit(dtype: torch.dtype, law: Law) -> None:
+def test_threads_do_not_change_a_bit(dtype: torch.dtype, law: Distribution) -> None:
     start = 777
     theta, stream = weights(dtype, COUNT), Stream(1, 2, 3, 4, start)
     for rule in RULES:

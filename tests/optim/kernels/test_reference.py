@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from smezo_pl.optim.kernels._common import code_range, float_bits, threshold_code
+from smezo_pl.optim.kernels.base import code_range, float_bits, threshold_code
 from smezo_pl.optim.kernels.reference import TorchKernel, round_stochastically
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import ROUNDING, Stream, normals, signs, words16

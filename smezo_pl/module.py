@@ -16,10 +16,10 @@ from smezo_pl.data.batch import batch_size, batch_weight, split_batch
 from smezo_pl.methods import FirstOrder, FirstOrderBaseline, MethodName
 from smezo_pl.models import add_adapter, kind_of, load_network, load_tokenizer
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.scoring import candidates, evaluation
+from smezo_pl.scoring import evaluation
 from smezo_pl.scoring.linear_probe import LinearProbe
 from smezo_pl.strategies import check_trainer, silence_expected_warnings
-from smezo_pl.tasks.objectives import reward_of
+from smezo_pl.tasks.objectives import reward_loss
 from smezo_pl.trajectory import resume
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ class SparseMeZOModule(LightningModule):
         Returns:
             A tensor of one element. It need not be differentiable.
         """
-        total, weight = candidates.loss_of(evaluation.scores_of(self.model, batch), batch)
+        total, weight = evaluation.loss_of(evaluation.scores_of(self.model, batch), batch)
         return total / weight
 
     def batch_loss(self, parts: list[Any]) -> Tensor:
@@ -231,8 +231,8 @@ class SparseMeZOModule(LightningModule):
             answers = [
                 answer for part in parts for answer in evaluation.answers_of(self.model, part, self.text_tokenizer)
             ]
-            reward = reward_of(parts[0].reward, parts[0].num_labels)
-            total = torch.tensor(reward.loss(answers), dtype=torch.float32, device=self.device) * weight
+            loss = reward_loss(parts[0].reward, answers, parts[0].num_labels)
+            total = torch.tensor(loss, dtype=torch.float32, device=self.device) * weight
         else:
             losses = [self.loss(part).float().reshape(()) * w for part, w in zip(parts, weights, strict=True)]
             total = torch.stack(losses).sum()
@@ -279,10 +279,7 @@ class SparseMeZOModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """The prediction for each example: its index in the dataset, the answer, and the gold one."""
-        if batch.prompts is not None:
-            return evaluation.generation_rows(batch, evaluation.generated(self.model, batch, self.text_tokenizer))
-        scores = evaluation.scores_of(self.model, batch)
-        return evaluation.prediction_rows(batch, candidates.calibrated(self.model, scores, batch))
+        return evaluation.prediction_rows(self.model, batch, self.text_tokenizer)
 
     def setup(self, stage: str) -> None:
         """Let the Trainer read checkpoints without weights."""

@@ -18,7 +18,8 @@ from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.cli import main
 from smezo_pl.data import Collate, Encoded
 from smezo_pl.models import add_adapter, kind_of, load_network
-from smezo_pl.scoring.candidates import candidate_scores, loss_of, model_logits
+from smezo_pl.scoring.evaluation import candidate_scores, loss_of
+from smezo_pl.scoring.logits import model_logits
 from smezo_pl.tasks import Task
 from tests.data.made_tokenizers import masking_tokenizer
 

@@ -1,6 +1,6 @@
-"""Means over a data set, from sums and weights of batches."""
+"""From logits to candidate scores, the loss, predictions and metrics of a batch, and metrics of a dataset."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,26 +9,165 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
-from smezo_pl.data import Collate, Encoded, PromptBatch
+from smezo_pl.data.batch import GenerationPrompts, PromptBatch
 from smezo_pl.data.encoding import answer_texts
-from smezo_pl.data.loaders import CPU_TOKENS, BatchLimit, fill
-from smezo_pl.scoring.candidates import (
-    calibrated,
-    candidate_scores,
-    correct_predictions,
-    loss_of,
-    predictions,
-    score_table,
-)
+from smezo_pl.data.loaders import CPU_TOKENS
 from smezo_pl.scoring.generation import generate
 from smezo_pl.scoring.linear_probe import LinearProbe
 from smezo_pl.scoring.logits import model_logits
-from smezo_pl.tasks.metrics import METRICS, Answer, choices, gathered
+from smezo_pl.tasks.metrics import METRICS, Answer, gathered
+
+Tokenizer = Callable[[], PreTrainedTokenizerBase]
+"""Returns the tokenizer, which only generation needs."""
+
+
+def candidate_scores(logits: Tensor, batch: PromptBatch) -> Tensor:
+    """Mean log-probability of each candidate's tokens given the prompt.
+
+    Args:
+        logits: ``[P, V]``, any floating dtype, from `smezo_pl.scoring.logits.model_logits`.
+        batch: The batch.
+
+    Returns:
+        float32 ``[K]``.
+    """
+    at_tokens = logits[batch.token_logit, batch.token_id].float()
+    normalizer = logits.float().logsumexp(-1)  # [P]
+    log_probs = at_tokens - normalizer[batch.token_logit]
+    # A table and a sum over its rows, as index_add adds in a different order every time on a GPU.
+    table = log_probs.new_zeros(batch.candidate_tokens.shape[0], batch.longest_candidate)
+    table[batch.token_candidate, batch.token_order] = log_probs
+    return table.sum(1) / batch.candidate_tokens
+
+
+def scores_of(model: nn.Module, batch: PromptBatch) -> Tensor:
+    """The score of each candidate, float32 ``[K]``: its mean log-probability, or the output of a linear probe."""
+    if isinstance(model, LinearProbe):
+        return model.scores(batch)
+    return candidate_scores(model_logits(model, batch), batch)
+
+
+def calibrated(model: nn.Module, scores: Tensor, batch: PromptBatch) -> Tensor:
+    """The scores that candidates are chosen by.
+
+    Args:
+        model: The network.
+        scores: float32 ``[K]``, mean log-probabilities of the candidates.
+        batch: The batch.
+
+    Returns:
+        float32 ``[K]``: ``scores`` themselves where the batch holds no calibration; otherwise the sum of each
+        candidate's log-probabilities minus that after the content-free prompt (surface form competition, as in MeZO).
+    """
+    if batch.calibration is None:
+        return scores
+    inner = batch.calibration.batch
+    content_free = candidate_scores(model_logits(model, inner), inner) * inner.candidate_tokens
+    return scores * batch.candidate_tokens - content_free[batch.calibration.candidate]
+
+
+def score_table(scores: Tensor, batch: PromptBatch) -> Tensor:
+    """The scores by example and candidate, float32 ``[N, num_candidates]``, minus infinity where there is none."""
+    return _table(scores, batch, -torch.inf)
+
+
+def _table(values: Tensor, batch: PromptBatch, default: float) -> Tensor:
+    table = values.new_full((len(batch), batch.num_candidates), default)
+    table[batch.candidate_example, batch.candidate_index] = values
+    return table
+
+
+def loss_of(scores: Tensor, batch: PromptBatch) -> tuple[Tensor, int]:
+    """The loss as a sum and the number it is a mean over, so that parts of a batch add up to the whole exactly.
+
+    classification: cross-entropy over each example's candidates with their scores as logits, summed over examples;
+    the number is that of the examples. lm: the negative log-probability of the gold candidates' tokens, summed over
+    tokens; the number is that of the tokens.
+
+    Args:
+        scores: float32 ``[K]`` from `scores_of`.
+        batch: The batch.
+
+    Returns:
+        The sum, a float32 scalar, and the number. ``sum / number`` is the loss of the batch.
+
+    Raises:
+        ValueError: If a label of the batch is unknown.
+    """
+    if not batch.answer_tokens:
+        raise ValueError("the batch holds an example whose label is unknown, so it has no loss")
+    table, labels = score_table(scores, batch), batch.labels.unsqueeze(1)
+    gold = table.gather(1, labels).squeeze(1)  # [N]
+    if batch.objective == "classification":
+        return (table.logsumexp(1) - gold).sum(), len(batch)
+    tokens = _table(batch.candidate_tokens, batch, 0).gather(1, labels).squeeze(1)
+    return -(gold * tokens).sum(), batch.answer_tokens
+
+
+def predictions(scores: Tensor, batch: PromptBatch) -> Tensor:
+    """Index of each example's best candidate, int64 ``[N]``; of equal ones the first."""
+    return score_table(scores, batch).argmax(1)
+
+
+def correct_predictions(predicted: Tensor, batch: PromptBatch) -> Tensor:
+    """Whether the predicted candidate counts as correct, bool ``[N]``; several candidates of an example may."""
+    return _table(batch.candidate_correct, batch, False).gather(1, predicted.unsqueeze(1)).squeeze(1)
+
+
+def generated(model: nn.Module, prompts: GenerationPrompts, tokenizer: Tokenizer) -> list[str]:
+    """The answers that the model generates, as texts."""
+    tokens = generate(
+        model,
+        prompts.input_ids,
+        prompts.attention_mask,
+        max_new_tokens=prompts.max_new_tokens,
+        stop_ids=prompts.stop_ids,
+        pad_id=prompts.pad_id,
+    )
+    return answer_texts(tokenizer(), tokens, prompts.stop_ids, prompts.stop)
+
+
+def prediction_rows(model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """One dict per example in the order of the batch.
+
+    ``index`` is the row in its dataset. Where the model generates: ``prediction``, the text, and ``references``.
+    Otherwise ``scores`` of the candidates, and the indices of candidates ``prediction`` and ``label``, the latter None
+    where it is unknown.
+    """
+    indices = batch.index.tolist()
+    if batch.prompts is not None:
+        rows = zip(indices, generated(model, batch.prompts, tokenizer), batch.references, strict=True)
+        return [{"index": index, "prediction": text, "references": list(texts)} for index, text, texts in rows]
+    scores = calibrated(model, scores_of(model, batch), batch)
+    counts = batch.candidate_example.bincount(minlength=len(batch)).tolist()
+    columns = (score_table(scores, batch).tolist(), counts, predictions(scores, batch).tolist(), batch.labels.tolist())
+    return [
+        {"index": index, "scores": row[:count], "prediction": best, "label": label if label >= 0 else None}
+        for index, row, count, best, label in zip(indices, *columns, strict=True)
+    ]
+
+
+def answers_of(model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer) -> list[Answer]:
+    """The model's answer to each example: the best candidate, or what it generates."""
+    if batch.prompts is None:
+        return _choices(predictions(calibrated(model, scores_of(model, batch), batch), batch), batch)
+    rows = zip(batch.index.tolist(), generated(model, batch.prompts, tokenizer), batch.references, strict=True)
+    return [Answer(*row) for row in rows]
+
+
+def _choices(predicted: Tensor, batch: PromptBatch) -> list[Answer]:
+    group = batch.labels if batch.group is None else batch.group
+    columns = (batch.index, predicted, batch.labels, correct_predictions(predicted, batch), group)
+    rows = zip(*(column.tolist() for column in columns), batch.answers, batch.references, strict=True)
+    return [
+        Answer(index, names[choice], references, choice, label, correct, number)
+        for index, choice, label, correct, number, names, references in rows
+    ]
 
 
 @dataclass(frozen=True)
 class Collected:
-    """A batch's part of a metric that only all answers together give.
+    """A batch's part of a metric that is no mean over batches.
 
     Attributes:
         metric: Its name in `smezo_pl.tasks.metrics.METRICS`.
@@ -41,12 +180,31 @@ class Collected:
     num_labels: int = 0
 
 
-Sums = dict[str, tuple[Tensor | float, float] | Collected]
-"""What a batch adds to each metric: a sum and the weight it stands for, or answers."""
+Sums = Mapping[str, tuple[Tensor | float, float] | Collected]
+"""What a batch adds to each metric: a sum and its weight, or answers."""
+
+
+def batch_sums(model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer) -> Sums:
+    """Loss, accuracy where there are candidates, and the answers that the task's metrics are computed from."""
+    sums: dict[str, Any] = {}
+    if batch.prompts is not None:
+        # A batch holds more prompts for generation than are fast to score at once.
+        parts = batch.split(max(1, CPU_TOKENS // batch.input_ids.shape[1]))
+        losses = [loss_of(scores_of(model, part), part) for part in parts]
+        sums["loss"] = torch.stack([total for total, _ in losses]).sum(), sum(weight for _, weight in losses)
+    else:
+        scores = scores_of(model, batch)
+        predicted = predictions(calibrated(model, scores, batch), batch)
+        sums["loss"] = loss_of(scores, batch)
+        sums["accuracy"] = (correct_predictions(predicted, batch).sum(), len(batch))
+    if names := [name for name in batch.metrics if name not in sums]:
+        answers = answers_of(model, batch, tokenizer) if batch.prompts is not None else _choices(predicted, batch)
+        sums |= {name: Collected(name, answers, batch.num_labels) for name in names}
+    return sums
 
 
 class WeightedMeans:
-    """Named means that weigh batches by what their sums count, over all processes.
+    """Means over batches by name, weighted by what each sum counts, over all processes.
 
     Example:
         >>> means = WeightedMeans()
@@ -60,23 +218,22 @@ class WeightedMeans:
         self._means: dict[str, MeanMetric] = {}
         self._collected: dict[str, Collected] = {}
 
-    def update(self, sums: Mapping[str, tuple[Tensor | float, float] | Collected], device: torch.device) -> None:
-        """Add a batch: for each name a sum and the weight it stands for, or answers."""
+    # Outside Lightning's inference mode, whose tensors could not be added to after it, as in `fit` after `validate`.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update(self, sums: Sums, device: torch.device) -> None:
+        """Add a batch: for each name a sum and its weight, or answers."""
         for name, part in sums.items():
             if isinstance(part, Collected):
-                kept = self._collected.setdefault(name, Collected(part.metric, [], part.num_labels))
-                kept.answers.extend(part.answers)
-        # States made inside Lightning's inference mode could not be added to outside it, as in `fit` after `validate`.
-        with torch.inference_mode(False), torch.no_grad():
-            self._update({name: part for name, part in sums.items() if not isinstance(part, Collected)}, device)
-
-    def _update(self, sums: Mapping[str, tuple[Tensor | float, float]], device: torch.device) -> None:
-        for name, (total, weight) in sums.items():
+                collected = self._collected.setdefault(name, Collected(part.metric, [], part.num_labels))
+                collected.answers.extend(part.answers)
+                continue
             if name not in self._means:
                 # float64, as thousands of float32 batches would lose the last digits that runs are compared by. Set
                 # last: torchmetrics 1.9 takes torch's default dtype in `to`, 16-bit inside a step of bf16-true.
                 self._means[name] = MeanMetric().to(device)
                 self._means[name].set_dtype(torch.float64)
+            total, weight = part
             if weight:
                 value = torch.as_tensor(total, dtype=torch.float64, device=device) / weight
                 self._means[name].update(value, torch.full_like(value, weight))
@@ -94,135 +251,3 @@ class WeightedMeans:
             values[name] = torch.tensor(value, dtype=torch.float64)
         self._collected.clear()
         return values
-
-
-def generation_rows(batch: PromptBatch, texts: list[str]) -> list[dict[str, Any]]:
-    """One dict an example: ``index``, ``prediction``, the text that was written, and ``references``, the right ones."""
-    rows = zip(batch.index.tolist(), texts, batch.references, strict=True)
-    return [{"index": index, "prediction": text, "references": list(right)} for index, text, right in rows]
-
-
-def prediction_rows(batch: PromptBatch, scores: Tensor) -> list[dict[str, Any]]:
-    """One dict an example: ``index`` in its data set, ``scores`` of its candidates, ``prediction`` and ``label``.
-
-    Args:
-        batch: The batch.
-        scores: float32 ``[K]``, mean log-probabilities of the candidates.
-
-    Returns:
-        Rows in the order of the batch. ``prediction`` and ``label`` are places among the candidates; ``label`` is None
-        where it is unknown.
-    """
-    table = score_table(scores, batch).cpu()
-    best = predictions(scores, batch).tolist()
-    counts = batch.candidate_example.bincount(minlength=len(batch)).tolist()
-    return [
-        {
-            "index": index,
-            "scores": table[number, : counts[number]].tolist(),
-            "prediction": best[number],
-            "label": label if label >= 0 else None,
-        }
-        for number, (index, label) in enumerate(zip(batch.index.tolist(), batch.labels.tolist(), strict=True))
-    ]
-
-
-Tokenizer = Callable[[], PreTrainedTokenizerBase]
-"""Gives the tokenizer, which only free answers need."""
-
-
-def scores_of(model: nn.Module, batch: PromptBatch) -> Tensor:
-    """The score of each candidate, float32 ``[K]``: its mean log-probability, or what a linear probe makes of it."""
-    if isinstance(model, LinearProbe):
-        return model.scores(batch)
-    return candidate_scores(model_logits(model, batch), batch)
-
-
-@torch.no_grad()
-def scores_in_order(
-    model: nn.Module, examples: Sequence[Encoded], pad_id: int, limit: BatchLimit | None = None
-) -> list[list[float]]:
-    """Mean log-probability of every candidate, by example, in the order of the examples.
-
-    What the examples share is read once, in batches alike in length. The scores are those of one candidate at a time,
-    up to rounding.
-
-    Args:
-        model: The network, on its device.
-        examples: Encoded examples.
-        pad_id: The token that fills rows up.
-        limit: How much a forward may read; what is quick on a CPU if None.
-    """
-    collate = Collate(pad_id)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    scores: list[list[float]] = [[] for _ in examples]
-    for numbers in fill(examples, limit or BatchLimit(tokens=CPU_TOKENS)):
-        batch = collate([examples[number] for number in numbers]).to(device)
-        found = candidate_scores(model_logits(model, batch), batch).tolist()
-        for place, value in zip(batch.candidate_example.tolist(), found, strict=True):
-            scores[numbers[place]].append(value)
-    return scores
-
-
-def generated(model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer) -> list[str]:
-    """The answers that the model writes after each prompt of the batch.
-
-    Raises:
-        ValueError: If the batch holds no prompts to generate after.
-    """
-    prompts = batch.prompts
-    if prompts is None:
-        raise ValueError("the batch holds no prompts to generate after")
-    tokens = generate(
-        model,
-        prompts.input_ids,
-        prompts.attention_mask,
-        max_new_tokens=prompts.max_new_tokens,
-        stop_ids=prompts.stop_ids,
-        pad_id=prompts.pad_id,
-    )
-    return answer_texts(tokenizer(), tokens, prompts.stop_ids, prompts.stop)
-
-
-def answers_of(
-    model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer, scores: Tensor | None = None
-) -> list[Answer]:
-    """What the model answers to each example: the best candidate, or what it writes.
-
-    Args:
-        model: The network.
-        batch: The batch.
-        tokenizer: Gives the tokenizer.
-        scores: float32 ``[K]``, the candidates' scores, where they are there already.
-    """
-    index = batch.index.tolist()
-    if batch.prompts is not None:
-        texts = generated(model, batch, tokenizer)
-        return [Answer(row, text, right) for row, text, right in zip(index, texts, batch.references, strict=True)]
-    if scores is None:
-        scores = scores_of(model, batch)
-    predicted = predictions(calibrated(model, scores, batch), batch)
-    right = correct_predictions(predicted, batch)
-    group = batch.labels if batch.group is None else batch.group
-    return choices(predicted, right, batch.labels, batch.index, group, batch.answers, batch.references)
-
-
-def batch_sums(model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer) -> Sums:
-    """Loss, accuracy where there are candidates, and what the task's metrics are made of."""
-    sums: Sums = {}
-    scores = None
-    if batch.prompts is not None:
-        # More prompts are generated after than are quick to read at once.
-        parts = batch.split(max(1, CPU_TOKENS // batch.input_ids.shape[1]))
-        losses = [loss_of(scores_of(model, part), part) for part in parts]
-        sums["loss"] = torch.stack([total for total, _ in losses]).sum(), sum(weight for _, weight in losses)
-    else:
-        scores = scores_of(model, batch)
-        sums["loss"] = loss_of(scores, batch)
-        ranked = calibrated(model, scores, batch)
-        sums["accuracy"] = (correct_predictions(predictions(ranked, batch), batch).sum(), len(batch))
-    names = [name for name in batch.metrics if name not in sums]
-    if names:
-        answers = answers_of(model, batch, tokenizer, scores)
-        sums |= {name: Collected(name, answers, batch.num_labels) for name in names}
-    return sums

@@ -1,20 +1,14 @@
 """Linear probing: one linear layer on the frozen network's features of the last prompt position."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from smezo_pl.data.batch import PromptBatch
 from smezo_pl.scoring.logits import model_logits
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from smezo_pl.data import PromptBatch
-
 
 MOST_LABELS = 64
 """Rows of the layer. Those of labels that a task does not have get no gradient and stay zero."""
@@ -23,7 +17,7 @@ MOST_LABELS = 64
 class LinearProbe(nn.Module):
     """A frozen language model with a linear layer in place of its vocabulary.
 
-    The features are what the network gives to its output embedding at the position that predicts the first token of
+    The features are what the network passes to its output embedding at the position that predicts the first token of
     the candidates; label ``c`` is scored ``head(features)[c]``, and the scores are the logits of the cross-entropy
     over the task's candidates. The layer starts at zero.
 
@@ -60,7 +54,7 @@ class LinearProbe(nn.Module):
             batch: A batch of a classification task.
 
         Returns:
-            float32 ``[K]``, as `smezo_pl.scoring.candidates.candidate_scores` gives them.
+            float32 ``[K]``, as `smezo_pl.scoring.evaluation.candidate_scores` returns them.
 
         Raises:
             ValueError: If a candidate is no label but a text of its own, or there are more than `MOST_LABELS` labels.
@@ -72,7 +66,7 @@ class LinearProbe(nn.Module):
         with torch.no_grad(), self._captured() as captured:
             model_logits(self.network, batch)
         features = captured[-1][0]  # [P, H]
-        first = batch.token_order == 0  # one token a candidate, in the order of candidates below
+        first = batch.token_order == 0  # one token per candidate, in the order of candidates below
         at_prompt = features[batch.token_logit[first]].float()  # [K, H]
         with torch.autocast(at_prompt.device.type, enabled=False):
             outputs: Tensor = self.head(at_prompt)  # [K, MOST_LABELS]
@@ -84,7 +78,7 @@ class LinearProbe(nn.Module):
     def _captured(self) -> Iterator[list[Tensor]]:
         captured: list[Tensor] = []
         output: nn.Module = self.network.get_output_embeddings()  # type: ignore[operator]
-        # after the forward, since `model_logits` picks the places that are read before it
+        # After the forward, since `model_logits` selects the positions that are read before it.
         hook = output.register_forward_hook(lambda _, inputs, __: captured.append(inputs[0]))
         try:
             yield captured

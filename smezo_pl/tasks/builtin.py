@@ -1,37 +1,40 @@
-"""The built-in tasks."""
+"""The built-in tasks, with the prompts and verbalizers of MeZO (https://arxiv.org/abs/2305.17333, appendix E)."""
 
 from dataclasses import replace
+from difflib import get_close_matches
+from functools import partial
 
 from smezo_pl.tasks.task import MASK, GeneratedAnswer, ListCandidates, Source, Task
 
-DEMO = (
+_glue = partial(Source, "nyu-mll/glue")
+_superglue = partial(Source, "aps/super_glue")
+_SENTIMENT = {"negative": " terrible", "positive": " great"}
+_NO_YES = {"False": "No", "True": "Yes"}
+_IS_PARAPHRASE = "Is the second sentence a paraphrase of the first?\n"
+
+_CAUSAL = (
     Task(
         name="demo",
         prompt="{sentence|strip} It was",
-        candidates={"negative": " terrible", "positive": " great"},
+        candidates=_SENTIMENT,
         calibration="It was",
-        # Dev and test speak of other things in other words than the training sentences.
+        # Dev and test are about other subjects in other words than the training sentences.
         source=Source(dev="validation", test="test"),
     ),
-)
-
-
-_PATH = "nyu-mll/glue"
-
-GLUE = (
+    # GLUE
     Task(
         name="sst2",
         prompt="{sentence|strip} It was",
-        candidates={"negative": " terrible", "positive": " great"},
+        candidates=_SENTIMENT,
         calibration="It was",
-        source=Source(_PATH, "sst2"),
+        source=_glue("sst2"),
     ),
     Task(
         name="mnli",
         prompt='{premise}\nDoes this mean that "{hypothesis}" is true? Yes, No or Maybe?\n',
         candidates={"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"},
         calibration="",
-        source=Source(_PATH, "mnli", test="validation_matched"),
+        source=_glue("mnli", test="validation_matched"),
     ),
     Task(
         name="qnli",
@@ -41,24 +44,24 @@ GLUE = (
         ),
         candidates={"entailment": "Yes", "not_entailment": "No"},
         calibration="",
-        source=Source(_PATH, "qnli"),
+        source=_glue("qnli"),
     ),
     Task(
         name="mrpc",
-        prompt="{sentence1} {sentence2} Is the second sentence a paraphrase of the first?\n",
+        prompt="{sentence1} {sentence2} " + _IS_PARAPHRASE,
         candidates={"not_equivalent": "No", "equivalent": "Yes"},
         metrics=("accuracy", "f1"),
         calibration="",
-        source=Source(_PATH, "mrpc"),
+        source=_glue("mrpc"),
     ),
     Task(
         name="qqp",
-        prompt="{question1} {question2} Is the second sentence a paraphrase of the first?\n",
+        prompt="{question1} {question2} " + _IS_PARAPHRASE,
         candidates={"not_duplicate": "No", "duplicate": "Yes"},
         metrics=("accuracy", "f1"),
         calibration="",
-        source=Source(_PATH, "qqp"),
-        # A few questions of the official set are blank.
+        source=_glue("qqp"),
+        # A few questions of the official dataset are blank.
         may_be_empty=("question1", "question2"),
     ),
     Task(
@@ -67,20 +70,15 @@ GLUE = (
         candidates={"unacceptable": " incorrect", "acceptable": " correct"},
         metrics=("matthews", "accuracy"),
         calibration="This is",
-        source=Source(_PATH, "cola"),
+        source=_glue("cola"),
     ),
-)
-
-
-_SUPERGLUE_PATH = "aps/super_glue"
-
-SUPERGLUE = (
+    # SuperGLUE
     Task(
         name="rte",
         prompt='{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n',
         candidates={"entailment": "Yes", "not_entailment": "No"},
         calibration="",
-        source=Source(_SUPERGLUE_PATH, "rte"),
+        source=_superglue("rte"),
     ),
     Task(
         name="cb",
@@ -88,7 +86,7 @@ SUPERGLUE = (
         candidates={"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"},
         metrics=("accuracy", "f1_macro"),
         calibration="",
-        source=Source(_SUPERGLUE_PATH, "cb"),
+        source=_superglue("cb"),
         # The training split holds 250.
         num_train=150,
         num_dev=100,
@@ -96,9 +94,9 @@ SUPERGLUE = (
     Task(
         name="boolq",
         prompt="{passage} {question|question}\n",
-        candidates={"False": "No", "True": "Yes"},
+        candidates=_NO_YES,
         calibration="",
-        source=Source(_SUPERGLUE_PATH, "boolq"),
+        source=_superglue("boolq"),
     ),
     Task(
         name="wsc",
@@ -106,9 +104,9 @@ SUPERGLUE = (
             '{text}\nIn the previous sentence, does the pronoun "{span2_text|lower}" refer to {span1_text}?'
             " Yes or No?\n"
         ),
-        candidates={"False": "No", "True": "Yes"},
+        candidates=_NO_YES,
         calibration="",
-        source=Source(_SUPERGLUE_PATH, "wsc.fixed", folder="wsc.fixed"),
+        source=_superglue("wsc.fixed", folder="wsc.fixed"),
         # The training split holds 554, and MeZO's scripts take 500 of them for dev.
         num_train=54,
         num_dev=500,
@@ -118,20 +116,20 @@ SUPERGLUE = (
         prompt=(
             'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n{sentence1}\n{sentence2}\n'
         ),
-        candidates={"False": "No", "True": "Yes"},
+        candidates=_NO_YES,
         calibration="",
-        source=Source(_SUPERGLUE_PATH, "wic"),
+        source=_superglue("wic"),
     ),
     Task(
         name="multirc",
         prompt=(
             '{paragraph}\nQuestion: {question|strip}\nI found this answer "{answer}". Is that correct? Yes or No?\n'
         ),
-        candidates={"False": "No", "True": "Yes"},
+        candidates=_NO_YES,
         calibration="",
         metrics=("accuracy", "f1a", "em"),
         group=("paragraph", "question"),
-        source=Source(_SUPERGLUE_PATH, "multirc"),
+        source=_superglue("multirc"),
     ),
     Task(
         name="copa",
@@ -140,7 +138,7 @@ SUPERGLUE = (
         candidates={"choice1": " {choice1|lower_first}", "choice2": " {choice2|lower_first}"},
         objective="lm",
         calibration="{question}",
-        source=Source(_SUPERGLUE_PATH, "copa"),
+        source=_superglue("copa"),
         # The training split holds 400.
         num_train=300,
         num_dev=100,
@@ -153,65 +151,9 @@ SUPERGLUE = (
         objective="lm",
         metrics=("accuracy", "f1", "em"),
         calibration="-",
-        source=Source(_SUPERGLUE_PATH, "record"),
+        source=_superglue("record"),
     ),
-)
-
-
-QA = (
-    Task(
-        name="piqa",
-        prompt="Question: {goal|strip}\nAnswer:",
-        candidates={"0": " {sol1|strip}", "1": " {sol2|strip}"},
-        objective="lm",
-        # The hub keeps a loading script, which `datasets` no longer runs, beside its own conversion.
-        source=Source("ybisk/piqa", revision="refs/convert/parquet"),
-    ),
-    Task(
-        name="siqa",
-        prompt="Question: {context|strip} {question|strip}\nAnswer:",
-        candidates={"1": " {answerA|strip}", "2": " {answerB|strip}", "3": " {answerC|strip}"},
-        objective="lm",
-        # A copy of allenai/social_i_qa, which is kept as a loading script.
-        source=Source("lighteval/siqa"),
-    ),
-    Task(
-        name="aqua",
-        prompt="Question: {question|strip}\nAnswer:",
-        # Ours: neither paper gives a prompt for it.
-        candidates=ListCandidates(
-            "options", text=" @option", slot="@option", filter="option", names=("A", "B", "C", "D", "E")
-        ),
-        objective="lm",
-        label="correct",
-        source=Source("deepmind/aqua_rat", "raw"),
-    ),
-)
-
-
-READING = (
-    Task(
-        name="squad",
-        prompt="Title: {title}\nContext: {context}\nQuestion: {question|strip}\nAnswer:",
-        candidates=GeneratedAnswer("answers.text"),
-        objective="lm",
-        metrics=("f1", "em"),
-        source=Source("rajpurkar/squad"),
-        may_be_empty=("title",),
-    ),
-    Task(
-        name="drop",
-        prompt="Passage: {passage}\nQuestion: {question|strip}\nAnswer:",
-        candidates=GeneratedAnswer("answers_spans.spans"),
-        objective="lm",
-        # MeZO takes the spans for alternatives; the official definition takes them together for one answer.
-        metrics=("f1", "em", "drop_f1", "drop_em"),
-        source=Source("ucinlp/drop"),
-    ),
-)
-
-
-TOPICS = (
+    # Topics
     Task(
         name="trec",
         prompt="Question: {text|strip}\nType:",
@@ -230,88 +172,132 @@ TOPICS = (
         # It has no validation split; the hub keeps a loading script beside its own conversion.
         source=Source("CogComp/trec", revision="refs/convert/parquet", test="test"),
     ),
+    # Multiple choice
+    Task(
+        name="piqa",
+        prompt="Question: {goal|strip}\nAnswer:",
+        candidates={"0": " {sol1|strip}", "1": " {sol2|strip}"},
+        objective="lm",
+        # The hub keeps a loading script beside its own conversion.
+        source=Source("ybisk/piqa", revision="refs/convert/parquet"),
+    ),
+    Task(
+        name="siqa",
+        prompt="Question: {context|strip} {question|strip}\nAnswer:",
+        candidates={"1": " {answerA|strip}", "2": " {answerB|strip}", "3": " {answerC|strip}"},
+        objective="lm",
+        # A copy of allenai/social_i_qa, which is stored as a loading script.
+        source=Source("lighteval/siqa"),
+    ),
+    Task(
+        name="aqua",
+        # This package's own prompt: neither paper gives one.
+        prompt="Question: {question|strip}\nAnswer:",
+        candidates=ListCandidates(
+            "options", text=" @option", slot="@option", filter="option", names=("A", "B", "C", "D", "E")
+        ),
+        objective="lm",
+        label="correct",
+        source=Source("deepmind/aqua_rat", "raw"),
+    ),
+    # Generation
+    Task(
+        name="squad",
+        prompt="Title: {title}\nContext: {context}\nQuestion: {question|strip}\nAnswer:",
+        candidates=GeneratedAnswer("answers.text"),
+        objective="lm",
+        metrics=("f1", "em"),
+        source=Source("rajpurkar/squad"),
+        may_be_empty=("title",),
+    ),
+    Task(
+        name="drop",
+        prompt="Passage: {passage}\nQuestion: {question|strip}\nAnswer:",
+        candidates=GeneratedAnswer("answers_spans.spans"),
+        objective="lm",
+        # MeZO takes the spans as alternatives; the official definition takes them together as one answer.
+        metrics=("f1", "em", "drop_f1", "drop_em"),
+        source=Source("ucinlp/drop"),
+    ),
 )
 
-
-_CAUSAL = {task.name: task for task in (*DEMO, *GLUE, *SUPERGLUE, *TOPICS)}
 _IT_WAS = "{sentence|strip} It was" + MASK + "."
-_PAIR = "{premise|strip|[:-1]}?" + MASK + ", {hypothesis|strip|lc}"
-_ENTAILED = {"entailment": " Yes", "neutral": " Maybe", "contradiction": " No"}
+_ENTAILS = "{premise|strip|[:-1]}?" + MASK + ", {hypothesis|strip|lc}"
 
-
-def _form(name: str, prompt: str, **words: str) -> Task:
-    """A task's masked form; the labels keep their order."""
-    task = _CAUSAL[name]
-    assert tuple(words) == task.labels
-    return replace(
-        task, prompt=prompt, candidates={label: " " + word for label, word in words.items()}, calibration=None
-    )
-
-
-MASKED: dict[str, Task] = {
-    task.name: task
-    for task in (
-        _form("demo", _IT_WAS, negative="terrible", positive="great"),
-        _form("sst2", _IT_WAS, negative="terrible", positive="great"),
-        Task(
-            name="sst5",
-            prompt="{text|strip} It was" + MASK + ".",
-            candidates={
-                "very negative": " terrible",
-                "negative": " bad",
-                "neutral": " okay",
-                "positive": " good",
-                "very positive": " great",
-            },
-            source=Source("SetFit/sst5", test="test"),
-        ),
-        _form("mnli", _PAIR, entailment="Yes", neutral="Maybe", contradiction="No"),
-        Task(name="snli", prompt=_PAIR, candidates=_ENTAILED, source=Source("stanfordnlp/snli")),
-        _form("rte", _PAIR, entailment="Yes", not_entailment="No"),
-        _form(
-            "qnli",
-            "{question|strip|[:-1]}?" + MASK + ", {sentence|strip|lc}",
-            entailment="Yes",
-            not_entailment="No",
-        ),
-        _form("mrpc", "{sentence1|strip}" + MASK + ", {sentence2|strip|lc}", not_equivalent="No", equivalent="Yes"),
-        _form("qqp", "{question1|strip}" + MASK + ", {question2|strip|lc}", not_duplicate="No", duplicate="Yes"),
-        _form("cola", "{sentence|strip} This is" + MASK + ".", unacceptable="incorrect", acceptable="correct"),
-        _form(
-            "trec",
-            MASK + ": {text|strip}",
-            ABBR="Expression",
-            ENTY="Entity",
-            DESC="Description",
-            HUM="Human",
-            LOC="Location",
-            NUM="Number",
-        ),
-    )
+_MASKED_FORMS = {
+    "demo": (_IT_WAS, "terrible", "great"),
+    "sst2": (_IT_WAS, "terrible", "great"),
+    "mnli": (_ENTAILS, "Yes", "Maybe", "No"),
+    "rte": (_ENTAILS, "Yes", "No"),
+    "qnli": ("{question|strip|[:-1]}?" + MASK + ", {sentence|strip|lc}", "Yes", "No"),
+    "mrpc": ("{sentence1|strip}" + MASK + ", {sentence2|strip|lc}", "No", "Yes"),
+    "qqp": ("{question1|strip}" + MASK + ", {question2|strip|lc}", "No", "Yes"),
+    "cola": ("{sentence|strip} This is" + MASK + ".", "incorrect", "correct"),
+    "trec": (MASK + ": {text|strip}", "Expression", "Entity", "Description", "Human", "Location", "Number"),
 }
-"""The masked forms of the built-in tasks by name. sst5 and snli have no other."""
+"""Prompt of a task for masked language models, and a word for each of its labels in their order."""
+
+_MASKED_ONLY = (
+    Task(
+        name="sst5",
+        prompt="{text|strip} It was" + MASK + ".",
+        candidates={
+            "very negative": " terrible",
+            "negative": " bad",
+            "neutral": " okay",
+            "positive": " good",
+            "very positive": " great",
+        },
+        source=Source("SetFit/sst5", test="test"),
+    ),
+    Task(
+        name="snli",
+        prompt=_ENTAILS,
+        candidates={"entailment": " Yes", "neutral": " Maybe", "contradiction": " No"},
+        source=Source("stanfordnlp/snli"),
+    ),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _CAUSAL}
+"""The built-in tasks for causal language models by name."""
 
 
-def masked_form(task: str | Task) -> Task:
-    """The form of a task that a model with a mask is shown.
+def _masked(task: Task, prompt: str, *words: str) -> Task:
+    candidates = {label: " " + word for label, word in zip(task.labels, words, strict=True)}
+    return replace(task, prompt=prompt, candidates=candidates, calibration=None)
 
-    Args:
-        task: Name of a built-in task, or a task; one whose prompt holds the mask is such a form already.
+
+MASKED: dict[str, Task] = {name: _masked(TASKS[name], *form) for name, form in _MASKED_FORMS.items()}
+MASKED |= {task.name: task for task in _MASKED_ONLY}
+"""The built-in tasks for masked language models by name. sst5 and snli have no causal form."""
+
+
+def get_task(name: str) -> Task:
+    """The built-in task of that name, in its causal form where it has one.
+
+    Raises:
+        ValueError: If there is none; the message names similar ones and lists all.
+    """
+    known = {**MASKED, **TASKS}
+    if name in known:
+        return known[name]
+    near = get_close_matches(name.lower().replace("-", "").replace("_", ""), TASKS, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    raise ValueError(f"unknown task {name!r}{hint} There are {', '.join(sorted(known))}")
+
+
+def masked_form(task: Task) -> Task:
+    """The form of a task that a masked language model is shown: the task itself if its prompt holds the mask.
 
     Raises:
         ValueError: If there is none.
     """
-    if isinstance(task, Task):
-        if task.is_masked:
-            return task
-        known = _CAUSAL.get(task.name)
-        name = task.name if known is not None and known.prompt == task.prompt else ""
-    else:
-        name = task
-    if name in MASKED:
-        return MASKED[name]
-    called = repr(task.name if isinstance(task, Task) else task)
+    if task.is_masked:
+        return task
+    causal = TASKS.get(task.name)
+    if task.name in MASKED and causal is not None and causal.prompt == task.prompt:
+        return MASKED[task.name]
     raise ValueError(
-        f"task {called} has no prompt with a mask, which a masked language model fills in: write one with {MASK} in it,"
-        f" for instance '{{text}} It was{MASK}.', or take one of {', '.join(sorted(MASKED))}"
+        f"task {task.name!r} has no prompt with a mask, which a masked language model predicts: write one with {MASK}"
+        f" in it, for instance '{{text}} It was{MASK}.', or take one of {', '.join(sorted(MASKED))}"
     )

@@ -1,53 +1,50 @@
 """A user's own task, from the keys of a YAML file."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from smezo_pl.tasks.task import LOSSES, GeneratedAnswer, ListCandidates, Task, Template
-
-logger = logging.getLogger(__name__)
+from smezo_pl.tasks.task import GeneratedAnswer, ListCandidates, Loss, Task, Template
 
 KEYS = {
     "prompt": "text with columns in braces",
     "candidates": "a mapping from labels to texts, a list of texts, or {column: ...} for a column that holds a list",
-    "target": "column of the right answer, which the model writes itself",
+    "target": "column of the answer that the model generates",
     "label": "column of the label, 'label' by default",
     "metric": "a name or a list of names",
     "objective": "classification or lm",
-    "name": "what the task is called",
+    "name": "the task's name",
     "words": "for a column, its values and what stands for them in the prompt",
     "may_be_empty": "columns that may be blank",
     "group": "columns that the answers to one question share",
-    "calibration": "a prompt without content",
-    "max_new_tokens": "most tokens of a written answer",
-    "stop": "a text, or a list of texts, that ends a written answer",
+    "calibration": "a content-free prompt",
+    "max_new_tokens": "most tokens of a generated answer",
+    "stop": "a text, or a list of texts, that ends a generated answer",
 }
-"""The keys of a task, and what stands there."""
+"""The keys of a task, and their values."""
 
-_FREE = ("max_new_tokens", "stop")
-_LIST = ("column", "text", "filter", "names")
+_LIST_KEYS = ("column", "text", "filter", "names")
+_SLOT = "\0"
 
 
 def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
     r"""A task from its keys.
 
-    Either ``candidates`` or ``target`` must be there:
+    Either ``candidates`` or ``target`` is required:
 
     - ``candidates: {0: " sports", 1: " politics"}``: for each value of the label column, the text of the answer;
-    - ``candidates: [" sports", " politics"]``: the same, the label being a place (0, 1, ...) or the text;
+    - ``candidates: [" sports", " politics"]``: the same, the label being an index (0, 1, ...) or the text;
     - ``candidates: [" {choice1}", " {choice2}"]`` (or a mapping): multiple choice, the texts come from columns;
     - ``candidates: {column: options}``: multiple choice, a column holds the list of texts;
-    - ``target: summary``: the model writes the answer; ``answers.text`` is a part of a structured column, and a column
-      that holds a list holds several right answers.
+    - ``target: summary``: the model generates the answer; ``answers.text`` is a field of a structured column, and a
+      column that holds a list holds several references.
 
     Args:
         keys: The keys, see `KEYS`.
-        name: What the task is called if there is no ``name``.
+        name: The task's name if there is no key ``name``.
 
     Raises:
-        ValueError: For an unknown or missing key, or a value that does not fit; the message names the key.
+        ValueError: For an unknown or missing key, or an invalid value; the message names the key.
     """
     for key in keys:
         if key not in KEYS:
@@ -58,18 +55,22 @@ def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
     if ("candidates" in keys) == ("target" in keys):
         raise ValueError(
             "task needs either `candidates`, to choose from, or `target`, the column of an answer that the model"
-            f" writes; it has {'both' if 'target' in keys else 'neither'}"
+            f" generates; it has {'both' if 'target' in keys else 'neither'}"
         )
-    candidates = _target(keys) if "target" in keys else _candidates(keys["candidates"])
-    if not isinstance(candidates, GeneratedAnswer) and (extra := [key for key in _FREE if key in keys]):
-        raise ValueError(f"task: {extra[0]!r} is for answers that the model writes, and this task has candidates")
+    generation = "target" in keys
+    if not generation and (extra := [key for key in ("max_new_tokens", "stop") if key in keys]):
+        raise ValueError(f"task: {extra[0]!r} is for answers that the model generates, and this task has candidates")
+    candidates = _target(keys) if generation else _candidates(keys["candidates"])
+    # As in the papers: labels are classified, multiple choice and generation are trained on the gold text.
+    labels = isinstance(candidates, Mapping) and not any(Template(text).columns for text in candidates.values())
+    objective: Loss = "classification" if labels else "lm"
     return Task(
         name=str(keys.get("name", name)),
         prompt=prompt,
         candidates=candidates,
         label=str(keys.get("label", "label")),
-        objective=keys.get("objective", _usual_loss(candidates)),
-        metrics=_texts(keys, "metric", ("em", "f1") if isinstance(candidates, GeneratedAnswer) else ("accuracy",)),
+        objective=keys.get("objective", objective),
+        metrics=_texts(keys, "metric", ("em", "f1") if generation else ("accuracy",)),
         words=_words(keys.get("words", {})),
         may_be_empty=_texts(keys, "may_be_empty", ()),
         group=_texts(keys, "group", ()),
@@ -77,18 +78,11 @@ def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
     )
 
 
-def _usual_loss(candidates: Mapping[str, str] | ListCandidates | GeneratedAnswer) -> str:
-    """As in the papers: labels are classified, multiple choice and free answers are trained on the right text."""
-    if isinstance(candidates, Mapping) and not any(Template(text).columns for text in candidates.values()):
-        return LOSSES[0]
-    return "lm"
-
-
 def _candidates(value: Any) -> Mapping[str, str] | ListCandidates:
     if isinstance(value, Mapping) and "column" in value:
-        unknown = [key for key in value if key not in _LIST]
-        if unknown:
-            raise ValueError(f"task: candidates from a column have no key {unknown[0]!r}; there are {', '.join(_LIST)}")
+        if unknown := [key for key in value if key not in _LIST_KEYS]:
+            known = ", ".join(_LIST_KEYS)
+            raise ValueError(f"task: candidates from a column have no key {unknown[0]!r}; there are {known}")
         return ListCandidates(
             str(value["column"]),
             text=str(value.get("text", " {option}")).replace("{option}", _SLOT),
@@ -97,28 +91,22 @@ def _candidates(value: Any) -> Mapping[str, str] | ListCandidates:
             names=tuple(str(name) for name in value.get("names", ())),
         )
     if isinstance(value, Mapping):
-        items = [(str(label), text) for label, text in value.items()]
+        labels, texts = [str(label) for label in value], list(value.values())
     elif isinstance(value, Sequence) and not isinstance(value, str):
-        items = [(_called(text, place), text) for place, text in enumerate(value)]
+        # The label of a listed candidate is its text, or its index where the text comes from columns.
+        labels = [str(index) if "{" in str(text) else str(text).strip() for index, text in enumerate(value)]
+        texts = list(value)
     else:
         raise ValueError(f"task: candidates must be {KEYS['candidates']}; got {value!r}")
-    wrong = [text for _, text in items if not isinstance(text, str)]
-    if wrong:
-        raise ValueError(
-            f"task: the text of a candidate must be in quotes, got {wrong[0]!r} ({type(wrong[0]).__name__});"
-            " YAML takes a bare Yes, No or number for something else"
-        )
-    if len({label for label, _ in items}) < len(items):
-        raise ValueError(f"task: two candidates have the same label, {[label for label, _ in items]}")
-    return dict(items)
-
-
-_SLOT = "\0"
-
-
-def _called(text: Any, place: int) -> str:
-    """A listed candidate's label: its text, or its place where the text comes from columns."""
-    return str(place) if "{" in str(text) else str(text).strip()
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"task: the text of a candidate must be in quotes, got {text!r} ({type(text).__name__});"
+                " YAML takes a bare Yes, No or number for something else"
+            )
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"task: two candidates have the same label, {labels}")
+    return dict(zip(labels, texts, strict=True))
 
 
 def _target(keys: Mapping[str, Any]) -> GeneratedAnswer:
@@ -126,9 +114,8 @@ def _target(keys: Mapping[str, Any]) -> GeneratedAnswer:
     # As with candidates, the space before an answer belongs to the answer, and none follows a line break.
     space = "" if str(keys["prompt"]).endswith("\n") else " "
     text = f"{space}{{answer}}{stop[0] if stop else ''}"
-    return GeneratedAnswer(
-        _text(keys, "target"), text, keys.get("max_new_tokens", GeneratedAnswer.max_new_tokens), stop
-    )
+    new_tokens = keys.get("max_new_tokens", GeneratedAnswer.max_new_tokens)
+    return GeneratedAnswer(_text(keys, "target"), text, new_tokens, stop)
 
 
 def _text(keys: Mapping[str, Any], key: str) -> str:

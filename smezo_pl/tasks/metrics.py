@@ -1,4 +1,4 @@
-"""What a model answered to one example, and what would have been right: what metrics and rewards are made of."""
+"""Answers of a model, and the metrics that a set of them gets."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -10,12 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torchmetrics.functional import mean_absolute_error, pearson_corrcoef, spearman_corrcoef
-from torchmetrics.functional.classification import (
-    binary_f1_score,
-    multiclass_f1_score,
-)
+from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score
 
-from smezo_pl.tasks.task import GeneratedAnswer, ListCandidates, Task
+from smezo_pl.tasks.task import ListCandidates, Task
 from smezo_pl.tasks.text_metrics import drop_em, drop_f1, number_in, rouge, squad_em, squad_f1
 
 
@@ -24,19 +21,19 @@ class Answer:
     """The answer to one example.
 
     Attributes:
-        index: The example's row in its data set.
-        text: The answer as text: what was generated, or what the chosen candidate is called.
-        references: The right answers as text, each of which counts.
-        place: The chosen candidate's place; -1 for generated text.
-        label: The right candidate's place, the one that is trained on.
-        correct: Whether the chosen candidate counts as right.
+        index: The example's row in its dataset.
+        text: The answer as text: what was generated, or the name of the chosen candidate.
+        references: The correct answers as text, each of which counts.
+        choice: Index of the chosen candidate; -1 for generated text.
+        label: Index of the gold candidate, the one that is trained on.
+        correct: Whether the chosen candidate counts as correct.
         group: A number that answers to one question share.
     """
 
     index: int
     text: str
     references: tuple[str, ...]
-    place: int = -1
+    choice: int = -1
     label: int = -1
     correct: bool = False
     group: int = 0
@@ -51,40 +48,13 @@ def gathered(answers: list[Answer]) -> list[Answer]:
     return list({answer.index: answer for answer in sorted(answers, key=lambda answer: answer.index)}.values())
 
 
-def choices(
-    predicted: Tensor,
-    right: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    group: Tensor,
-    names: tuple[tuple[str, ...], ...],
-    references: tuple[tuple[str, ...], ...],
-) -> list[Answer]:
-    """Answers that chose one of an example's candidates.
-
-    Args:
-        predicted: int64 ``[N]``, place of the chosen candidate.
-        right: bool ``[N]``, whether it counts as right.
-        labels: int64 ``[N]``, place of the right one.
-        index: int64 ``[N]``, the examples' rows.
-        group: int64 ``[N]``, the examples' groups.
-        names: What each candidate of each example is called.
-        references: The right answers of each example.
-    """
-    columns = (tensor.tolist() for tensor in (predicted, right, labels, index, group))
-    return [
-        Answer(row, names[n][place], references[n], place, label, correct, number)
-        for n, (place, correct, label, row, number) in enumerate(zip(*columns, strict=True))
-    ]
-
-
 Kind = Literal["labels", "listed", "text"]
-"""Whose answers are labels that all examples share, candidates of an example's own list, or free text."""
+"""Whether answers are labels that all examples share, candidates of an example's own list, or generated text."""
 
 KINDS: dict[Kind, str] = {
     "labels": "whose candidates are its labels",
     "listed": "whose candidates come from a list in each row",
-    "text": "whose answer is free text",
+    "text": "whose answer is generated text",
 }
 
 
@@ -97,7 +67,7 @@ class Metric:
         measure: From answers, at least one, and the number of labels (0 where they are not shared) to the number.
         kinds: The kinds of tasks that it fits.
         two_labels: Whether it needs a task of exactly two labels; the last one is the positive.
-        grouped: Whether it needs a task that names what its answers are grouped by.
+        grouped: Whether it needs a task that names the columns its answers are grouped by.
         lower_is_better: Whether it measures an error.
     """
 
@@ -110,7 +80,8 @@ class Metric:
 
     def misfit(self, task: Task) -> str | None:
         """Why it cannot be measured on that task, None if it can."""
-        kind = kind_of(task)
+        listed: Kind = "listed" if isinstance(task.candidates, ListCandidates) else "labels"
+        kind: Kind = "text" if task.is_generation else listed
         if kind not in self.kinds:
             fits = " or ".join(KINDS[kind] for kind in self.kinds)
             return f"it is for tasks {fits}, and {task.name!r} is one {KINDS[kind]}"
@@ -119,13 +90,6 @@ class Metric:
         if self.grouped and kind == "labels" and not task.group:
             return f"it is over whole questions, and {task.name!r} names no columns in `group`"
         return None
-
-
-def kind_of(task: Task) -> Kind:
-    """What kind of answers a task has."""
-    if isinstance(task.candidates, GeneratedAnswer):
-        return "text"
-    return "listed" if isinstance(task.candidates, ListCandidates) else "labels"
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -140,54 +104,46 @@ def _accuracy(answers: Sequence[Answer], labels: int) -> float:
     return _mean([float(answer.correct) for answer in answers])
 
 
-def _places(answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
-    return torch.tensor([answer.place for answer in answers]), torch.tensor([answer.label for answer in answers])
+def _choices(answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
+    return torch.tensor([answer.choice for answer in answers]), torch.tensor([answer.label for answer in answers])
 
 
 def _f1(answers: Sequence[Answer], labels: int) -> float:
-    """F1 of the last of two labels; of the answers as texts where labels are not shared."""
-    if labels:
-        return float(binary_f1_score(*_places(answers)))
-    return _text_mean(squad_f1, answers, labels)
+    return float(binary_f1_score(*_choices(answers))) if labels else _text_mean(squad_f1, answers, labels)
 
 
 def _f1_macro(answers: Sequence[Answer], labels: int) -> float:
-    return float(multiclass_f1_score(*_places(answers), num_classes=labels, average="macro"))
+    return float(multiclass_f1_score(*_choices(answers), num_classes=labels, average="macro"))
 
 
 def _matthews(answers: Sequence[Answer], labels: int) -> float:
-    """Correlation of chosen and right labels, for two labels or more; 0 where one side is constant, as for GLUE.
-
-    torchmetrics 1.9 gives a constant answer something else than 0.
-    """
-    chosen, right = (torch.nn.functional.one_hot(places, labels).double() for places in _places(answers))
-    chosen, right = chosen - chosen.mean(0), right - right.mean(0)
-    spread = chosen.square().sum() * right.square().sum()
-    return float((chosen * right).sum() / spread.sqrt()) if spread > 0 else 0.0
+    # Not torchmetrics 1.9: where one side is constant it returns something else than 0, the official GLUE value.
+    chosen, gold = (torch.nn.functional.one_hot(indices, labels).double() for indices in _choices(answers))
+    chosen, gold = chosen - chosen.mean(0), gold - gold.mean(0)
+    spread = chosen.square().sum() * gold.square().sum()
+    return float((chosen * gold).sum() / spread.sqrt()) if spread > 0 else 0.0
 
 
 def _em(answers: Sequence[Answer], labels: int) -> float:
-    """Share of questions with every answer right; of answers equal to a reference where labels are not shared."""
     if not labels:
         return _text_mean(squad_em, answers, labels)
     questions: dict[int, list[bool]] = defaultdict(list)
     for answer in answers:
         questions[answer.group].append(answer.correct)
-    return _mean([float(all(right)) for right in questions.values()])
+    return _mean([float(all(correct)) for correct in questions.values()])
 
 
 def _numbers(compare: Callable[[Tensor, Tensor], Tensor], answers: Sequence[Answer], labels: int) -> float:
-    """A comparison of verbalised numbers; an answer without one counts as 0."""
-    said = torch.tensor([number_in(answer.text) or 0.0 for answer in answers], dtype=torch.float64)
-    right = torch.tensor([number_in(answer.references[0]) or 0.0 for answer in answers], dtype=torch.float64)
-    return float(compare(said, right))
+    generated = torch.tensor([number_in(answer.text) or 0.0 for answer in answers], dtype=torch.float64)
+    gold = torch.tensor([number_in(answer.references[0]) or 0.0 for answer in answers], dtype=torch.float64)
+    return float(compare(generated, gold))
 
 
-def _correlation(compare: Callable[[Tensor, Tensor], Tensor], said: Tensor, right: Tensor) -> Tensor:
-    # Undefined where one side does not vary; a model that always says the same number has learnt no order.
-    if len(said) < 2 or said.eq(said[0]).all() or right.eq(right[0]).all():
+def _correlation(compare: Callable[[Tensor, Tensor], Tensor], generated: Tensor, gold: Tensor) -> Tensor:
+    # Undefined where one side does not vary; a model that always answers the same number has learned no order.
+    if len(generated) < 2 or generated.eq(generated[0]).all() or gold.eq(gold[0]).all():
         return torch.zeros(())
-    return compare(said, right)
+    return compare(generated, gold)
 
 
 def _readable(answers: Sequence[Answer], labels: int) -> float:
@@ -219,13 +175,13 @@ METRICS: dict[str, Metric] = {
 }
 """The metrics by name.
 
-``accuracy``: share of examples whose chosen candidate counts as right. ``f1``: of the last of two labels; for free text
-and listed candidates SQuAD's F1 in words with the best of the right answers, a mean over examples. ``f1_macro``: mean
-of the labels' F1. ``matthews``: Matthews' correlation. ``f1a``: MultiRC's F1 over all answers. ``em``: share of answers
-that are equal to a right one after SQuAD's normalisation; for tasks with `group` the share of questions with every
-answer right. ``drop_f1``, ``drop_em``: DROP's own, where several spans together are one answer. ``rouge1``, ``rouge2``,
-``rougeL``: F-measures. ``mae``, ``pearson``, ``spearman``: of the first number in the answer (0 if there is none), and
-``readable``, the share of answers that have one.
+``accuracy``: fraction of examples whose chosen candidate counts as correct. ``f1``: of the last of two labels; for
+generated text and listed candidates SQuAD's F1 in words with the most similar reference, a mean over examples.
+``f1_macro``: mean of the labels' F1. ``matthews``: Matthews' correlation. ``f1a``: MultiRC's F1 over all answers.
+``em``: fraction of answers that are equal to a reference after SQuAD's normalization; for tasks with `group` the
+fraction of questions with every answer correct. ``drop_f1``, ``drop_em``: DROP's own, where several spans together are
+one reference. ``rouge1``, ``rouge2``, ``rougeL``: F-measures. ``mae``, ``pearson``, ``spearman``: of the first number
+in the answer (0 if there is none), and ``readable``, the fraction of answers that have one.
 """
 
 

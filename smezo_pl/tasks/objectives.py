@@ -1,4 +1,4 @@
-"""What training makes larger or smaller: a loss, a metric of the answers, or a function of the user's."""
+"""What training minimizes or maximizes: a loss, a metric of the answers, or a user's reward function."""
 
 import importlib
 import logging
@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -29,9 +28,8 @@ def check_objective(objective: str, task: Task) -> None:
     """
     if objective in LOSSES:
         if objective == "classification" and task.is_generation:
-            raise ValueError(f"objective 'classification' needs candidates, and task {task.name!r} has a free answer")
-        return
-    if "." in objective:
+            raise ValueError(f"objective 'classification' needs candidates, and {task.name!r} is a generation task")
+    elif "." in objective:
         load_reward(objective)
     elif objective in METRICS:
         get_metric(objective, task, "objective")
@@ -45,6 +43,7 @@ def check_objective(objective: str, task: Task) -> None:
         )
 
 
+@lru_cache(maxsize=16)
 def load_reward(path: str) -> Callable[[list[str], list[list[str]]], Any]:
     """The function of that import path; modules in the current folder are found too.
 
@@ -63,61 +62,49 @@ def load_reward(path: str) -> Callable[[list[str], list[list[str]]], Any]:
         raise ValueError(f"reward {path!r}: cannot import {module_name!r}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        there = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise ValueError(f"reward {path!r}: module {module_name!r} has no function {name!r}; it has {there or 'none'}")
+        known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        raise ValueError(f"reward {path!r}: module {module_name!r} has no function {name!r}; it has {known or 'none'}")
     loaded: Callable[[list[str], list[list[str]]], Any] = function
     return loaded
 
 
-@lru_cache(maxsize=16)
-def reward_of(objective: str, labels: int) -> "Reward":
-    """The reward of that name, made once, so that it says once what is wrong with it."""
-    return Reward(objective, labels)
-
-
-@dataclass
-class Reward:
-    """A number made of a batch's answers that training is to make small: minus a reward, or one minus a metric.
+def reward_loss(objective: str, answers: Sequence[Answer], num_labels: int = 0) -> float:
+    """The number that training minimizes: minus the reward of the answers, or one minus their metric.
 
     Args:
         objective: Name of a metric, or ``module.function``. The function gets the answers as texts and, for each, the
-            list of right ones; it gives a number, or one an answer, whose mean counts; more is better.
-        labels: Number of labels of the task, 0 where they are not shared.
+            list of references; it returns a number, or one per answer, whose mean counts; more is better.
+        answers: The answers of a batch.
+        num_labels: Number of labels of the task, 0 where they are not shared.
+
+    Returns:
+        The number; NaN, which skips the step, if a user's function raises or returns something not finite.
     """
+    if "." not in objective:
+        metric = METRICS[objective]
+        value = metric.measure(answers, num_labels)
+        return value if metric.lower_is_better else 1 - value
+    function = load_reward(objective)
+    try:
+        value = _mean(function([answer.text for answer in answers], [list(a.references) for a in answers]), answers)
+    except Exception as error:
+        _warn_once(objective, f"raised {type(error).__name__}: {error}")
+        return math.nan
+    if not math.isfinite(value):
+        _warn_once(objective, f"returned {value}")
+        return math.nan
+    return -value
 
-    objective: str
-    labels: int = 0
 
-    def __post_init__(self) -> None:
-        self._function = load_reward(self.objective) if "." in self.objective else None
-        self._said: set[str] = set()
+def _mean(value: Any, answers: Sequence[Answer]) -> float:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, Sequence):
+        return float(value)
+    if len(value) != len(answers):
+        raise ValueError(f"it returned {len(value)} numbers for {len(answers)} answers")
+    return sum(map(float, value)) / len(answers)
 
-    def loss(self, answers: Sequence[Answer]) -> float:
-        """The number; NaN if a user's function raises or gives NaN, which skips the step. Never infinite."""
-        if self._function is None:
-            metric = METRICS[self.objective]
-            value = metric.measure(answers, self.labels)
-            return value if metric.lower_is_better else 1 - value
-        try:
-            value = self._function([answer.text for answer in answers], [list(answer.references) for answer in answers])
-            value = self._mean(value, len(answers))
-        except Exception as error:
-            self._warn(f"raised {type(error).__name__}: {error}")
-            return math.nan
-        if not math.isfinite(value):
-            self._warn(f"gave {value}")
-            return math.nan
-        return -value
 
-    def _mean(self, value: Any, count: int) -> float:
-        value = value.tolist() if hasattr(value, "tolist") else value
-        if not isinstance(value, Sequence):
-            return float(value)
-        if len(value) != count:
-            raise ValueError(f"it gave {len(value)} numbers for {count} answers")
-        return sum(map(float, value)) / count
-
-    def _warn(self, what: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            logger.warning("reward %s %s: the step is skipped", self.objective, what)
+@lru_cache(maxsize=1024)
+def _warn_once(objective: str, what: str) -> None:
+    logger.warning("reward %s %s: the step is skipped", objective, what)

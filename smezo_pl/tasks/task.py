@@ -1,4 +1,4 @@
-"""Prompt templates: text with columns in braces, ``"{sentence|strip} It was"``."""
+"""A task as data: templates of the prompt and of the answers, the label's column, the metrics, the dataset's name."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
 
-_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+Loss = Literal["classification", "lm"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+
+MASK = "<mask>"
+"""Marks in a prompt where a masked language model predicts the label word, whatever its tokenizer's mask is called."""
 
 
 def _question(text: str) -> str:
@@ -19,51 +23,30 @@ def _lower_first(text: str) -> str:
     return (first if first == "I" else first.lower()) + space + rest
 
 
-def _no_period(text: str) -> str:
-    text = text.rstrip()
-    return text.removesuffix(".")
-
-
-def _bullets(text: str) -> str:
-    return text.replace("@highlight\n", "- ")
-
-
-def _option(text: str) -> str:
-    return re.sub(r"^\s*[A-Z]\s*\)\s*", "", text).strip()
-
-
-def _first_lower(text: str) -> str:
-    return text[:1].lower() + text[1:]
-
-
 FILTERS: Mapping[str, Callable[[str], str]] = {
     "strip": str.strip,
     "lower": str.lower,
     "question": _question,
     "lower_first": _lower_first,
-    "no_period": _no_period,
-    "bullets": _bullets,
-    "option": _option,
+    "no_period": lambda text: text.rstrip().removesuffix("."),
+    "bullets": lambda text: text.replace("@highlight\n", "- "),
+    "option": lambda text: re.sub(r"^\s*[A-Z]\s*\)\s*", "", text).strip(),
     "[:-1]": lambda text: text[:-1],
-    "lc": _first_lower,
+    "lc": lambda text: text[:1].lower() + text[1:],
 }
 """What ``{column|name}`` does to the column's text.
 
 ``strip``: no white space at either end. ``lower``: lower case. ``question``: stripped, first letter a capital, one
 ``?`` at the end. ``lower_first``: stripped, first word in lower case unless it is exactly ``I``. ``no_period``: white
-space and one full stop off the end. ``bullets``: ReCoRD's ``@highlight`` lines as ``- `` lines. ``option``: AQuA's
+space and one period off the end. ``bullets``: ReCoRD's ``@highlight`` lines as ``- `` lines. ``option``: AQuA's
 ``A)`` off the front. ``[:-1]``: without the last character. ``lc``: first character in lower case.
 """
 
-
-@dataclass(frozen=True)
-class _Field:
-    column: str
-    filters: tuple[str, ...]
+_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 class Template:
-    r"""Text with columns in braces and, after a bar, what is done to them.
+    r"""Text with columns in braces, each followed by its filters after bars.
 
     ``{{`` and ``}}`` stand for braces. Braces in a column's own text are text.
 
@@ -71,72 +54,58 @@ class Template:
         text: The template, for instance ``"{premise}\nQuestion: {question|strip}\n"``.
 
     Raises:
-        ValueError: For a lone brace, empty braces, or a filter that is not one of :data:`FILTERS`.
+        ValueError: For a lone brace, empty braces, or a filter that is not one of `FILTERS`.
     """
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._pieces: list[str | _Field] = []
-        end = 0
+        columns = []
         for match in _FIELD.finditer(text):
-            self._pieces.append(text[end : match.start()])
-            end = match.end()
             if match[0] in ("{{", "}}"):
-                self._pieces.append(match[0][0])
-            elif match[1] is None:
+                continue
+            if match[1] is None:
                 raise ValueError(f"template {text!r} has a lone {match[0]!r} at {match.start()}; write it twice")
-            else:
-                self._pieces.append(self._field(match[1]))
-        self._pieces.append(text[end:])
-        self.columns = tuple(dict.fromkeys(piece.column for piece in self._pieces if isinstance(piece, _Field)))
-
-    def _field(self, inside: str) -> _Field:
-        column, *filters = (part.strip() for part in inside.split("|"))
-        if not column:
-            raise ValueError(f"template {self.text!r} has braces without a column name; write {{{{ for a brace")
-        for name in filters:
-            if name not in FILTERS:
-                raise ValueError(f"template {self.text!r}: unknown filter {name!r}; there are {', '.join(FILTERS)}")
-        return _Field(column, tuple(filters))
+            column, *filters = _field(match[1])
+            if not column:
+                raise ValueError(f"template {text!r} has braces without a column name; write {{{{ for a brace")
+            for name in filters:
+                if name not in FILTERS:
+                    raise ValueError(f"template {text!r}: unknown filter {name!r}; there are {', '.join(FILTERS)}")
+            columns.append(column)
+        self.columns = tuple(dict.fromkeys(columns))
 
     def render(self, values: Mapping[str, str]) -> str:
-        """The text with every column's value in its place."""
-        parts = []
-        for piece in self._pieces:
-            if isinstance(piece, str):
-                parts.append(piece)
-                continue
-            value = values[piece.column]
-            for name in piece.filters:
+        """The text with every column's value filled in."""
+
+        def fill(match: re.Match[str]) -> str:
+            if match[1] is None:
+                return match[0][0]
+            column, *filters = _field(match[1])
+            value = values[column]
+            for name in filters:
                 value = FILTERS[name](value)
-            parts.append(value)
-        return "".join(parts)
+            return value
 
-    def __repr__(self) -> str:
-        return f"Template({self.text!r})"
+        return _FIELD.sub(fill, self.text)
 
 
-Loss = Literal["classification", "lm"]
-LOSSES: tuple[Loss, ...] = get_args(Loss)
-
-
-MASK = "<mask>"
-"""Stands in a prompt where a masked language model fills in the label word, whatever its tokenizer's mask is called."""
+def _field(inside: str) -> list[str]:
+    return [part.strip() for part in inside.split("|")]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's data set lies.
+    """Where a task's dataset comes from.
 
     Args:
-        path: Name on the Hugging Face hub, ``None`` if the data set is not there.
-        config: The hub's configuration of it.
-        revision: Branch or commit on the hub. ``refs/convert/parquet`` is the hub's own conversion of a data set that
-            is kept there as a loading script, which ``datasets`` no longer runs.
+        path: Name on the Hugging Face hub, ``None`` if the dataset is not there.
+        config: The dataset's configuration on the hub.
+        revision: Branch or commit on the hub. ``refs/convert/parquet`` is the hub's own conversion of a dataset that
+            is stored there as a loading script, which ``datasets`` no longer runs.
         folder: Name of its folder in a local ``data_dir``; the task's name if ``None``.
         train: Name of the training split.
         dev: Name of the split that the dev set is drawn from; ``None`` draws it from the training split, as MeZO does.
-        test: Name of the labelled split that the test set is drawn from (MeZO: the validation split).
+        test: Name of the labeled split that the test set is drawn from (MeZO: the validation split).
     """
 
     path: str | None = None
@@ -150,15 +119,15 @@ class Source:
 
 @dataclass(frozen=True)
 class ListCandidates:
-    """Candidates made from a column that holds a list: one for each different element.
+    """Candidates from a column that holds a list: one for each distinct element.
 
     Args:
         column: The column with the list.
         text: Template of a candidate; ``slot`` in it stands for the element.
-        slot: The characters in the rendered ``text`` that the element takes the place of.
+        slot: The characters in the rendered ``text`` that are replaced by the element.
         filter: Name of a template filter that each element goes through first.
-        names: Label values that name an element by its place (``A``, ``B``, ...). Without them a label is an element's
-            place as an integer, its text, or a list of texts of which each is right (the first one is trained on).
+        names: Label values that name an element by its index (``A``, ``B``, ...). Without them a label is an element's
+            index, its text, or a list of texts that all count as correct (the first one is trained on).
     """
 
     column: str
@@ -174,12 +143,12 @@ class ListCandidates:
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    r"""An answer that the model writes itself, token by token; it is compared with the right ones as text.
+    r"""An answer that the model generates token by token; it is compared with the references as text.
 
     Args:
-        column: The column with the right answer, or with a list of answers of which each is right; ``answers.text`` is
-            the part ``text`` of a structured column ``answers``.
-        text: Template of what is trained on; ``{answer}`` is the first right answer. It ends in what ends an answer.
+        column: The column with the reference, or with a list of references that each count as correct;
+            ``answers.text`` is the field ``text`` of a structured column ``answers``.
+        text: Template of what is trained on; ``{answer}`` is the first reference. It ends in what ends an answer.
         max_new_tokens: Most tokens of a generated answer, at least 1.
         stop: Texts that end a generated answer, as does the tokenizer's end-of-sequence token.
     """
@@ -193,44 +162,42 @@ class GeneratedAnswer:
         if not self.max_new_tokens >= 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if Template(self.text).columns != ("answer",):
-            raise ValueError(f"text of a free answer must hold {{answer}} and no other column, got {self.text!r}")
+            raise ValueError(f"text of a generated answer must hold {{answer}} and no other column, got {self.text!r}")
         if not self.stop or not all(self.stop):
             raise ValueError(f"stop must name at least one text, none of them empty, got {self.stop!r}")
-
-    @property
-    def root(self) -> str:
-        """The column's own name, without the part of it."""
-        return self.column.partition(".")[0]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task as data: what the model is shown, what it may answer, which answer is right.
+    """A task as data: what the model is shown, what it may answer, which answer is correct.
 
-    The space between prompt and candidate belongs to the candidate (``" great"``). A prompt that ends in a newline is
-    followed by the candidate at once (``"Yes"``).
+    The space between prompt and candidate belongs to the candidate (``" great"``). After a prompt that ends in a
+    newline the candidate has none (``"Yes"``).
 
     Args:
         name: Name in the registry and of the local folder.
         prompt: Template of the prompt. Spaces at its end and white space at its start are dropped once it is filled in.
-            One that holds ``<mask>`` is for a masked language model, which fills the candidate in there.
-        candidates: For each label value, in the data set's own order, the template of its text; or a
-            `ListCandidates`; or a `GeneratedAnswer`, which the model writes itself.
-        label: Column of the label: the name of a label, its place as an integer, or a boolean.
+            One with ``<mask>`` is for a masked language model, which predicts the candidate there.
+        candidates: For each label value, in the dataset's own order, the template of its text; or a
+            `ListCandidates`; or a `GeneratedAnswer`.
+        label: Column of the label: the name of a label, its index, or a boolean.
         objective: ``"classification"``: cross-entropy over the candidates' mean log-probabilities. ``"lm"``: token
-            cross-entropy on the right candidate alone.
+            cross-entropy on the gold candidate alone.
         metrics: Names of what is measured beside the loss (and the accuracy, where there are candidates), the first
             one first; see ``smezo_pl.tasks.metrics``.
-        source: Where the data set lies; ``None`` for one that comes from elsewhere.
-        words: For a column, its values in the data set and what stands for them in the prompt.
-        named_labels: Integers in the label column mean something only together with the data set's own label names
+        source: Where the dataset comes from; ``None`` for local files.
+        words: For a column, its values in the dataset and what stands for them in the prompt.
+        named_labels: Integers in the label column mean something only together with the dataset's own label names
             (numberings differ between copies).
         may_be_empty: Columns of the prompt that may be blank.
         group: Columns that the answers to one question share (MultiRC), for metrics over whole questions.
-        calibration: Template of a prompt without content, for calibrated scores; ``None`` where there is none.
+        calibration: Template of the content-free prompt, for calibrated scores; ``None`` where there is none.
         num_train: Training examples by default.
         num_dev: Dev examples by default.
         num_test: Test examples by default, at most.
+
+    Raises:
+        ValueError: If prompt, candidates and objective are invalid or do not fit together.
     """
 
     name: str
@@ -263,9 +230,9 @@ class Task:
                 f"task {self.name!r} has {MASK} in its prompt: its candidates must be a word for each label, and its"
                 f" objective 'classification', got {self.objective!r}"
             )
-        # Parsed now, so that a misspelt template is refused where it is written.
+        # Parsed now, so that a misspelled template is refused where it is written.
         _ = self.prompt_template, self.candidate_templates, self.calibration_template
-        if isinstance(self.candidates, GeneratedAnswer) and self.objective == "classification":
+        if self.is_generation and self.objective == "classification":
             raise ValueError(f"task {self.name!r} has no candidates to classify: objective must be 'lm'")
         if not isinstance(self.candidates, Mapping):
             return
@@ -286,15 +253,13 @@ class Task:
     @cached_property
     def candidate_templates(self) -> tuple[Template, ...]:
         """The candidates' texts, parsed: one for each label, or the one of a `ListCandidates`."""
-        if isinstance(self.candidates, ListCandidates):
-            return (Template(self.candidates.text),)
-        if isinstance(self.candidates, GeneratedAnswer):
-            return ()
-        return tuple(Template(text) for text in self.candidates.values())
+        if isinstance(self.candidates, Mapping):
+            return tuple(Template(text) for text in self.candidates.values())
+        return (Template(self.candidates.text),) if isinstance(self.candidates, ListCandidates) else ()
 
     @cached_property
     def calibration_template(self) -> Template | None:
-        """The prompt without content, parsed; None where there is none."""
+        """The content-free prompt, parsed; None where there is none."""
         return None if self.calibration is None else Template(self.calibration)
 
     @property
@@ -304,30 +269,27 @@ class Task:
 
     @property
     def is_generation(self) -> bool:
-        """Whether the model writes the answer itself."""
+        """Whether the model generates the answer."""
         return isinstance(self.candidates, GeneratedAnswer)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """The names of the labels, in the data set's order; empty when a label is the text of a candidate."""
-        if isinstance(self.candidates, ListCandidates):
-            return self.candidates.names
-        if isinstance(self.candidates, GeneratedAnswer):
-            return ()
-        return tuple(str(name) for name in self.candidates)
+        """The names of the labels, in the dataset's order; empty when a label is the text of a candidate."""
+        if isinstance(self.candidates, Mapping):
+            return tuple(str(name) for name in self.candidates)
+        return self.candidates.names if isinstance(self.candidates, ListCandidates) else ()
 
     @cached_property
     def text_columns(self) -> tuple[str, ...]:
-        """The columns whose text the prompt and the candidates show."""
-        optional = () if self.calibration_template is None else (self.calibration_template,)
-        templates = (self.prompt_template, *self.candidate_templates, *optional)
-        return tuple(dict.fromkeys(column for template in templates for column in template.columns))
+        """The columns whose text the prompts and the candidates show."""
+        templates = (self.prompt_template, *self.candidate_templates, self.calibration_template)
+        return tuple(dict.fromkeys(column for template in templates if template for column in template.columns))
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """Every column that an example is made of, the label's or the answer's last."""
         shown = dict.fromkeys((*self.text_columns, *self.group))
         if isinstance(self.candidates, GeneratedAnswer):
-            return (*shown, self.candidates.root)
+            return (*shown, self.candidates.column.partition(".")[0])
         lists = (self.candidates.column,) if isinstance(self.candidates, ListCandidates) else ()
         return (*shown, *lists, self.label)

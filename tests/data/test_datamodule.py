@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl.data import PromptBatch, PromptDataModule
 from smezo_pl.data.splits import permutation, sample_train_dev
-from smezo_pl.scoring.candidates import candidate_scores, model_logits, predictions
+from smezo_pl.scoring.evaluation import candidate_scores, predictions
+from smezo_pl.scoring.logits import model_logits
 from smezo_pl.tasks import Source, Task
 
 pytestmark = pytest.mark.filterwarnings(

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl.data import PromptDataModule
 from smezo_pl.data.splits import sample_k_per_class
-from smezo_pl.scoring.candidates import calibrated, candidate_scores, model_logits, score_table
+from smezo_pl.scoring.evaluation import calibrated, candidate_scores, score_table
+from smezo_pl.scoring.logits import model_logits
 from smezo_pl.tasks import Task, make_task
 
 KEYS = {"prompt": "{text} It was", "candidates": {0: " bad", 1: " good"}, "calibration": "It was"}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from smezo_pl.data import Collate, Encoded
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.scoring.candidates import candidate_scores, loss_of, score_table
+from smezo_pl.scoring.evaluation import candidate_scores, loss_of, score_table
 from smezo_pl.scoring.logits import allows_packing, model_logits, why_not_packed
 from tests.scoring.architectures import APART, PACKED, build, one_at_a_time
 

@@ -7,14 +7,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl.data import Collate, Encoded, Encoder, PromptBatch
-from smezo_pl.scoring.candidates import (
+from smezo_pl.scoring.evaluation import (
     candidate_scores,
     correct_predictions,
     loss_of,
-    model_logits,
     predictions,
     score_table,
 )
+from smezo_pl.scoring.logits import model_logits
 from smezo_pl.tasks import Example, get_task, make_example
 
 KINDS = ("gpt2", "opt", "llama", "bloom", "mpt")

@@ -34,7 +34,7 @@ def test_booleans_of_yaml_json_and_csv_are_one_label(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [1, "1", "politics", "politics "])
-def test_a_list_of_texts_is_labelled_by_text_or_place(value: Any) -> None:
+def test_a_list_of_texts_is_labeled_by_text_or_index(value: Any) -> None:
     task = make_task({"prompt": "{a}\nTopic:", "candidates": [" sports", " politics"]})
     assert make_example(task, {"a": "x", "label": value}).label == 1
 
@@ -57,7 +57,7 @@ def test_multiple_choice_from_a_column_that_holds_a_list(value: Any, label: int)
     assert (example.candidates, example.label) == ((" blue", " green", " red {x}"), label)
 
 
-def test_free_text() -> None:
+def test_generation() -> None:
     task = make_task({"prompt": "{article}\nSummary:", "target": "summary", "metric": "rougeL", "max_new_tokens": 9})
     assert isinstance(task.candidates, GeneratedAnswer)
     assert (task.objective, task.metrics, task.candidates.max_new_tokens) == ("lm", ("rougeL",), 9)
@@ -67,7 +67,7 @@ def test_free_text() -> None:
     assert make_example(after_a_line, {"article": "Long.", "summary": "short"}).candidates == ("short###",)
 
 
-def test_several_right_answers_each_once() -> None:
+def test_several_references_each_once() -> None:
     task = make_task({"prompt": "{q}\nAnswer:", "target": "answers.text"})
     example = make_example(task, {"q": "When?", "answers": {"text": ["1066", "in 1066", "1066", None]}})
     assert (example.candidates, example.references) == ((" 1066\n",), ("1066", "in 1066"))
@@ -98,7 +98,7 @@ def test_a_number_in_words() -> None:
         ({**TOPIC, "candidates": {0: " a", 1: " a"}}, "candidates must differ, got ' a' more than once"),
         ({**TOPIC, "candidates": [" a"]}, "candidates must be at least two"),
         ({**TOPIC, "candidates": {"column": "o", "slot": "x"}}, "candidates from a column have no key 'slot'"),
-        ({**TOPIC, "stop": "x"}, "task: 'stop' is for answers that the model writes"),
+        ({**TOPIC, "stop": "x"}, "task: 'stop' is for answers that the model generates"),
         ({**TOPIC, "metric": 3}, "task: 'metric' must be a name or a list of names; got 3"),
         ({**TOPIC, "objective": "mse"}, "objective must be one of classification, lm, got 'mse'"),
         ({**TOPIC, "prompt": "{title"}, "template '{title' has a lone '{' at 0"),
@@ -134,7 +134,7 @@ def test_candidates_of_equal_text_are_refused_by_row() -> None:
         make_example(task, {"q": "q", "one": "a", "two": "a ", "label": 0})
 
 
-def free() -> Task:
+def generation() -> Task:
     return make_task({"prompt": "{a}\n", "target": "b"})
 
 
@@ -145,11 +145,11 @@ def free() -> Task:
         (
             make_task(TOPIC),
             "rougeL",
-            "metric 'rougeL' does not fit: it is for tasks whose answer is free text",
+            "metric 'rougeL' does not fit: it is for tasks whose answer is generated text",
         ),
         (make_task(TOPIC), "em", "it is over whole questions, and 'own' names no columns in `group`"),
-        (free(), "matthews", "it is for tasks whose candidates are its labels"),
-        (free(), "accuracy", "Those that fit are f1, em, drop_f1"),
+        (generation(), "matthews", "it is for tasks whose candidates are its labels"),
+        (generation(), "accuracy", "Those that fit are f1, em, drop_f1"),
         (make_task({**TOPIC, "candidates": [" a", " b", " c"]}), "f1", "two labels, and 'own' has 3"),
     ],
 )

@@ -60,7 +60,7 @@ PREMISE, HYPOTHESIS = "The dog ran home.", "An animal moved."
     ],
 )
 def test_prompts_and_words(name: str, row: dict[str, str], text: str, words: list[str]) -> None:
-    task = masked_form(name)
+    task = MASKED[name]
     label = task.labels[1]
     example = make_example(task, {**row, task.label: label, "idx": 0})
     assert (example.prompt, example.label) == (text, 1)
@@ -88,7 +88,7 @@ def test_a_task_without_a_mask_has_no_masked_form() -> None:
     with pytest.raises(
         ValueError, match="task 'copa' has no prompt with a mask.*write one with <mask> in it.*cola, demo"
     ):
-        masked_form("copa")
+        masked_form(TASKS["copa"])
     own = make_task({"name": "sst2", "prompt": "{text} is", "candidates": [" good", " bad"]})
     with pytest.raises(ValueError, match="task 'sst2' has no prompt with a mask"):
         masked_form(own)
@@ -99,5 +99,5 @@ def test_prompts_that_are_refused() -> None:
         Task(name="two", prompt="a<mask> {b}<mask>", candidates={"0": " x", "1": " y"})
     with pytest.raises(ValueError, match="'lm' has <mask> in its prompt: its candidates must be a word for each label"):
         Task(name="lm", prompt="{b}<mask>", candidates={"0": " x", "1": " y"}, objective="lm")
-    with pytest.raises(ValueError, match="'free' has <mask> in its prompt"):
-        make_task({"name": "free", "prompt": "{b}<mask>", "target": "c"})
+    with pytest.raises(ValueError, match="'qa' has <mask> in its prompt"):
+        make_task({"name": "qa", "prompt": "{b}<mask>", "target": "c"})

@@ -5,8 +5,8 @@ import pytest
 from smezo_pl.tasks.text_metrics import (
     drop_em,
     drop_f1,
-    drop_normalised,
-    normalised,
+    drop_normalized,
+    normalized,
     number_in,
     rouge,
     squad_em,
@@ -31,8 +31,8 @@ from smezo_pl.tasks.text_metrics import (
         ("Zürich's", "zürichs"),
     ],
 )
-def test_squad_normalisation(text: str, plain: str) -> None:
-    assert normalised(text) == plain
+def test_squad_normalization(text: str, plain: str) -> None:
+    assert normalized(text) == plain
 
 
 @pytest.mark.parametrize(
@@ -67,15 +67,15 @@ def test_squad(answer: str, references: list[str], em: float, f1: float) -> None
         # The comma goes with the punctuation, and what is left is a number.
         ("1,000", "1000.0"),
         ("$5", "5.0"),
-        # The hyphen parts words, so no number has a sign.
+        # The hyphen separates words, so no number has a sign.
         ("-7", "7.0"),
         ("a touchdown, an end.", "touchdown end"),
         ("Smith's", "smiths"),
         ("5th", "5th"),
     ],
 )
-def test_drop_normalisation(text: str, plain: str) -> None:
-    assert drop_normalised(text) == plain
+def test_drop_normalization(text: str, plain: str) -> None:
+    assert drop_normalized(text) == plain
 
 
 @pytest.mark.parametrize(

@@ -48,22 +48,13 @@ def position_of(writer: TrajectoryWriter) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Atomic:
-    """``storage_options`` of a checkpoint that is written whole or not at all.
+    """``storage_options`` of a file written whole or not at all; ``writer``'s trajectory takes the place of weights."""
 
-    Attributes:
-        writer: The trajectory that stands for the weights, which are left out; None to keep them.
-    """
-
-    writer: TrajectoryWriter | None = None
+    writer: TrajectoryWriter | None
 
 
 class SeedCheckpointIO(CheckpointIO):
-    """Writes and reads checkpoints without weights; all others as the strategy did before.
-
-    Args:
-        inner: What the strategy used before.
-        trainer: The Trainer.
-    """
+    """Writes and reads checkpoints without weights; all others as ``inner``, which the strategy used before."""
 
     def __init__(self, inner: CheckpointIO, trainer: Trainer) -> None:
         self.inner, self.trainer = inner, trainer
@@ -72,11 +63,7 @@ class SeedCheckpointIO(CheckpointIO):
         self._is_checked = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            TrajectoryError: If it cannot be written, or could not be read back.
-        """
+        """Write a checkpoint; raise `TrajectoryError` if it cannot be written, or could not be read back."""
         if not isinstance(storage_options, Atomic):
             self.inner.save_checkpoint(checkpoint, path, storage_options)
             return
@@ -113,15 +100,15 @@ class SeedCheckpointIO(CheckpointIO):
             raise TrajectoryError(
                 f"{path}: the checkpoint cannot be read, it is corrupted or truncated ({reason})"
             ) from error
-        if isinstance(checkpoint, dict) and self.trainer.state.fn != TrainerFn.FITTING:
-            # their states are of no use here, and Lightning would warn of each callback that is not there
-            checkpoint.pop("callbacks", None)
-        if isinstance(checkpoint, dict) and "state_dict" in checkpoint:
-            return checkpoint
-        if not isinstance(checkpoint, dict) or SEED_KEY not in checkpoint:
+        if not isinstance(checkpoint, dict) or not checkpoint.keys() & {"state_dict", SEED_KEY}:
             raise TrajectoryError(
                 f"{path}: the checkpoint is corrupted: it holds neither weights nor a position in a trajectory"
             )
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            # their states are of no use here, and Lightning would warn of each callback that is not there
+            checkpoint.pop("callbacks", None)
+        if "state_dict" in checkpoint:
+            return checkpoint
         trajectory = find_trajectory(Path(path), checkpoint[SEED_KEY])
         module = self.trainer.lightning_module
         check_shapes(trajectory.header, network_of(module, trajectory.header), str(path))
@@ -149,10 +136,10 @@ def restore(trainer: Trainer) -> None:
     Raises:
         TrajectoryError: If they cannot be brought back.
     """
-    checkpoints = trainer.strategy.checkpoint_io
-    if not isinstance(checkpoints, SeedCheckpointIO) or checkpoints.is_restored or checkpoints.trajectory is None:
+    checkpoints, module, began = install(trainer), trainer.lightning_module, perf_counter()
+    trajectory = checkpoints.trajectory
+    if trajectory is None or checkpoints.is_restored:
         return
-    trajectory, module, began = checkpoints.trajectory, trainer.lightning_module, perf_counter()
     with torch.inference_mode(False), torch.no_grad():
         tensors = tensors_of(trajectory.header, network_of(module, trajectory.header), str(trajectory.path))
         replayed = _from_snapshot(trajectory, tensors)
@@ -177,10 +164,9 @@ def refuse_unrestored(module: LightningModule, checkpoint: Mapping[str, Any]) ->
     """Refuse a checkpoint without weights where nobody would bring them back. For ``on_load_checkpoint``.
 
     Raises:
-        TrajectoryError: If the module is not in a Trainer that reads such checkpoints.
+        TrajectoryError: If the module is not in a Trainer.
     """
-    trainer = getattr(module, "_trainer", None)
-    if SEED_KEY in checkpoint and (trainer is None or not isinstance(trainer.strategy.checkpoint_io, SeedCheckpointIO)):
+    if SEED_KEY in checkpoint and module._trainer is None:
         raise TrajectoryError(
             "this checkpoint holds no weights, they come back by replay: give it to the Trainer (fit, validate, test "
             "or predict with ckpt_path=...), or make a model of it with smezo_pl.replay"
@@ -293,14 +279,11 @@ def _hand_over(replayed: SparseMeZO, trainer: Trainer) -> None:
 def earlier_trajectory(trainer: Trainer, place: Mapping[str, Any]) -> Trajectory | None:
     """The trajectory that a resumed run continues, up to where it does; None for a new run.
 
-    Args:
-        trainer: The Trainer, after its checkpoint was read.
-        place: The position that the callback's state holds, empty if there is none.
+    Call it when the checkpoint was read. ``place`` is the position in the callback's state, empty if there is none.
     """
-    if (restored := install(trainer).trajectory) is not None:
+    restored = install(trainer).trajectory
+    if restored is not None or not place:
         return restored
-    if not place:
-        return None
     # a checkpoint of ModelCheckpoint: the weights were in it, the trajectory is where it was
     path, steps = Path(place["record"]), place["steps"]
     if path.is_file():

@@ -112,10 +112,26 @@ class PromptDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         files: dict[SplitName, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
-        self.task = _task_of(task, files, max_new_tokens)
-        self.objective = _objective_of(self.task, objective, reward)
+        if isinstance(task, str):
+            task = get_task(task)
+        elif not isinstance(task, Task):
+            file = train_file or dev_file or test_file
+            task = make_task(task, name=Path(file).stem if file else "own")
+        if max_new_tokens is not None:
+            if not isinstance(task.candidates, GeneratedAnswer):
+                raise ValueError(f"max_new_tokens is for generation tasks, and task {task.name!r} has candidates")
+            task = replace(task, candidates=replace(task.candidates, max_new_tokens=max_new_tokens))
+        for name in task.metrics:
+            get_metric(name, task)
+        self.task = task
+        if objective is not None and reward is not None:
+            raise ValueError(f"objective {objective!r} and reward {reward!r}: give one of them")
+        if reward is not None and "." not in reward:
+            raise ValueError(f"reward must be the import path of a function, module.function, got {reward!r}")
+        self.objective = objective or reward or task.objective
+        check_objective(self.objective, task)
         self.splits = Splits(
-            self.task,
+            task,
             files,
             data_dir,
             num_train,
@@ -143,15 +159,13 @@ class PromptDataModule(pl.LightningDataModule):
             raise ValueError(f"calibration must be 'none', 'sfc' or 'icl_sfc', got {calibration!r}")
         if calibration == "icl_sfc" and not num_demonstrations:
             raise ValueError("calibration 'icl_sfc' is for demonstrations: give num_demonstrations, or take 'sfc'")
-        if calibration != "none" and self.task.calibration is None:
-            raise ValueError(f"task {self.task.name!r} has no content-free prompt, so it cannot be calibrated")
+        if calibration != "none" and task.calibration is None:
+            raise ValueError(f"task {task.name!r} has no content-free prompt, so it cannot be calibrated")
         self.calibration = calibration
         self._given_tokenizer = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._encoded: dict[SplitName, list[Encoded]] = {}
         self._limit: BatchLimit | None = None
-
-    # Tokenizer
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take this tokenizer from now on."""
@@ -167,21 +181,18 @@ class PromptDataModule(pl.LightningDataModule):
             RuntimeError: If there is neither.
         """
         if self._tokenizer is None:
-            if isinstance(self._given_tokenizer, str):
-                self._tokenizer = load_tokenizer(self._given_tokenizer)
-            elif self._given_tokenizer is not None:
-                self._tokenizer = self._given_tokenizer
-            else:
-                module = getattr(self.trainer, "lightning_module", None)
-                self._tokenizer = getattr(module, "tokenizer", None)
-        if self._tokenizer is None:
-            raise RuntimeError(
-                "the data module has no tokenizer: give PromptDataModule(tokenizer=...), call set_tokenizer, or use a"
-                " module with an attribute `tokenizer`"
-            )
+            given = self._given_tokenizer
+            if isinstance(given, str):
+                given = load_tokenizer(given)
+            elif given is None:
+                given = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+            if given is None:
+                raise RuntimeError(
+                    "the data module has no tokenizer: give PromptDataModule(tokenizer=...), call set_tokenizer, or use"
+                    " a module with an attribute `tokenizer`"
+                )
+            self._tokenizer = given
         return self._tokenizer
-
-    # Examples
 
     def prepare_data(self) -> None:
         """Download what comes from the hub, in one process only."""
@@ -215,11 +226,7 @@ class PromptDataModule(pl.LightningDataModule):
             self.examples("test")
 
     def examples(self, split: SplitName) -> list[Example]:
-        """The examples of a split: prompt, candidates and label as text, in the order they were drawn.
-
-        Args:
-            split: ``"train"``, ``"dev"`` or ``"test"``.
-        """
+        """The examples of ``"train"``, ``"dev"`` or ``"test"`` as text, in the order they were drawn."""
         return self._split(split).examples
 
     def origin(self, split: SplitName) -> str:
@@ -236,48 +243,37 @@ class PromptDataModule(pl.LightningDataModule):
             if self.task.is_masked:
                 encoder = MaskedLMEncoder(self.tokenizer, self.max_length)
             else:
-                answer = self.task.candidates
-                new_tokens = answer.max_new_tokens if isinstance(answer, GeneratedAnswer) else 0
+                new_tokens = getattr(self.task.candidates, "max_new_tokens", 0)
                 calibrated = self.calibration != "none" and split != "train"
                 encoder = Encoder(self.tokenizer, self.max_length, new_tokens, calibrated)
             self._encoded[split] = encoder.encode(self.examples(split), self.origin(split))
         return self._encoded[split]
 
-    # Loaders
-
     def collate(self, training: bool = False) -> Collate:
         """What makes batches of encoded examples, for training steps or for evaluation."""
-        # Where nothing is trained, the loss stays one.
+        is_loss = self.objective in LOSSES
         loss = next((name for name in LOSSES if name == self.objective), self.task.objective)
-        reward = self.objective if training and self.objective not in LOSSES else None
-        answer = self.task.candidates
         collate = Collate(
             padding_id(self.tokenizer),
             loss,
             # A step of the lm objective reads no candidate but the gold one.
-            gold_only=training and loss == "lm" and (reward is None or self.task.is_generation),
+            gold_only=training and loss == "lm" and (is_loss or self.task.is_generation),
             metrics=self.task.metrics,
-            num_labels=len(self.task.labels) if isinstance(answer, Mapping) else 0,
-            reward=reward,
+            num_labels=len(self.task.labels) if isinstance(self.task.candidates, Mapping) else 0,
+            reward=self.objective if training and not is_loss else None,
         )
-        if not isinstance(answer, GeneratedAnswer) or (training and reward is None):
+        answer = self.task.candidates
+        if not isinstance(answer, GeneratedAnswer) or (training and is_loss):
             return collate
         stop_ids = stop_tokens(self.tokenizer, answer.stop)
         return replace(collate, max_new_tokens=answer.max_new_tokens, stop_ids=stop_ids, stop=answer.stop)
 
     def train_dataloader(self) -> "DataLoader[PromptBatch]":
-        """Shuffled batches of training examples, this process's share of them.
-
-        Raises:
-            ValueError: If there are demonstrations, which are for `validate` and `test`.
-        """
+        """Shuffled batches of training examples, this process's share of them."""
         if self.num_demonstrations:
             raise ValueError("num_demonstrations is for validate and test: in-context learning goes without training")
         examples, collate = self.encoded("train"), self.collate(training=True)
-        loader: DataLoader[PromptBatch] = train_loader(
-            examples, collate, self.batch_size, self.data_seed, self.num_workers, *self._processes()
-        )
-        return loader
+        return train_loader(examples, collate, self.batch_size, self.data_seed, self.num_workers, *self._processes())
 
     def val_dataloader(self) -> "DataLoader[PromptBatch] | list[Any]":
         """The dev examples, the longest first; nothing if ``num_dev`` is 0.
@@ -310,8 +306,6 @@ class PromptDataModule(pl.LightningDataModule):
         """The number of processes and the rank of this one."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    # Resume
-
     def state_dict(self) -> dict[str, Any]:
         """What decides the training batches: saved in checkpoints and compared on a resume."""
         if "train" not in self.splits.drawn:
@@ -339,31 +333,3 @@ class PromptDataModule(pl.LightningDataModule):
                 "the resumed run had other training batches (%s): it will not continue as it would have",
                 ", ".join(changes),
             )
-
-
-def _task_of(
-    task: str | Mapping[str, Any] | Task, files: Mapping[SplitName, str | None], max_new_tokens: int | None
-) -> Task:
-    if isinstance(task, str):
-        task = get_task(task)
-    elif not isinstance(task, Task):
-        file = next(filter(None, files.values()), None)
-        task = make_task(task, name=Path(file).stem if file else "own")
-    if max_new_tokens is not None:
-        if not isinstance(task.candidates, GeneratedAnswer):
-            raise ValueError(f"max_new_tokens is for generation tasks, and task {task.name!r} has candidates")
-        task = replace(task, candidates=replace(task.candidates, max_new_tokens=max_new_tokens))
-    for name in task.metrics:
-        get_metric(name, task)
-    return task
-
-
-def _objective_of(task: Task, objective: str | None, reward: str | None) -> str:
-    """The objective, the reward's import path, or the task's own loss."""
-    if objective is not None and reward is not None:
-        raise ValueError(f"objective {objective!r} and reward {reward!r}: give one of them")
-    if reward is not None and "." not in reward:
-        raise ValueError(f"reward must be the import path of a function, module.function, got {reward!r}")
-    chosen = objective or reward or task.objective
-    check_objective(chosen, task)
-    return chosen

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -112,19 +112,7 @@ class Split:
 class Splits:
     """The three splits of a task, each drawn when it is asked for: a pure function of these settings and the data.
 
-    Attributes:
-        task: The task.
-        files: The user's own files, by split.
-        data_dir: Local folder of the task's dataset; None for the hub.
-        num_train: Training examples, at least 1; the task's own number if None, as are the next two.
-        num_dev: Dev examples.
-        num_test: Test examples at most.
-        seed: Decides which rows are drawn, in [0, 2^32).
-        k_shot: Examples of each class for train and dev, instead of their numbers.
-        bad_rows: What happens to a row that no example can be made of.
-        num_demonstrations: Few-shot demonstrations before each dev and test example.
-        demonstration_seed: Decides one set of them for all examples; None: one for each.
-        demonstrate_calibration: Whether they come before the content-free prompt too.
+    The settings are those of `smezo_pl.PromptDataModule`.
 
     Raises:
         ValueError: For a number out of range, or settings that do not go together.
@@ -141,7 +129,7 @@ class Splits:
     bad_rows: Literal["refuse", "skip"] = "refuse"
     num_demonstrations: int = 0
     demonstration_seed: int | None = None
-    demonstrate_calibration: bool = False
+    demonstrate_calibration: bool = False  # put demonstrations before the content-free prompt too
     drawn: dict[SplitName, Split] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -157,19 +145,13 @@ class Splits:
         for name, seed in (("data_seed", self.seed), ("demonstration_seed", self.demonstration_seed or 0)):
             if not 0 <= seed < 2**32:
                 raise ValueError(f"{name} must be in [0, 2^32), got {seed}")
-        asked = {"train": self.num_train, "dev": self.num_dev, "test": self.num_test}
-        own = {"train": self.task.num_train, "dev": self.task.num_dev, "test": self.task.num_test}
-        self.sizes = {
-            name: at_least(f"num_{name}", own[name] if number is None else number, 1 if name == "train" else 0)
-            for name, number in asked.items()
-        }
+        self.sizes: dict[str, int] = {}
+        for name, least in (("train", 1), ("dev", 0), ("test", 0)):
+            asked, default = getattr(self, f"num_{name}"), getattr(self.task, f"num_{name}")
+            self.sizes[name] = at_least(f"num_{name}", default if asked is None else asked, least)
 
     def get(self, name: SplitName, predicting: bool = False) -> Split:
-        """A split; ``test`` alone, or ``train`` and ``dev`` together, as they may come out of one file.
-
-        Args:
-            name: ``"train"``, ``"dev"`` or ``"test"``.
-            predicting: Whether the labels of the test set may be unknown.
+        """A split; with ``predicting`` the labels of the test set may be unknown.
 
         Raises:
             ValueError: If there are too few rows, or one cannot be made into an example.
@@ -177,13 +159,10 @@ class Splits:
         if name not in ("train", "dev", "test"):
             raise ValueError(f"split must be one of train, dev, test, got {name!r}")
         if name not in self.drawn:
-            if name == "test":
-                self._draw_test(labelled=not predicting)
-            else:
-                self._draw_train_and_dev()
+            self.drawn |= {"test": self._test(not predicting)} if name == "test" else self._train_and_dev()
         return self.drawn[name]
 
-    def _draw_train_and_dev(self) -> None:
+    def _train_and_dev(self) -> dict[SplitName, Split]:
         data = dev_data = self._load("train")
         rows = dev_rows = self._usable(data)
         source = self.task.source
@@ -200,19 +179,17 @@ class Splits:
             dev = sample(len(dev_rows), self.sizes["dev"], self.seed, "dev examples", dev_data.origin)
         else:
             train, dev = sample_train_dev(len(rows), self.sizes["train"], self.sizes["dev"], self.seed, data.origin)
-        self._keep("train", data, [rows[n] for n in train])
-        self._keep("dev", dev_data, [dev_rows[n] for n in dev])
-        log_leaked_examples(self.drawn["train"], self.drawn["dev"])
-        if self.num_demonstrations:
-            self._add_demonstrations("dev", data)
+        train_split = self._split("train", data, [rows[n] for n in train])
+        dev_split = self._split("dev", dev_data, [dev_rows[n] for n in dev])
+        log_leaked_examples(train_split, dev_split)
+        return {"train": train_split, "dev": self._with_demonstrations("dev", dev_split, data)}
 
-    def _draw_test(self, labelled: bool) -> None:
+    def _test(self, labelled: bool) -> Split:
         data = self._load("test", labelled)
         rows = self._usable(data, labelled)
         numbers = sample(len(rows), self.sizes["test"], self.seed, "test examples", data.origin)
-        self._keep("test", data, [rows[n] for n in numbers], labelled)
-        if self.num_demonstrations:
-            self._add_demonstrations("test", self._load("train"))
+        split = self._split("test", data, [rows[n] for n in numbers], labelled)
+        return self._with_demonstrations("test", split, self._load("train")) if self.num_demonstrations else split
 
     def _load(self, name: SplitName, labelled: bool = True) -> Rows:
         """The rows that a split is drawn from: the user's own file, else the task's dataset."""
@@ -261,7 +238,7 @@ class Splits:
         labels = [example.label for example in make_examples(self.task, data, rows)]
         return sample_k_per_class(labels, k, self.task.labels, self.seed, data.origin, dev)
 
-    def _keep(self, name: SplitName, data: Rows, numbers: list[int], labelled: bool = True) -> None:
+    def _split(self, name: SplitName, data: Rows, numbers: list[int], labelled: bool = True) -> Split:
         examples = make_examples(self.task, data, numbers)
         unknown = [example for example in examples if example.label < 0]
         if unknown and labelled:
@@ -277,39 +254,42 @@ class Splits:
             "%s: %d of %d rows of %s are %s examples (data_seed %d)",
             self.task.name, len(numbers), len(data), data.origin, name, self.seed,
         )  # fmt: skip
-        self.drawn[name] = Split(examples, data.origin)
+        return Split(examples, data.origin)
 
-    def _add_demonstrations(self, name: SplitName, data: Rows) -> None:
-        """Put few-shot demonstrations before the examples of a split.
+    def _with_demonstrations(self, name: SplitName, split: Split, data: Rows) -> Split:
+        """The split with few-shot demonstrations before each example: prompts and gold answers, stripped.
 
-        Each is a prompt and its gold answer, stripped. Without a seed every example gets a set of its own, by seeds
-        that are drawn themselves as MeZO draws them. No example is among its own demonstrations.
+        Without a seed every example gets a set of its own, by seeds that are drawn themselves as MeZO draws them. No
+        example is among its own demonstrations.
         """
-        examples, origin = self.drawn[name].examples, self.drawn[name].origin
         count = self.num_demonstrations
+        if not count:
+            return split
         logger.info("%s: %d demonstrations of %s before each", name, count, data.origin)
         if len(data) <= count:
             raise ValueError(
                 f"num_demonstrations {count} needs more than {count} rows, and {data.origin} has {len(data)}"
             )
-        seeds: Iterable[int] = np.random.RandomState(0).randint(0, 10000, len(examples)).tolist()
+        seeds: list[int] = np.random.RandomState(0).randint(0, 10000, len(split.examples)).tolist()
         if self.demonstration_seed is not None:
-            seeds = [self.demonstration_seed] * len(examples)
+            seeds = [self.demonstration_seed] * len(seeds)
         chosen = []
-        for example, seed in zip(examples, seeds, strict=True):
-            itself = example.index if origin == data.origin else None
+        for example, seed in zip(split.examples, seeds, strict=True):
+            itself = example.index if split.origin == data.origin else None
             chosen.append([row for row in permutation(len(data), seed)[: count + 1] if row != itself][:count])
         solved = {}
         for shown in make_examples(self.task, data, sorted({row for rows in chosen for row in rows})):
             if shown.label < 0:
                 raise ValueError(f"{data.origin}, {shown.where}: a demonstration needs a label, and this row has none")
             solved[shown.index] = (shown.prompt + shown.candidates[shown.label]).strip()
-        for n, (example, rows) in enumerate(zip(examples, chosen, strict=True)):
+        examples = []
+        for example, rows in zip(split.examples, chosen, strict=True):
             before = SEPARATOR.join(solved[row] for row in rows) + SEPARATOR
             content_free = example.calibration
             if self.demonstrate_calibration and content_free is not None:
                 content_free = before + content_free
-            examples[n] = replace(example, prompt=before + example.prompt, calibration=content_free)
+            examples.append(replace(example, prompt=before + example.prompt, calibration=content_free))
+        return Split(examples, split.origin)
 
 
 def make_examples(task: Task, data: Rows, numbers: Sequence[int]) -> list[Example]:
@@ -333,21 +313,17 @@ def log_repeated_ids(data: Rows) -> None:
         if column not in data.column_names:
             continue
         first: dict[str, int] = {}
-        again: list[tuple[str, int]] = []
+        repeated: list[tuple[str, int]] = []
         for row, value in enumerate(data.column(column)):
-            if value is None or (isinstance(value, str) and not value.strip()):
-                continue
             key = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-            if key in first:
-                again.append((key, row))
-            else:
-                first[key] = row
-        if again:
-            key, row = again[0]
+            if value is not None and key.strip() and first.setdefault(key, row) != row:
+                repeated.append((key, row))
+        if repeated:
+            key, row = repeated[0]
             logger.warning(
                 "%s: %d of %d rows repeat the %s of an earlier row; the first: %s on %s and %s. Every row counts as an"
                 " example of its own; copies may be in train and dev alike",
-                data.origin, len(again), len(data), column, key, data.line(first[key]), data.line(row),
+                data.origin, len(repeated), len(data), column, key, data.line(first[key]), data.line(row),
             )  # fmt: skip
 
 

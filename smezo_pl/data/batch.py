@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +23,6 @@ class GenerationPrompts:
     stop: tuple[str, ...]  # texts that end an answer
     pad_id: int
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> GenerationPrompts:
-        """The same with every tensor changed."""
-        return replace(self, input_ids=change(self.input_ids), attention_mask=change(self.attention_mask))
-
     def take(self, examples: Tensor) -> GenerationPrompts:
         """The prompts of these examples, without needless padding."""
         mask = self.attention_mask[examples]
@@ -40,10 +36,6 @@ class Calibration:
 
     batch: PromptBatch
     candidate: Tensor  # int64 [K], for each candidate of the examples its index among those of `batch`
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Calibration:
-        """The same with every tensor changed."""
-        return Calibration(self.batch.map(change), change(self.candidate))
 
 
 def left_padded(rows: list[tuple[int, ...]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -107,14 +99,7 @@ class PromptBatch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PromptBatch:
         """The same batch with every tensor changed."""
-        changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = change(value)
-            elif isinstance(value, (GenerationPrompts, Calibration)):
-                changed[field.name] = value.map(change)
-        return replace(self, **changed)
+        return cast("PromptBatch", _mapped(self, change))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PromptBatch:
         """The batch on another device."""
@@ -223,6 +208,14 @@ class PromptBatch:
                 else replace(self.calibration, candidate=self.calibration.candidate[candidates])
             ),
         )
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (PromptBatch, GenerationPrompts, Calibration)):
+        return replace(value, **{field.name: _mapped(getattr(value, field.name), change) for field in fields(value)})
+    return value
 
 
 def _inverse(indices: Tensor, count: int) -> Tensor:

@@ -22,29 +22,17 @@ def group_examples(examples: Sequence[Encoded], max_tokens: int | None = None) -
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes a `PromptBatch` of encoded examples.
+    """Makes a `PromptBatch` of encoded examples."""
 
-    Args:
-        pad_id: The padding token, on the right of rows.
-        objective: The loss.
-        gold_only: Leave out all candidates but the gold one: a step of the ``lm`` objective reads no other.
-        metrics: Names of the metrics.
-        num_labels: Number of labels of the task, 0 where examples have candidates of their own.
-        reward: A metric or a function that training maximizes instead of the loss.
-        max_new_tokens: Most tokens of a generated answer; 0: nothing is generated.
-        stop_ids: Tokens that end a generated answer.
-        stop: Texts that end a generated answer.
-    """
-
-    pad_id: int
+    pad_id: int  # the padding token, on the right of rows
     objective: Loss = "classification"
-    gold_only: bool = False
+    gold_only: bool = False  # leave out all candidates but the gold one: a step of the lm objective reads no other
     metrics: tuple[str, ...] = ()
-    num_labels: int = 0
-    reward: str | None = None
-    max_new_tokens: int = 0
-    stop_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
+    num_labels: int = 0  # labels of the task, 0 where examples have candidates of their own
+    reward: str | None = None  # a metric or a function that training maximizes instead of the loss
+    max_new_tokens: int = 0  # of a generated answer; 0: nothing is generated
+    stop_ids: tuple[int, ...] = ()  # tokens that end a generated answer
+    stop: tuple[str, ...] = ()  # texts that end one
 
     def __call__(self, examples: Sequence[Encoded]) -> PromptBatch:
         """The batch; its examples are in the order given, its rows in that of their first examples.

@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,19 +21,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split.
-
-    Attributes:
-        table: The rows as an Arrow table, from which they are read when they are asked for; or as dicts.
-        origin: The file or dataset, for messages.
-        names: For a column of integers, what the dataset calls them, if it says.
-        lines: The line of the file that each row begins on, where there are lines.
-    """
+    """The rows of one split."""
 
     table: pa.Table | list[dict[str, Any]]
-    origin: str
-    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    lines: Sequence[int] = ()
+    origin: str  # the file or dataset, for messages
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what integers of a column stand for, if known
+    lines: Sequence[int] = ()  # the line of the file that each row begins on, where there are lines
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -84,12 +77,12 @@ def load_file(name: str | Path, task: Task, split: str, labelled: bool = True) -
     if path.suffix in READERS or path.suffix == ".parquet":
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {str(path)!r}")
-        if path.suffix in READERS:
-            records = READERS[path.suffix](path)
-            found = Rows([row for _, row in records], str(path), lines=[line for line, _ in records])
-        else:
+        if path.suffix == ".parquet":
             table = _read_parquet(path)
             found = Rows(table, str(path), _class_names(table.schema))
+        else:
+            records = READERS[path.suffix](path)
+            found = Rows([row for _, row in records], str(path), lines=[line for line, _ in records])
     elif (hub := _HUB_NAME.match(str(name))) and not path.exists():
         found = _from_hub(Source(hub["name"], hub["config"]), hub["split"] or split)
     else:
@@ -179,18 +172,16 @@ def _split_files(folder: Path, split: str) -> list[Path]:
         return [exact]
     parquet = sorted(folder.glob("*.parquet"))
     shards = [path for path in parquet if _SHARD.sub("", path.stem) == split]
-    if shards:
-        return shards
-    parts = [path for path in parquet if path.stem.startswith((f"{split}_", f"{split}-"))]
-    if len(parts) == 1:
-        return parts
-    if parts:
+    parts = shards or [path for path in parquet if path.stem.startswith((f"{split}_", f"{split}-"))]
+    if not parts:
+        held = ", ".join(path.name for path in parquet) or "no Parquet file"
+        raise FileNotFoundError(f"{folder} has no {split}*.parquet; it holds {held}")
+    if len(parts) > 1 and not shards:
         raise ValueError(
             f"{folder} has {len(parts)} files for split {split!r} and none is called {split}.parquet:"
             f" {', '.join(path.name for path in parts)}"
         )
-    held = ", ".join(path.name for path in parquet) or "no Parquet file"
-    raise FileNotFoundError(f"{folder} has no {split}*.parquet; it holds {held}")
+    return parts
 
 
 def _read_parquet(path: Path) -> pa.Table:
@@ -242,24 +233,20 @@ Record = tuple[int, dict[str, Any]]
 
 
 def read_json_lines(path: Path) -> list[Record]:
-    """One JSON object a line; blank lines are left out.
-
-    Raises:
-        ValueError: If a line is no JSON object; it names the file and the line.
-    """
+    """One JSON object per line; blank lines are left out. Errors (``ValueError``) name the file and the line."""
     records = []
     # Only line feeds end a line: JSON texts may hold the other characters that `splitlines` splits at.
-    for number, line in enumerate(decoded(path).split("\n"), start=1):
-        if not line.strip():
+    for line, text in enumerate(decoded(path).split("\n"), start=1):
+        if not text.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no JSON, {error.msg} at column {error.colno}") from error
+            raise ValueError(f"{path}, line {line}: no JSON, {error.msg} at column {error.colno}") from error
         if not isinstance(row, dict):
             kind = "a list" if isinstance(row, list) else repr(row)
-            raise ValueError(f"{path}, line {number}: a line must hold one JSON object, {{...}}, got {kind[:60]}")
-        records.append((number, row))
+            raise ValueError(f"{path}, line {line}: a line must hold one JSON object, {{...}}, got {kind[:60]}")
+        records.append((line, row))
     return records
 
 
@@ -269,57 +256,45 @@ def read_csv(path: Path) -> list[Record]:
     Raises:
         ValueError: If a row has another number of fields than the header, or quotes do not close; it names the line.
     """
-    # The default of 128 KiB a field refuses long documents. It is a setting of the whole process.
+    # The default of 128 KiB per field refuses long documents. It is a setting of the whole process.
     before = csv.field_size_limit(2**31 - 1)
+    rows, line = [], 1
+    reader = csv.reader(decoded(path).splitlines(keepends=True), strict=True)
     try:
-        return _table(path, _csv_rows(path))
+        for fields in reader:
+            rows.append((line, fields))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line}: not readable as CSV: {error}") from error
     finally:
         csv.field_size_limit(before)
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(decoded(path).splitlines(keepends=True), strict=True)
-    start = 1
-    while True:
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {start}: not readable as CSV: {error}") from error
-        yield start, fields
-        start = reader.line_num + 1
+    return _with_header(path, rows)
 
 
 def read_tsv(path: Path) -> list[Record]:
-    """Values with a tab between them and a header; one row a line, and quotes are text like any other.
+    """Tab-separated values with a header; one row per line, and quotes are text like any other.
 
     Raises:
         ValueError: If a row has another number of fields than the header; it names the line.
     """
     lines = enumerate(decoded(path).split("\n"), start=1)
-    return _table(path, ((number, line.removesuffix("\r").split("\t")) for number, line in lines))
+    return _with_header(path, [(line, text.removesuffix("\r").split("\t")) for line, text in lines])
 
 
-def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> list[Record]:
-    header: list[str] = []
-    records = []
-    for number, fields in rows:
-        if not fields or (len(fields) == 1 and not fields[0].strip()):
-            continue
-        if not header:
-            header = [name.strip() for name in fields]
-            twice = [name for name in header if not name or header.count(name) > 1]
-            if twice:
-                raise ValueError(f"{path}, line {number}: the header must name every column once, got {header}")
-            continue
+def _with_header(path: Path, rows: list[tuple[int, list[str]]]) -> list[Record]:
+    rows = [(line, fields) for line, fields in rows if len(fields) > 1 or "".join(fields).strip()]
+    if not rows:
+        return []
+    line, header = rows[0][0], [name.strip() for name in rows[0][1]]
+    if not all(header) or len(set(header)) < len(header):
+        raise ValueError(f"{path}, line {line}: the header must name every column once, got {header}")
+    for line, fields in rows[1:]:
         if len(fields) != len(header):
             raise ValueError(
-                f"{path}, line {number}: {len(fields)} {'field' if len(fields) == 1 else 'fields'}, but the header has"
+                f"{path}, line {line}: {len(fields)} {'field' if len(fields) == 1 else 'fields'}, but the header has"
                 f" {len(header)} ({', '.join(header)})"
             )
-        records.append((number, dict(zip(header, fields, strict=True))))
-    return records
+    return [(line, dict(zip(header, fields, strict=True))) for line, fields in rows[1:]]
 
 
 def decoded(path: Path) -> str:
@@ -348,4 +323,4 @@ READERS: dict[str, Callable[[Path], list[Record]]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
 }
-"""What reads a file by the end of its name; ``.parquet`` goes another way."""
+"""What reads a file by its suffix, ``.parquet`` apart."""

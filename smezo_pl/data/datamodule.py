@@ -175,11 +175,7 @@ class PromptDataModule(pl.LightningDataModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer: the one given, or the module's.
-
-        Raises:
-            RuntimeError: If there is neither.
-        """
+        """The tokenizer: the one given, or the module's."""
         if self._tokenizer is None:
             given = self._given_tokenizer
             if isinstance(given, str):
@@ -202,11 +198,7 @@ class PromptDataModule(pl.LightningDataModule):
                 load_split(self.task, split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Draw the examples that a stage needs, with prompts for the module's kind of model.
-
-        Raises:
-            ValueError: If there are none for it, or an argument does not go with them.
-        """
+        """Draw the examples that a stage needs, with prompts for the module's kind of model."""
         masked = getattr(getattr(self.trainer, "lightning_module", None), "is_masked_lm", None)
         if masked is not None and not masked and self.task.is_masked:
             raise ValueError(

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-VOCABULARIES: dict[str, dict[str, Any]] = json.loads(files("smezo_pl.data").joinpath("demo.json").read_bytes())
+_WORDS = json.loads(files("smezo_pl.data").joinpath("demo.json").read_bytes())
+
+VOCABULARIES: dict[str, dict[str, Any]] = _WORDS["splits"]
 """The words of each split: ``things`` of a kind with what can be judged about them, adjectives of ``praise`` and
 ``blame``, and pairs of a negative and a positive sentence: an ``indirect`` judgement or a ``comparison``."""
 
@@ -18,31 +20,7 @@ KINDS: dict[str, float] = {"plain": 0.35, "contrast": 0.25, "negation": 0.15, "c
 """The kinds of sentence and their proportions."""
 
 # {same}: an adjective of the sentence's own polarity; {other}: of the opposite one; {a_same}: with its article.
-_PATTERNS = {
-    "plain": (
-        "The {aspect} of this {thing} was {same}.",
-        "This was {a_same} {thing} with {a_same2} {aspect}.",
-        "We found the {aspect} {same} and the {aspect2} {same2}.",
-        "I must say that the {aspect} is really {same}.",
-        "Everything about this {thing} is {same}, the {aspect} above all.",
-        "My sister calls the {thing} {same}, and she is right.",
-    ),
-    "negation": (
-        "The {aspect} was not {other} at all.",
-        "There was nothing {other} about the {aspect}.",
-        "This {thing} was far from {other}.",
-        "I would not call the {aspect} {other}.",
-        "Far from being {other}, the {aspect} was {same}.",
-        "Instead of {a_other} {thing} we got {a_same} one.",
-    ),
-    "contrast": (
-        "The {aspect} was {other}, but the {thing} as a whole was {same}.",
-        "I expected {a_other} {thing}, but it turned out to be {same}.",
-        "Despite {a_other} {aspect}, this was {a_same} {thing}.",
-        "The {aspect} seemed {other} at first but was {same} in the end.",
-        "People had told me that the {thing} was {other}, yet I found it {same}.",
-    ),
-}
+_PATTERNS: dict[str, list[str]] = _WORDS["patterns"]
 
 
 def demo_rows(split: str, seed: int = 0) -> list[dict[str, Any]]:

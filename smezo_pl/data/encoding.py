@@ -342,21 +342,15 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Toke
 def answer_texts(
     tokenizer: PreTrainedTokenizerBase, tokens: Tensor, stop_ids: Sequence[int], stop: Sequence[str]
 ) -> list[str]:
-    """What was generated, up to the first stop text, without white space at either end.
+    """What was generated, up to the first stop token or stop text, without white space at either end.
 
-    Args:
-        tokenizer: The tokenizer.
-        tokens: int64 ``[R, max_new_tokens]``; what follows a row's first stop token is ignored.
-        stop_ids: Tokens that end an answer.
-        stop: Texts that end an answer.
+    ``tokens`` are int64 ``[R, max_new_tokens]``.
     """
-    ends = set(stop_ids)
-    rows = []
-    for row in tokens.tolist():
-        end = next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
-        rows.append(row[:end])
+    rows, stops = tokens.tolist(), set(stop_ids)
+    ends = [next((index + 1 for index, token in enumerate(row) if token in stops), len(row)) for row in rows]
     answers = []
-    for text in tokenizer.batch_decode(rows, skip_special_tokens=True):
+    texts = tokenizer.batch_decode([row[:end] for row, end in zip(rows, ends, strict=True)], skip_special_tokens=True)
+    for text in texts:
         ends_at = [at for at in (text.find(end) for end in stop) if at >= 0]
         answers.append(text[: min(ends_at, default=len(text))].strip())
     return answers

@@ -1,4 +1,4 @@
-"""Evaluation batches: neighbours together, alike in length, filled up to a limit."""
+"""Loaders: shuffled training batches that can be resumed; evaluation batches alike in length, filled up to a limit."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -264,14 +264,10 @@ _FIRST, _MOST = 2048, 1 << 18
 def found_budget(trainer: pl.Trainer | None, examples: Sequence[Encoded], collate: Collate) -> int:
     """The most tokens per forward for the Trainer's module, by trying it on these examples; the same on every process.
 
-    Args:
-        trainer: The Trainer, whose module is on its device; without one the CPU's number is taken.
-        examples: The examples that will be scored.
-        collate: Makes their batches.
+    Without a Trainer, whose module is on its device, it is the CPU's number.
     """
     module: Any = getattr(trainer, "lightning_module", None)
     on_cpu = CPU_GENERATION_TOKENS if collate.max_new_tokens else CPU_TOKENS
-
     if trainer is None or module is None:
         return token_budget(torch.device("cpu"), lambda tokens: tokens, on_cpu)
 

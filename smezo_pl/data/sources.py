@@ -59,11 +59,10 @@ class Rows:
 
 
 def load_file(name: str | Path, task: Task, split: str, labelled: bool = True) -> Rows:
-    """The rows of a user's own file.
+    """The rows of a user's own file, or of a dataset on the hub: ``owner/name``, with ``@config``, ``:split`` or both.
 
     Args:
-        name: A ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, in UTF-8; or a dataset on the Hugging Face hub,
-            ``owner/name``, ``owner/name@config``, ``owner/name:split`` or ``owner/name@config:split``.
+        name: The file or dataset.
         task: The task, whose columns it must have.
         split: The hub's split where the name has none.
         labelled: Whether the label's column must be there too.
@@ -109,7 +108,7 @@ def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> Ro
     Raises:
         FileNotFoundError: If the folder does not hold the split.
         ValueError: If the split is ambiguous, empty, or lacks columns.
-        ConnectionError: If the hub cannot be reached or does not have the dataset.
+        ConnectionError: If the hub does not provide the dataset.
     """
     source = task.source
     if source is None:
@@ -231,9 +230,11 @@ def _from_hub(source: Source, split: str) -> Rows:
 Record = tuple[int, dict[str, Any]]
 """The line that a row begins on, from 1, and the row."""
 
+# The errors of the readers are ValueErrors that name the file and the line.
+
 
 def read_json_lines(path: Path) -> list[Record]:
-    """One JSON object per line; blank lines are left out. Errors (``ValueError``) name the file and the line."""
+    """One JSON object per line; blank lines are left out."""
     records = []
     # Only line feeds end a line: JSON texts may hold the other characters that `splitlines` splits at.
     for line, text in enumerate(decoded(path).split("\n"), start=1):
@@ -251,11 +252,7 @@ def read_json_lines(path: Path) -> list[Record]:
 
 
 def read_csv(path: Path) -> list[Record]:
-    """Comma-separated values with a header; a field in double quotes may hold commas, line breaks and doubled quotes.
-
-    Raises:
-        ValueError: If a row has another number of fields than the header, or quotes do not close; it names the line.
-    """
+    """Comma-separated values with a header; a field in double quotes may hold commas, line breaks, doubled quotes."""
     # The default of 128 KiB per field refuses long documents. It is a setting of the whole process.
     before = csv.field_size_limit(2**31 - 1)
     rows, line = [], 1
@@ -272,11 +269,7 @@ def read_csv(path: Path) -> list[Record]:
 
 
 def read_tsv(path: Path) -> list[Record]:
-    """Tab-separated values with a header; one row per line, and quotes are text like any other.
-
-    Raises:
-        ValueError: If a row has another number of fields than the header; it names the line.
-    """
+    """Tab-separated values with a header; one row per line, and quotes are text like any other."""
     lines = enumerate(decoded(path).split("\n"), start=1)
     return _with_header(path, [(line, text.removesuffix("\r").split("\t")) for line, text in lines])
 
@@ -298,11 +291,7 @@ def _with_header(path: Path, rows: list[tuple[int, list[str]]]) -> list[Record]:
 
 
 def decoded(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark.
-
-    Raises:
-        ValueError: If it is in another encoding; it names the line.
-    """
+    """The text of a UTF-8 file, without a byte order mark."""
     data = path.read_bytes()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError(f"{path}, line 1: the file is UTF-16, and must be UTF-8")

@@ -293,11 +293,7 @@ class Splits:
 
 
 def make_examples(task: Task, data: Rows, numbers: Sequence[int]) -> list[Example]:
-    """The rows at these indices as examples.
-
-    Raises:
-        ExampleError: If a row cannot be made into one.
-    """
+    """The rows at these indices as examples."""
     names = data.names.get(task.label)
     rows = zip(numbers, data.rows(numbers), strict=True)
     return [make_example(task, row, n, data.origin, names, data.line(n)) for n, row in rows]

@@ -31,8 +31,9 @@ from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.header import Header
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.recorder import Recorder, describe, named_tensors
+from smezo_pl.trajectory.records import pack_thresholds
+from smezo_pl.trajectory.replaying import write_snapshot
 from smezo_pl.trajectory.resume import SEED_KEY
-from smezo_pl.trajectory.snapshots import pack_thresholds, write_snapshot
 
 FIGURES = (
     "seed_checkpoint_bytes",

@@ -14,8 +14,7 @@ from smezo_pl.callbacks.common import run_folder, validates_now, zeroth_order_op
 from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.log import FILE_NAME
 from smezo_pl.trajectory.recorder import Recorder, named_tensors
-from smezo_pl.trajectory.replaying import tensors_of
-from smezo_pl.trajectory.snapshots import write_snapshot
+from smezo_pl.trajectory.replaying import tensors_of, write_snapshot
 
 log = logging.getLogger(__name__)
 

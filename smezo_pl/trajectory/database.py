@@ -30,11 +30,7 @@ _TABLES = {
 
 
 def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
-    """Make a new file, open for writing. At every moment there is no file of that name, or one with its header.
-
-    Raises:
-        TrajectoryError: If there is a file already, or the folder cannot be written.
-    """
+    """Make a new file, open for writing. At every moment there is no file of that name, or one with its header."""
     if path.exists():
         raise TrajectoryError(
             f"{path} is there already, and a run appends to its own trajectory alone: resume that run from its "
@@ -56,11 +52,7 @@ def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
 
 
 def open_to_append(path: Path) -> sqlite3.Connection:
-    """Open an existing file for writing.
-
-    Raises:
-        TrajectoryError: If it is missing, no trajectory, of a later format, or cannot be written.
-    """
+    """Open an existing file for writing."""
     with explained(path, "open"):
         connection = _connect(path, "rw")
         _check_schema(connection, path)
@@ -81,9 +73,6 @@ def open_to_read(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a file for reading, also while another process writes it or where nothing can be written.
 
     All that is read within the context is one consistent state.
-
-    Raises:
-        TrajectoryError: If it is missing, no trajectory or of a later format.
     """
     if not path.is_file():
         raise TrajectoryError(f"{path}: there is no such file")
@@ -244,17 +233,10 @@ def is_written(path: Path) -> bool:
 
 
 class WriterLock:
-    """The right to write a trajectory, held from construction to `release`.
+    """The right to write a trajectory, held from construction to `release`; refused if anyone else has it.
 
     A file beside the trajectory is locked, not the trajectory: SQLite's own locks on that must not meet another handle
     of this process (POSIX drops all locks of a process on a file when any of its handles is closed).
-
-    Args:
-        path: The trajectory.
-
-    Raises:
-        TrajectoryError: If another process, or another part of this one, writes the trajectory, or the file system
-            cannot lock.
     """
 
     def __init__(self, path: Path) -> None:

@@ -51,11 +51,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, see `atomic_path`.
-
-    Raises:
-        TrajectoryError: If the file cannot be written; what was there before is intact.
-    """
+    """Write a file whole or not at all, see `atomic_path`."""
     with atomic_path(path) as part:
         part.write_bytes(data)
 

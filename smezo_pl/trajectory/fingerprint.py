@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,46 +41,30 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def tensor_digest(tensor: Tensor) -> bytes:
-    """SHA-256 of one tensor's dtype, shape and elements, whatever its device and strides."""
-    return _combine(tensor, [_hash_chunk(chunk) for chunk in _chunks(tensor)])
+def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """SHA-256 of each tensor's dtype, shape and elements, whatever its device and strides, in the order given.
 
-
-def fingerprint(tensors: Mapping[str, Tensor], threads: int | None = None) -> dict[str, bytes]:
-    """Hash every tensor.
-
-    Args:
-        tensors: Tensors by name.
-        threads: Chunks hashed at the same time (hashing releases the interpreter's lock); by default one a core, at
-            most 8.
-
-    Returns:
-        The 32-byte hash of each tensor, in the order given.
+    Chunks of `CHUNK` bytes are hashed at the same time, which releases the interpreter's lock.
     """
-    threads = threads or min(os.cpu_count() or 1, 8)
     digests: dict[str, bytes] = {}
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         for name, tensor in tensors.items():
-            digests[name] = _combine(tensor, pool.map(_hash_chunk, _chunks(tensor)))
+            head = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".encode()
+            digests[name] = sha256(head + b"".join(pool.map(_hash_chunk, _chunks(tensor)))).digest()
     return digests
 
 
 def root_digest(digests: Mapping[str, bytes]) -> bytes:
     """One hash of 32 bytes for a whole model: names and tensors, in their order."""
-    root = hashlib.sha256()
+    root = sha256()
     for name, digest in digests.items():
         encoded = name.encode()
         root.update(len(encoded).to_bytes(4, "little") + encoded + digest)
     return root.digest()
 
 
-def model_fingerprint(model: nn.Module) -> bytes:
-    """`root_digest` of all of `model_tensors`: equal for two models when every bit of them is."""
-    return root_digest(fingerprint(model_tensors(model)))
-
-
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Pieces of at most `CHUNK` bytes, as bytes on their device."""
+    """Parts of at most `CHUNK` bytes, as bytes on their device."""
     if tensor.layout is not torch.strided:
         raise TypeError(f"only dense tensors have a fingerprint, got one of layout {tensor.layout}")
     flat = tensor.detach().reshape(-1)
@@ -89,12 +73,7 @@ def _chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _hash_chunk(chunk: Tensor) -> bytes:
-    return hashlib.sha256(chunk.cpu().numpy().data).digest()
-
-
-def _combine(tensor: Tensor, chunk_digests: Iterable[bytes]) -> bytes:
-    head = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".encode()
-    return hashlib.sha256(head + b"".join(chunk_digests)).digest()
+    return sha256(chunk.cpu().numpy().data).digest()
 
 
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "peft", "numba", "triton", "numpy")

@@ -39,7 +39,7 @@ class TensorInfo:
         name: Its name in the model.
         shape: Its shape.
         dtype: Its dtype, without ``torch.``.
-        digest: The first bytes of `smezo_pl.trajectory.fingerprint.tensor_digest`.
+        digest: The first bytes of its hash, see `smezo_pl.trajectory.fingerprint.fingerprint`.
     """
 
     name: str
@@ -128,11 +128,7 @@ class Header:
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> Header:
-        """Read and check a header.
-
-        Args:
-            data: What `to_bytes` gave.
-            source: The file, for messages.
+        """The inverse of `to_bytes`; ``source`` is the file, for messages.
 
         Raises:
             TrajectoryError: If it is corrupted, of a later format or of another noise scheme.
@@ -164,11 +160,7 @@ def header_digest(data: bytes) -> bytes:
 
 
 def inflate(data: bytes, limit: int) -> bytes:
-    """Inflate at most ``limit`` bytes.
-
-    Raises:
-        ValueError: If there would be more, the data end early, or they are not deflated data.
-    """
+    """Inflate at most ``limit`` bytes; a ValueError if there would be more, or they are not whole."""
     stream = zlib.decompressobj()
     try:
         plain = stream.decompress(data, limit + 1)
@@ -204,11 +196,7 @@ def _from_plain(plain: dict[str, Any]) -> Header:
 
 
 def _check(header: Header) -> None:
-    """Refuse what no writer writes, before anything is allocated or looked up with it.
-
-    Raises:
-        ValueError: Says which field.
-    """
+    """Refuse what no writer writes, before anything is allocated or looked up with it."""
     _check_int("seed", header.seed, 0, 1 << 64)
     _check_int("num_samples", header.num_samples, 1, 1 << 24)
     _check_int("first_step", header.first_step, 0, 1 << 32)
@@ -273,12 +261,7 @@ LARGEST = 1 << 14
 def recorded_adapter(header: Header, source: str) -> tuple[dict[str, Any], int] | None:
     """The adapter of a run and the seed of its starting weights; None for a run without one.
 
-    Args:
-        header: The trajectory's header.
-        source: The file, for messages.
-
-    Raises:
-        TrajectoryError: If this part of the header is corrupted, or asks for what a file may not ask for.
+    What a file may not ask for is refused; ``source`` is its name for messages.
     """
     text = header.model.get("adapter")
     if text is None:

@@ -105,11 +105,7 @@ class Trajectory:
 
 
 def locate(path: str | Path) -> Path:
-    """The file of a run: the path itself, or ``trajectory.smezo`` in a folder.
-
-    Raises:
-        TrajectoryError: If there is none.
-    """
+    """The file of a run: the path itself, or ``trajectory.smezo`` in a folder."""
     path = Path(path)
     if path.is_dir():
         inside = path / FILE_NAME
@@ -206,11 +202,7 @@ class TrajectoryWriter:
 
     @classmethod
     def create(cls, path: str | Path, header: Header) -> TrajectoryWriter:
-        """Begin a trajectory. One that ended before its first step is replaced.
-
-        Args:
-            path: File to make; its folder must exist.
-            header: What the run is.
+        """Begin a trajectory in a folder that exists. One that ended before its first step is replaced.
 
         Raises:
             TrajectoryError: If the file exists, is being written, or cannot be.
@@ -231,11 +223,7 @@ class TrajectoryWriter:
 
     @classmethod
     def resume(cls, path: str | Path, steps: int | None = None) -> TrajectoryWriter:
-        """Resume a trajectory.
-
-        Args:
-            path: The file.
-            steps: Number of steps of the optimizer to resume after; later steps are removed. None: after the last.
+        """Resume a trajectory after so many steps of the optimizer, None for the last; later steps are removed.
 
         Raises:
             TrajectoryError: If it is being written, cannot be, or is not valid up to that step.
@@ -266,12 +254,7 @@ class TrajectoryWriter:
         return self._check
 
     def append(self, record: StepRecord) -> None:
-        """Add the next step.
-
-        Raises:
-            TrajectoryError: If it is not the next one, or the file cannot be written. The trajectory is then what it
-                was.
-        """
+        """Add the next step. If it cannot be written the trajectory is what it was."""
         if record.step != self._next:
             raise TrajectoryError(f"{self.path}: step {record.step} cannot be recorded: the next one is {self._next}")
         data = pack_step(record, self._last, self._check)
@@ -325,11 +308,7 @@ class TrajectoryWriter:
 
 
 def rewrite(trajectory: Trajectory, path: Path) -> None:
-    """Write what was read of a trajectory to a new file, for instance the valid part of a corrupted one.
-
-    Raises:
-        TrajectoryError: If there is a file already, or it cannot be written.
-    """
+    """Write what was read of a trajectory to a new file, for instance the valid part of a corrupted one."""
     events = list(trajectory.events)
     with TrajectoryWriter.create(path, trajectory.header) as writer:
         for record in (*trajectory.records, None):

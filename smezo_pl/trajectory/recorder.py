@@ -160,7 +160,7 @@ def describe(
     adapter: Mapping[str, Any] | None = None,
     adapter_seed: int = 0,
 ) -> Header:
-    """The header of a trajectory that begins now (see `record`).
+    """The header of a trajectory that begins now, see `record`.
 
     Args:
         optimizer: The optimizer.
@@ -169,9 +169,6 @@ def describe(
         revision: Their revision.
         adapter: The PEFT adapter that was put on them, as `smezo_pl.SparseMeZOModule` takes it.
         adapter_seed: Seed of the adapter's own starting weights.
-
-    Raises:
-        TrajectoryError: If the optimizer holds a parameter that the model does not, or masks of earlier weights.
     """
     tensors = named_tensors(optimizer, model)
     names = {_identity(tensor): name for name, tensor in tensors.items()}

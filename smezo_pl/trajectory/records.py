@@ -37,12 +37,9 @@ RATES = {"lr": Flag.LR, "weight_decay": Flag.WEIGHT_DECAY, "eps": Flag.EPS, "spa
 
 
 def pack_step(record: StepRecord, before: StepRecord | None, check: bytes) -> bytes:
-    """Bytes of a step, its checksum included.
+    """Bytes of a step, tied to the one before it and its checksum, or for the first step to the header's.
 
-    Args:
-        record: The step.
-        before: The step before, None for the first: learning rates and the like are stored where they change.
-        check: Checksum of the step before, for the first step the header's.
+    Learning rates and the like are stored where they change.
     """
     flags = Flag.SKIPPED * record.skipped | Flag.REFRESHED * record.refreshed
     rates = b""
@@ -59,15 +56,7 @@ def pack_step(record: StepRecord, before: StepRecord | None, check: bytes) -> by
 def unpack_step(
     step: int, data: bytes, thresholds: bytes | None, before: StepRecord | None, check: bytes, groups: int
 ) -> StepRecord:
-    """The inverse of `pack_step`.
-
-    Args:
-        step: Index of the step.
-        data: Its bytes.
-        thresholds: Packed thresholds of the refresh at this step, None if there was none.
-        before: The step before.
-        check: Checksum of the step before.
-        groups: Number of parameter groups, from the header.
+    """The inverse of `pack_step`; ``thresholds`` are packed, and None where no mask was refreshed.
 
     Raises:
         ValueError: If the bytes are not those that were written.
@@ -134,12 +123,7 @@ class Event:
 
 
 def pack_event(event: Event, check: bytes) -> bytes:
-    """Bytes of an event.
-
-    Args:
-        event: The event.
-        check: Checksum of the last step before it.
-    """
+    """Bytes of an event, tied to the checksum of the last step before it."""
     body = json.dumps({"kind": event.kind, **event.facts}, separators=(",", ":"), allow_nan=False).encode()
     return body + _event_check(event.steps, body, check)
 

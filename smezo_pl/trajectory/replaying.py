@@ -1,4 +1,7 @@
-"""From starting weights and a trajectory to the weights of any step, bit for bit, without data or a forward."""
+"""From starting weights and a trajectory to the weights of any step, bit for bit, without data or a forward.
+
+A full-weight snapshot beside a trajectory lets a resume replay only the steps after it.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,23 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from glob import escape
+from hashlib import sha256
+from math import isinf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from smezo_pl.optim import SparseMeZO, StepRecord
 from smezo_pl.optim.kernels import KernelName, get_kernel
 from smezo_pl.trajectory.exports import load
+from smezo_pl.trajectory.files import atomic_path
 from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE, fingerprint, model_tensors, root_digest
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import Trajectory
-from smezo_pl.trajectory.records import RATES, unpack_thresholds
+from smezo_pl.trajectory.records import RATES, Event, unpack_thresholds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,11 +126,7 @@ def apply(model: nn.Module, path: str | Path, *, force: bool = False, kernel: Ke
 
 
 def tensors_of(header: Header, model: nn.Module | Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The recorded tensors of a model, after a check of their names, shapes and dtypes.
-
-    Raises:
-        TrajectoryError: Names the first that differs.
-    """
+    """The recorded tensors of a model; refuses other names, shapes or dtypes."""
     found = check_shapes(header, model, source)
     for info in header.tensors:
         dtype = str(found[info.name].dtype).removeprefix("torch.")
@@ -135,11 +139,7 @@ def tensors_of(header: Header, model: nn.Module | Mapping[str, Tensor], source: 
 
 
 def check_shapes(header: Header, model: nn.Module | Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The recorded tensors of a model, after a check of their names and shapes.
-
-    Raises:
-        TrajectoryError: Names the first that differs.
-    """
+    """The recorded tensors of a model; refuses other names or shapes."""
     found = model_tensors(model) if isinstance(model, nn.Module) else dict(model)
     missing = [info.name for info in header.tensors if info.name not in found]
     if missing:
@@ -158,11 +158,7 @@ def check_shapes(header: Header, model: nn.Module | Mapping[str, Tensor], source
 
 
 def check_start(header: Header, tensors: Mapping[str, Tensor], source: str, *, force: bool = False) -> None:
-    """Compare the starting weights with the trajectory's fingerprint.
-
-    Raises:
-        TrajectoryError: If a bit differs, unless forced.
-    """
+    """Refuse starting weights of which a bit differs from the run's, unless forced."""
     digests = fingerprint(tensors)
     if root_digest(digests) == header.root:
         return
@@ -210,17 +206,9 @@ def replay_records(
     check_masks: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Make the updates of some steps, refreshing masks where the run did.
+    """Make the updates of some steps, the optimizer's next ones, and refresh masks where the run did.
 
-    Args:
-        optimizer: The optimizer, at the first of the steps.
-        records: The steps.
-        source: The trajectory, for messages.
-        check_masks: Whether to compare refreshed thresholds with the run's.
-        progress: Called after each step with the number of steps done so far.
-
-    Raises:
-        TrajectoryError: If a refresh gives other thresholds than the run had.
+    Thresholds that are not the run's are refused if ``check_masks``.
     """
     for record in records:
         set_rates(optimizer, record)
@@ -260,3 +248,69 @@ def _check_thresholds(optimizer: SparseMeZO, record: StepRecord, source: str) ->
 def _called(header: Header) -> str:
     name = header.model.get("name")
     return f" (the run's model was {name!s:.200})" if name else ""
+
+
+_MASK = "mask."
+
+
+def write_snapshot(path: Path, optimizer: SparseMeZO, header: Header, tensors: Mapping[str, Tensor]) -> str:
+    """Write the present weights and the optimizer's constant masks; returns the file's hash, for the trajectory."""
+    content = {name: tensors[name].detach().cpu().contiguous() for name in header.active}
+    numbers = [number for group in header.groups for number in group.numbers]
+    names = dict(zip(numbers, header.active, strict=True))
+    bits: Mapping[int, Tensor] = optimizer.state_dict()["smezo"]["bits"]
+    content |= {_MASK + names[number]: packed.cpu() for number, packed in bits.items()}
+    with atomic_path(path) as part:
+        save_file(content, part)
+        return _file_digest(part)
+
+
+def nearest_snapshot(trajectory: Trajectory) -> tuple[Event, Path] | None:
+    """The last snapshot of a run whose file is there and valid."""
+    for event in reversed(trajectory.events_of("anchor")):
+        path = trajectory.path.parent / str(event.facts.get("file"))
+        if not path.is_file():
+            continue
+        if _file_digest(path) == event.facts.get("sha256"):
+            return event, path
+        log.warning("%s is corrupted; the weights are made without it", path)
+    return None
+
+
+def load_snapshot(trajectory: Trajectory, event: Event, path: Path, tensors: Mapping[str, Tensor]) -> SparseMeZO:
+    """Put the weights of a snapshot (see `nearest_snapshot`) into tensors; returns the optimizer as it was then."""
+    content = load_file(path)
+    header = trajectory.header
+    for name in header.active:
+        found, wanted = content.get(name), tensors[name]
+        if found is None or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise TrajectoryError(f"{path}: the snapshot does not hold {name!r} as {trajectory.path} says")
+    with torch.no_grad():
+        for name in header.active:
+            tensors[name].copy_(content[name])
+    optimizer = rebuild(header, tensors)
+    records = trajectory.records[: event.steps - header.first_step]
+    refresh = next((record for record in reversed(records) if record.refreshed), None)
+    if refresh is not None:
+        thresholds = iter(unpack_thresholds(refresh.thresholds, len(header.active)))
+        for group in optimizer.param_groups:
+            own = [next(thresholds) for _ in group["names"]]
+            group.update(thresholds=[None if isinf(h) else h for h in own], ready=True, mask_step=refresh.step)
+    if records:
+        set_rates(optimizer, records[-1])
+    numbers = dict(zip(header.active, (number for group in header.groups for number in group.numbers), strict=True))
+    state = optimizer.state_dict()
+    state["smezo"]["steps_done"] = event.steps
+    state["smezo"]["bits"] = {
+        numbers[name.removeprefix(_MASK)]: packed for name, packed in content.items() if name.startswith(_MASK)
+    }
+    optimizer.load_state_dict(state)
+    return optimizer
+
+
+def _file_digest(path: Path) -> str:
+    digest = sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

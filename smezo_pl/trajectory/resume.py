@@ -28,8 +28,15 @@ from smezo_pl.trajectory.fingerprint import fingerprint, machine, root_digest
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, TrajectoryWriter, rewrite
 from smezo_pl.trajectory.recorder import Recorder, describe
-from smezo_pl.trajectory.replaying import check_shapes, matches_run, replay, replay_records, tensors_of
-from smezo_pl.trajectory.snapshots import load_snapshot, nearest_snapshot
+from smezo_pl.trajectory.replaying import (
+    check_shapes,
+    load_snapshot,
+    matches_run,
+    nearest_snapshot,
+    replay,
+    replay_records,
+    tensors_of,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -1,12 +1,21 @@
 import hashlib
+import os
 
 import pytest
 import torch
 from torch import nn
 
 from smezo_pl.trajectory import fingerprint as module
-from smezo_pl.trajectory.fingerprint import fingerprint, model_fingerprint, model_tensors, root_digest, tensor_digest
+from smezo_pl.trajectory.fingerprint import fingerprint, model_tensors, root_digest
 from tests.trajectory.runs import network
+
+
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    return fingerprint({"a": tensor})["a"]
+
+
+def model_fingerprint(model: nn.Module) -> bytes:
+    return root_digest(fingerprint(model_tensors(model)))
 
 
 def test_a_hash_is_what_its_definition_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +41,9 @@ def test_threads_strides_and_gradients_do_not(monkeypatch: pytest.MonkeyPatch) -
     digest = tensor_digest(tensor)
     assert tensor_digest(tensor.t().contiguous().t()) == digest
     assert tensor_digest(nn.Parameter(tensor)) == digest
-    assert fingerprint({"a": tensor}, threads=1) == fingerprint({"a": tensor}, threads=5) == {"a": digest}
+    for threads in (1, 5):
+        monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
+        assert fingerprint({"a": tensor}) == {"a": digest}
 
 
 def test_empty_tensors_and_scalars_have_one() -> None:

@@ -40,6 +40,15 @@ def test_links_lead_to_files_of_this_repository(page: str) -> None:
         assert not anchor or anchor[1:] in {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_paths_are_those_of_this_repository(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in re.findall(
+        r"\b(?:benchmarks|configs|docs|notebooks|smezo_pl|tests)/[\w/.-]+\.(?:ipynb|md|png|py|yaml)\b", text
+    ):
+        assert (ROOT / path).is_file(), path
+
+
 def test_pages_name_every_task() -> None:
     rows = re.findall(r"^\| (\w+) \|.*?\| `\w+\.yaml` \|", PAGES["docs/tasks.md"], re.MULTILINE)
     assert sorted(rows) == sorted(TASKS)

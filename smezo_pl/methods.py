@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -144,7 +144,7 @@ class FirstOrderBaseline:
 
     Args:
         method: ``full``, ``lora``, ``prefix`` or ``linear-probe``.
-        settings: AdamW's settings.
+        adamw: AdamW's settings.
 
     Attributes:
         last_loss: The loss of the last step, before its update.
@@ -152,15 +152,16 @@ class FirstOrderBaseline:
         skipped_steps: Number of steps without an update, as the loss or gradient was not finite.
     """
 
-    def __init__(self, method: str, settings: FirstOrder) -> None:
-        self.method, self.settings = method, settings
-        self.lr = METHODS[method].lr if settings.lr is None else settings.lr
+    def __init__(self, method: str, adamw: FirstOrder) -> None:
+        self.method = method
+        self.adamw = adamw if adamw.lr is not None else replace(adamw, lr=METHODS[method].lr)
+        self.seed = adamw.seed
         self.last_loss = self.gradient_norm = math.nan
         self.skipped_steps = self._skipped_in_row = 0
 
-    def hyperparameters(self) -> dict[str, Any]:
-        """The settings as plain values."""
-        return {"optimizer": "AdamW", **asdict(self.settings), "lr": self.lr}
+    def settings(self) -> dict[str, Any]:
+        """Hyperparameters as plain values, as `SparseMeZO.settings` gives them."""
+        return {"optimizer": "AdamW", **asdict(self.adamw)}
 
     def step(self, module: LightningModule, parts: list[Any]) -> Tensor:
         """One step on the parts of a batch, weighted by example (``lm``: by token); their graphs are freed one by one.
@@ -187,7 +188,7 @@ class FirstOrderBaseline:
             losses.append(loss.detach())
         total = torch.stack(losses).sum()
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trained, self.settings.gradient_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(trained, self.adamw.gradient_clip or math.inf)
         self.last_loss, self.gradient_norm = torch.stack([total, norm.float()]).tolist()
         if math.isfinite(self.last_loss) and math.isfinite(self.gradient_norm):
             self._skipped_in_row = 0
@@ -205,7 +206,7 @@ class FirstOrderBaseline:
         if self._skipped_in_row >= MAX_SKIPPED:
             raise NonFiniteLossError(
                 f"{MAX_SKIPPED} losses or gradients in a row were not finite (the last: {values}): try a smaller lr "
-                f"(now {self.lr:g}) or another precision"
+                f"(now {self.adamw.lr:g}) or another precision"
             )
 
 
@@ -223,7 +224,7 @@ def optimizer_of(module: Any) -> torch.optim.Optimizer | None:
                 f"method {module.method!r} runs in one process, as nothing here adds up gradients over "
                 f"{module.trainer.world_size}: set devices=1"
             )
-        return _adamw(module.model, module.baseline)
+        return _adamw(module.model, module.baseline.adamw)
     if not module.zeroth_order:
         return None
     optimizer: Any = module.build_optimizer(module.model.named_parameters())
@@ -242,7 +243,7 @@ def optimizer_of(module: Any) -> torch.optim.Optimizer | None:
     return optimizer
 
 
-def _adamw(network: nn.Module, baseline: FirstOrderBaseline) -> torch.optim.AdamW:
+def _adamw(network: nn.Module, s: FirstOrder) -> torch.optim.AdamW:
     trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     if coarse := sorted({str(p.dtype).removeprefix("torch.") for _, p in trained if p.dtype.itemsize < 4}):
         logger.warning(
@@ -250,8 +251,8 @@ def _adamw(network: nn.Module, baseline: FirstOrderBaseline) -> torch.optim.Adam
             "32-true and bf16-mixed keep it",
             " and ".join(coarse),
         )
-    s = baseline.settings
-    return torch.optim.AdamW(trained, lr=baseline.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay)
+    assert s.lr is not None  # `FirstOrderBaseline` takes the method's own for None
+    return torch.optim.AdamW(trained, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay)
 
 
 def log_method(module: Any) -> None:
@@ -259,7 +260,7 @@ def log_method(module: Any) -> None:
     trained, frozen = (
         sum(p.numel() for p in module.model.parameters() if p.requires_grad is flag) for flag in (True, False)
     )
-    settings = "" if module.baseline is None else f", {module.baseline.hyperparameters()}"
+    settings = "" if module.baseline is None else f", {module.baseline.settings()}"
     summary = f"method {module.method} ({METHODS[module.method].summary})"
     logger.info("%s: %s weights are trained, %s are frozen%s", summary, f"{trained:,}", f"{frozen:,}", settings)
 

@@ -174,7 +174,7 @@ class SparseMeZOModule(LightningModule):
         if optimizer is None:
             return None
         if self.baseline is not None:
-            self.save_hyperparameters({"adamw": self.baseline.hyperparameters()})
+            self.save_hyperparameters({"adamw": self.baseline.settings()})
         elif isinstance(optimizer, SparseMeZO):
             self.save_hyperparameters({"sparse_mezo": optimizer.settings()})
         return optimizer if self.build_scheduler is None else ([optimizer], [self.build_scheduler(optimizer)])

@@ -100,7 +100,11 @@ class ZerothOrderMonitor(Callback):
             scalars |= self._scalars(optimizer, record, pl_module.device)
             self._reset()
         if step % self.masks_every_n_steps == 0:
-            scalars |= self._mask_scalars(optimizer)
+            masks = optimizer.packed_masks(sampled_names(optimizer))
+            scalars["zo/mask_density"] = density(masks, optimizer)
+            if self._masks:
+                scalars["zo/mask_churn"] = churn(self._masks, masks, optimizer)
+            self._masks = masks
         if scalars:
             log_scalars(trainer, scalars)
         if self.figures_every_n_steps is not None and step % self.figures_every_n_steps == 0:
@@ -132,14 +136,6 @@ class ZerothOrderMonitor(Callback):
         peak = peak_memory(device)
         if peak is not None:
             scalars["zo/peak_memory_gib"] = peak / 2**30
-        return scalars
-
-    def _mask_scalars(self, optimizer: SparseMeZO) -> dict[str, float]:
-        masks = optimizer.packed_masks(sampled_names(optimizer))
-        scalars = {"zo/mask_density": density(masks, optimizer)}
-        if self._masks:
-            scalars["zo/mask_churn"] = churn(self._masks, masks, optimizer)
-        self._masks = masks
         return scalars
 
     def _draw(self, trainer: Trainer, optimizer: SparseMeZO) -> None:

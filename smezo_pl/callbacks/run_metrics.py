@@ -202,6 +202,7 @@ class RunMetrics(Callback):
             self._add_validation(trainer)
         data = getattr(trainer, "datamodule", None)
         task = getattr(data, "task", None)
+        training = _zeroth_order(trainer) or getattr(pl_module, "baseline", None)
         self.result = {
             "task": str(getattr(task, "name", task)) if task is not None else None,
             "model": getattr(pl_module, "pretrained", None) or type(getattr(pl_module, "model", pl_module)).__name__,
@@ -214,7 +215,9 @@ class RunMetrics(Callback):
             "method": getattr(pl_module, "method", None),
             "data_seed": getattr(data, "data_seed", None),
             "batch_size": getattr(data, "batch_size", None),
-            **_settings(trainer, pl_module),
+            "seed": getattr(training, "seed", None),
+            "hyperparameters": {} if training is None else training.settings(),
+            "skipped_steps": getattr(training, "skipped_steps", 0),
             "precision": str(trainer.precision),
             "perturbation": getattr(pl_module, "perturbation", None),
             "curve": self._curve.points(),
@@ -263,17 +266,6 @@ def _validation_metrics(trainer: Trainer) -> dict[str, float] | None:
 
 def _zeroth_order(trainer: Trainer) -> SparseMeZO | None:
     return next((optimizer for optimizer in trainer.optimizers if isinstance(optimizer, SparseMeZO)), None)
-
-
-def _settings(trainer: Trainer, module: Any) -> dict[str, Any]:
-    """Seed, hyperparameters and skipped steps of whatever trains."""
-    if (optimizer := _zeroth_order(trainer)) is not None:
-        seed, settings, skipped = optimizer.seed, optimizer.settings(), optimizer.skipped_steps
-    elif (baseline := getattr(module, "baseline", None)) is not None:
-        seed, settings, skipped = baseline.settings.seed, baseline.hyperparameters(), baseline.skipped_steps
-    else:
-        seed, settings, skipped = None, {}, 0
-    return {"seed": seed, "hyperparameters": settings, "skipped_steps": skipped}
 
 
 def _duration(seconds: float) -> str:

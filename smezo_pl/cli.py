@@ -202,17 +202,15 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def show_log() -> None:
     """Print what the package logs to standard error, one line per message, on the first process."""
-    package = logging.getLogger("smezo_pl")
-    if getattr(rank_zero_only, "rank", 0) == 0 and not any(
-        isinstance(handler, _Terminal) for handler in package.handlers
-    ):
-        package.addHandler(_Terminal())
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        package = logging.getLogger("smezo_pl")
+        package.addHandler(_TERMINAL)
         package.setLevel(logging.INFO)
-    # Lightning advertises a logger of its own at every start. A filter that is there already is not added again.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
 
 
 def _no_advertising(record: logging.LogRecord) -> bool:
+    """Lightning advertises a logger of its own at every start."""
     return "litlogger" not in record.getMessage()
 
 
@@ -222,3 +220,6 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         print(f"{record.name.removeprefix('smezo_pl.')}: {level}{record.getMessage()}", file=sys.stderr)
+
+
+_TERMINAL = _Terminal()  # a single one: what a logger has already is not added again

@@ -23,50 +23,28 @@ from smezo_pl.methods import METHODS
 from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory
 
-# ---------------------------------------------------------------------- runs as their folders describe them
-
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a comparison needs of a run.
-
-    Attributes:
-        folder: Where it was read.
-        task: Name of its task.
-        method: The configured method; for none the optimizer's mask.
-        lr: Its learning rate.
-        seed: Its seed.
-        steps: Steps done so far.
-        max_steps: Steps planned, if known.
-        finished: Whether it is done.
-        held_out: Step and metrics of each evaluation on the held-out examples, by step.
-        train_loss: Step and training loss.
-        step_seconds: Median seconds per step.
-        peak_memory: Most bytes held in training.
-        test: Metrics on the test set, where they were measured.
-    """
+    """What a comparison needs of a run."""
 
     folder: Path
     task: str | None = None
-    method: str | None = None
+    method: str | None = None  # where none is configured, the mask of the optimizer
     lr: float | None = None
     seed: int | None = None
-    steps: int = 0
-    max_steps: int | None = None
+    steps: int = 0  # done so far
+    max_steps: int | None = None  # planned, if known
     finished: bool = False
-    held_out: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    train_loss: list[tuple[float, float]] = field(default_factory=list)
-    step_seconds: float | None = None
-    peak_memory: float | None = None
+    held_out: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # step and metrics of each evaluation
+    train_loss: list[tuple[float, float]] = field(default_factory=list)  # step and loss
+    step_seconds: float | None = None  # median
+    peak_memory: float | None = None  # bytes in training
     test: dict[str, float] = field(default_factory=dict)
 
 
 def run_folders(paths: Iterable[str | Path]) -> list[Path]:
-    """The folders of runs that are meant: a run's own, or those of all runs of a sweep or of a name's versions.
-
-    Raises:
-        ValueError: If there is no run.
-    """
+    """The folders of runs that are meant: a run's own, or those of all runs of a sweep or of a name's versions."""
     folders: dict[Path, None] = {}
     for path in map(Path, paths):
         if not path.is_dir():
@@ -83,11 +61,7 @@ def _is_run(path: Path) -> bool:
 
 
 def read_run(folder: Path) -> RunFacts:
-    """What a run's folder holds at this moment: ``metrics.json`` once it is done, else events and trajectory.
-
-    Raises:
-        ValueError: If one of its files cannot be read.
-    """
+    """What a run's folder holds at this moment: ``metrics.json`` once it is done, else events and trajectory."""
     config = _read(folder / "config.yaml", yaml.safe_load)
     metrics = _read(folder / "metrics.json", json.loads)
     tests = [_read(path, json.loads) for path in (folder / "test.json", folder / "test" / "test.json")]
@@ -96,11 +70,7 @@ def read_run(folder: Path) -> RunFacts:
     if not metrics:
         return _unfinished(folder, config, max_steps, test)
     settings = metrics.get("hyperparameters") or {}
-    curve = metrics.get("curve") or {"held_out": [], "train_loss": []}
-    held_out = [(int(p["step"]), {k: v for k, v in p.items() if k != "step"}) for p in curve["held_out"]]
-    if not held_out:
-        ends = ((0, metrics.get("before")), (metrics["steps"], metrics.get("after")))
-        held_out = [(step, values) for step, values in ends if values]
+    curve = metrics["curve"]
     return RunFacts(
         folder,
         task=metrics.get("task"),
@@ -110,7 +80,7 @@ def read_run(folder: Path) -> RunFacts:
         steps=metrics["steps"],
         max_steps=max_steps,
         finished=True,
-        held_out=held_out,
+        held_out=[(int(p["step"]), {k: v for k, v in p.items() if k != "step"}) for p in curve["held_out"]],
         train_loss=[(float(step), float(loss)) for step, loss in curve["train_loss"]],
         step_seconds=metrics.get("step_seconds"),
         peak_memory=metrics.get("peak_memory_bytes"),
@@ -182,9 +152,6 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
-# ---------------------------------------------------------------------- the table
-
-
 def labels(runs: Sequence[RunFacts]) -> list[str]:
     """A label for each run that tells it from the others of its task: method, then lr, then seed, then folder."""
     names = [run.method or run.folder.name for run in runs]
@@ -204,10 +171,7 @@ def labels(runs: Sequence[RunFacts]) -> list[str]:
 
 
 def steps_to(run: RunFacts, metric: str, value: float) -> int | None:
-    """The step of the first evaluation that reaches a value; None if none does.
-
-    A loss reaches a value from above, everything else from below.
-    """
+    """The step of the first evaluation that reaches a value, a loss from above, everything else from below."""
     sign = -1.0 if metric == "loss" else 1.0
     for step, metrics in run.held_out:
         if metric in metrics and (isclose(metrics[metric], value) or sign * metrics[metric] >= sign * value):
@@ -257,20 +221,12 @@ def _cell(row: Mapping[str, object], name: str) -> object:
     return f"{value:.0f}" if name.startswith("seconds to") else f"{value:.2f}" if name == "peak GiB" else f"{value:.3f}"
 
 
-# ---------------------------------------------------------------------- the curves
-
 COLORS = ("#2a6fdb", "#e07b1a", "#2f9e62", "#a34fc4", "#c83e4d", "#5b6b7b", "#b08900", "#0f9aa8")
 """Of the runs of a task, in their order; a method keeps its color over the tasks."""
 
 
 def comparison_figure(runs: Sequence[RunFacts], metric: str, targets: Sequence[float] = ()) -> Figure:
-    """One row of panels per task: the metric over steps, the loss over steps, the metric over seconds of training.
-
-    Args:
-        runs: The runs, of one task or of several.
-        metric: The metric of the first and last panel.
-        targets: Values of it that are drawn as lines.
-    """
+    """One row of panels per task: the metric over steps, the loss over steps, the metric over seconds of training."""
     tasks = list(dict.fromkeys(run.task for run in runs))
     names = labels(runs)
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(dict.fromkeys(names))}
@@ -323,15 +279,8 @@ def _draw(run: RunFacts, name: str, color: str, metric: str, panels: Sequence[Ax
         axes.plot(x, y, label=name, color=color, marker="o", markersize=3.5, linewidth=1.5)
 
 
-# ---------------------------------------------------------------------- the command
-
-
 def main(args: Sequence[str]) -> None:
-    """Print the table, and write it and the curves.
-
-    Args:
-        args: ``compare`` and the arguments after it.
-    """
+    """Print the table, and write it and the curves."""
     parser = argparse.ArgumentParser(
         prog="smezo compare",
         description="Compare runs: metrics, steps and seconds to given values, seconds per step, peak memory. Prints a "
@@ -350,20 +299,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def compare(paths: Sequence[str | Path], out: Path, metric: str | None = None, targets: Sequence[float] = ()) -> str:
-    """Compare runs, and write the table and the curves.
-
-    Args:
-        paths: Folders of runs or of sweeps.
-        out: Where to write, without the suffix.
-        metric: The metric to compare; None: accuracy where a run has it, else the first that is no loss.
-        targets: Values of it, whose steps and seconds are reported.
-
-    Returns:
-        What is printed.
-
-    Raises:
-        ValueError: If there is no run, or no run has the metric.
-    """
+    """Write the table and the curves of runs to ``out`` with suffixes; returns what is printed."""
     runs = [read_run(folder) for folder in run_folders(paths)]
     known = list(dict.fromkeys(name for run in runs for _, values in run.held_out for name in values))
     if metric is None:

@@ -26,11 +26,7 @@ Data and model are those of the run's config.yaml; arguments such as --data.task
 
 
 def main(args: Sequence[str]) -> None:
-    """Score some steps of a run.
-
-    Args:
-        args: ``evaluate`` and the arguments after it.
-    """
+    """Score some steps of a run."""
     parser = argparse.ArgumentParser(
         prog="smezo evaluate",
         description=DESCRIPTION,
@@ -61,11 +57,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def steps_to_score(trajectory: Trajectory, every: int) -> list[int]:
-    """Every so many steps of a trajectory, and its beginning and end.
-
-    Raises:
-        ValueError: If ``every`` is below 1.
-    """
+    """Every so many steps of a trajectory, and its beginning and end."""
     if not every >= 1:
         raise ValueError(f"--every must be at least 1, got {every}")
     first, last = trajectory.header.first_step, trajectory.next_step
@@ -75,8 +67,7 @@ def steps_to_score(trajectory: Trajectory, every: int) -> list[int]:
 class ReplayTo(Callback):
     """Gives the module's network the weights of step `target` before they are scored; the target may only go up.
 
-    Args:
-        trajectory: The trajectory; the network must hold its starting weights at the first validation.
+    At the first validation the network must hold the starting weights.
     """
 
     def __init__(self, trajectory: Trajectory) -> None:
@@ -108,18 +99,10 @@ class ReplayTo(Callback):
 def evaluate(
     trajectory: Trajectory, trainer: Trainer, module: LightningModule, data: Any, steps: Sequence[int], split: str
 ) -> list[dict[str, float]]:
-    """Replay a trajectory, stopping to score its weights.
-
-    Args:
-        trajectory: The trajectory.
-        trainer: Runs the validations.
-        module: Holds the network with the starting weights, or loads it.
-        data: Data module, or loaders.
-        steps: Numbers of steps after which to score, ascending.
-        split: ``validation`` or ``test``.
+    """Replay a trajectory on a module that holds the starting weights, stopping after each of ``steps`` to score.
 
     Returns:
-        For each of the steps its number, as ``step``, and the metrics.
+        For each of the steps, which must ascend, its number as ``step`` and the metrics.
 
     Raises:
         TrajectoryError: If the network is another one or starts from other weights.

@@ -20,11 +20,7 @@ _MOST_SHOWN = 60
 
 
 def main(args: Sequence[str]) -> None:
-    """Print prompts with the scored tokens marked, token lengths, label balance, and the candidates' tokens.
-
-    Args:
-        args: ``preview`` and the arguments after it.
-    """
+    """Print prompts with the scored tokens marked, token lengths, label balance, and the candidates' tokens."""
     from smezo_pl.cli import build, show_log
 
     parser = argparse.ArgumentParser(
@@ -54,13 +50,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def preview(data: PromptDataModule, split: SplitName = "train", examples: int = 3) -> Iterator[str]:
-    """The lines that are printed.
-
-    Args:
-        data: A data module that has a tokenizer.
-        split: The split whose prompts are shown.
-        examples: Number of prompts.
-    """
+    """The lines that are printed, with so many prompts of a split."""
     task = data.task
     kind = "free text" if task.is_generation else "candidates"
     yield f"task {task.name}: {kind}, objective {data.objective}, metrics {', '.join(task.metrics)}"

@@ -20,11 +20,7 @@ from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_record, locate
 
 
 def main(args: Sequence[str]) -> None:
-    """Print a summary of one run or several, and where others differ from the first.
-
-    Args:
-        args: ``show`` and the arguments after it.
-    """
+    """Print a summary of one run or several, and where others differ from the first."""
     parser = argparse.ArgumentParser(
         prog="smezo show",
         description="Show the settings, progress and loss of a run, and whether its trajectory is valid. For several "
@@ -66,9 +62,6 @@ def read_below(folder: Path) -> tuple[list[Trajectory], list[str]]:
     """Trajectories and exported runs below a folder, by name, and the errors of trajectories that cannot be read.
 
     Other safetensors files, such as snapshots and models, are passed over.
-
-    Raises:
-        TrajectoryError: If there is no trajectory and no exported run.
     """
     trajectories, unreadable = [], []
     for path in sorted({*folder.rglob(FILE_NAME), *folder.rglob("*.safetensors")}):
@@ -84,10 +77,10 @@ def read_below(folder: Path) -> tuple[list[Trajectory], list[str]]:
 
 def summary(trajectory: Trajectory) -> dict[str, Any]:
     """Everything that is shown of a run, in plain types."""
-    header, rows = trajectory.header, trajectory.records
-    losses = [row.loss for row in rows if row.losses and not row.skipped]
+    header, records = trajectory.header, trajectory.records
+    losses = [row.loss for row in records if row.losses and not row.skipped]
     recorded = is_record(trajectory.path)
-    hashes = [mark for mark in trajectory.events_of("weights") if mark.steps == trajectory.next_step]
+    hashes = [event for event in trajectory.events_of("weights") if event.steps == trajectory.next_step]
     return {
         "path": str(trajectory.path),
         "kind": "record" if recorded else "export",
@@ -104,14 +97,14 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "samples": header.num_samples,
         "settings": header.settings,
         "steps": trajectory.next_step,
-        "skipped": sum(row.skipped for row in rows),
-        "refreshes": [row.step for row in rows if row.refreshed],
-        "lr": list(rows[-1].lr) if rows else None,
+        "skipped": sum(row.skipped for row in records),
+        "refreshes": [row.step for row in records if row.refreshed],
+        "lr": list(records[-1].lr) if records else None,
         "loss": {"first": losses[0], "last": losses[-1], "least": min(losses)} if losses else None,
         "sound": trajectory.damage is None,
         "damage": trajectory.damage,
         "writing": recorded and is_written(trajectory.path),
-        "checkpoints": sorted({mark.steps for mark in trajectory.events_of("checkpoint")}),
+        "checkpoints": sorted({event.steps for event in trajectory.events_of("checkpoint")}),
         "starting_weights": header.root.hex(),
         "final_weights": hashes[-1].facts.get("root") if hashes else None,
         "versions": header.versions,
@@ -186,9 +179,9 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
-def sparkline(rows: Sequence[StepRecord], width: int = 40) -> str:
+def sparkline(records: Sequence[StepRecord], width: int = 40) -> str:
     """The losses as bars: means over equal parts of the run."""
-    losses = [row.loss for row in rows if row.losses and isfinite(row.loss)]
+    losses = [row.loss for row in records if row.losses and isfinite(row.loss)]
     if not losses:
         return ""
     width = min(width, len(losses))

@@ -41,11 +41,7 @@ class _ParserOnly(SmezoCLI):
 
 
 def check_runs(runs: Iterable[Run]) -> None:
-    """Parse each run's configuration and build what needs no weights and no data.
-
-    Raises:
-        ValueError: Names the run, the key and what is allowed.
-    """
+    """Parse each run's configuration and build what needs no weights and no data; an error names run and key."""
     parser = _ParserOnly(parser_kwargs={"prog": "smezo", "exit_on_error": False}, run=False).parser
     for run in runs:
         try:
@@ -70,15 +66,8 @@ def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[
     """Run what is not finished, at most ``jobs`` at once.
 
     A run that fails is reported, and the others continue. A run that another sweep is working on is left to it. On
-    Ctrl-C or a termination signal the runs are ended too; each has its last checkpoint.
-
-    Args:
-        runs: The runs.
-        jobs: Processes at once.
-        say: Given one line for each run that begins, ends or is skipped.
-
-    Returns:
-        The runs that failed.
+    Ctrl-C or a termination signal the runs are ended too; each has its last checkpoint. ``say`` gets one line for each
+    run that begins, ends or is skipped. Returns the runs that failed.
     """
     work = _Work(say)
     with ThreadPoolExecutor(max_workers=jobs) as pool:
@@ -191,11 +180,7 @@ mean and standard deviation over them are in OUT/sweep.md, sweep.csv and sweep.j
 
 
 def main(args: Sequence[str]) -> None:
-    """Plan, check, run, sum up.
-
-    Args:
-        args: ``sweep`` and the arguments after it.
-    """
+    """Plan, check, run, sum up."""
     parser = argparse.ArgumentParser(
         prog="smezo sweep", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -221,15 +206,7 @@ def sweep(
     test: Literal["best", "last"] | None = None,
     dry_run: bool = False,
 ) -> int:
-    """Run a grid.
-
-    Args:
-        config: The configuration that all runs share.
-        grid: The grid.
-        out: The sweep's folder.
-        jobs: Runs at once.
-        test: ``best`` or ``last``, the checkpoint that is scored on the test set; None for no test.
-        dry_run: Whether to only check and list the runs.
+    """Run a grid; the arguments are those of the command line.
 
     Returns:
         The exit status: 0, or 1 if a run failed, or 130 if the sweep was interrupted.

@@ -29,11 +29,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The content of a YAML file.
-
-    Raises:
-        ValueError: If there is no such file, or it is no YAML (with the line).
-    """
+    """The content of a YAML file; an error names the file and the line."""
     try:
         return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -48,9 +44,6 @@ def read_grid(path: str | Path) -> list[Point]:
     The file holds a mapping of keys to lists of values, of which every combination is a point; or a list of such
     mappings, whose points follow each other. Several keys with commas between them change together: a value is for all
     of them, or a list of as many values.
-
-    Raises:
-        ValueError: Names the file, the key, and what is allowed.
     """
     content = read_yaml(path)
     grids = content if isinstance(content, list) else [content]
@@ -88,11 +81,7 @@ def _together(keys: Sequence[str], value: Any, where: str, given: Any) -> Point:
 
 
 def with_point(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
-    """A copy of a configuration with the values of a point.
-
-    Raises:
-        ValueError: If a key leads through something that has no keys.
-    """
+    """A copy of a configuration with the values of a point."""
     config = copy.deepcopy(dict(base))
     for key, value in point.items():
         node = config
@@ -134,21 +123,13 @@ def run_name(point: Point, names: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a sweep.
-
-    Attributes:
-        name: Its folder's name.
-        folder: Where it writes.
-        point: The grid's values.
-        config: The whole configuration.
-        test: The checkpoint that is scored on the test set after training, or None.
-    """
+    """One run of a sweep."""
 
     name: str
     folder: Path
     point: Point
     config: dict[str, Any]
-    test: Literal["best", "last"] | None = None
+    test: Literal["best", "last"] | None = None  # the checkpoint that is scored on the test set after training
 
     @property
     def checkpoint(self) -> Path | None:
@@ -199,12 +180,6 @@ def plan(
     base: Mapping[str, Any], points: Sequence[Point], out: Path, test: Literal["best", "last"] | None = None
 ) -> list[Run]:
     """The runs of a grid, in its order.
-
-    Args:
-        base: The configuration that all share.
-        points: The grid.
-        out: The sweep's folder.
-        test: The checkpoint that is scored on the test set after training, or None.
 
     Raises:
         ValueError: If a key cannot be set, two points have one name, or a folder holds a run with other settings.

@@ -43,11 +43,8 @@ def _text(value: object) -> str:
 def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One row for the runs that differ in seeds alone.
 
-    Returns:
-        Rows with the grid's values by their keys, ``runs`` (finished), ``of`` (planned), ``seeds``, and for each
-        measurement its ``mean`` and ``std`` (of a sample; null for a single run). Measurements: what ``after`` holds,
-        ``best_loss`` and the like on the held-out examples, ``test_...`` where the test set was scored, ``steps``,
-        ``step_seconds`` and ``peak_memory_bytes``.
+    A row has the grid's values by their keys, the numbers of ``runs`` finished and planned (``of``), their ``seeds``,
+    and for each measurement its ``mean`` and ``std`` (of a sample; null for a single run).
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -78,7 +75,7 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def measurements(result: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a run's ``metrics.json``, by name."""
+    """The numbers of a run's ``metrics.json`` by name: after training, ``test_...``, steps, time and memory."""
     test = result.get("test", {}).get("metrics", {})
     values = {**(result.get("after") or {}), **{f"test_{name}": value for name, value in test.items()}}
     values |= {name: result.get(name) for name in ("steps", "step_seconds", "peak_memory_bytes")}
@@ -86,11 +83,7 @@ def measurements(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_summary(runs: Sequence[Run], out: Path) -> str:
-    """Write ``sweep.md``, ``sweep.csv`` and ``sweep.json`` into the sweep's folder.
-
-    Returns:
-        The Markdown.
-    """
+    """Write ``sweep.md``, ``sweep.csv`` and ``sweep.json`` into the sweep's folder; returns the table in Markdown."""
     rows = summarize(runs)
     names = short_names([run.point for run in runs])
     keys = [key for key in names if any(key in row["values"] for row in rows)]

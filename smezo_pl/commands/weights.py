@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, get_args
+
+from rich.console import Console
+from rich.progress import Progress
 
 from smezo_pl.optim.kernels import KernelName
 from smezo_pl.trajectory.exports import export, load
@@ -24,11 +26,7 @@ if TYPE_CHECKING:
 
 
 def replay_main(args: Sequence[str]) -> None:
-    """Write the weights of a step.
-
-    Args:
-        args: ``replay`` and the arguments after it.
-    """
+    """Write the weights of a step."""
     parser = argparse.ArgumentParser(
         prog="smezo replay",
         description="Write the weights of any step of a run, computed from its trajectory and the starting weights, as "
@@ -42,11 +40,7 @@ def replay_main(args: Sequence[str]) -> None:
 
 
 def apply_main(args: Sequence[str]) -> None:
-    """Apply an exported run and write the model.
-
-    Args:
-        args: ``apply`` and the arguments after it.
-    """
+    """Apply an exported run and write the model."""
     parser = argparse.ArgumentParser(
         prog="smezo apply",
         description="Apply an exported run to the model it was trained from, and write the result as a Hugging Face "
@@ -59,11 +53,7 @@ def apply_main(args: Sequence[str]) -> None:
 
 
 def export_main(args: Sequence[str]) -> None:
-    """Write a run to one safetensors file.
-
-    Args:
-        args: ``export`` and the arguments after it.
-    """
+    """Write a run to one safetensors file."""
     parser = argparse.ArgumentParser(
         prog="smezo export",
         description="Write a whole fine-tune to one safetensors file: 4 bytes per step and a header, without pickle. "
@@ -92,18 +82,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _write_model(trajectory: Trajectory, given: argparse.Namespace) -> None:
-    """Load the base model, replay, write the folder, and report whether the weights are those of the run.
-
-    Raises:
-        TrajectoryError: If the model is another one, or the folder is in use.
-    """
+    """Load the base model, replay, write the folder, and report whether the weights are those of the run."""
     out = Path(given.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TrajectoryError(f"--out {out} exists and is not empty: pass a new folder")
     source = str(trajectory.path)
     model, tokenizer = base_model(trajectory.header, given.model, source)
     began = perf_counter()
-    with progress_of(trajectory.header.first_step, trajectory.next_step) as progress:
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("replay", total=len(trajectory.records))
+
+        def progress(done: int) -> None:
+            bar.update(task, completed=done - trajectory.header.first_step)
+
         replay(trajectory, model, force=given.force, kernel=given.kernel, progress=progress, verify=False)
     seconds = perf_counter() - began
     same = matches_run(trajectory, tensors_of(trajectory.header, model, source))
@@ -123,11 +114,7 @@ def _write_model(trajectory: Trajectory, given: argparse.Namespace) -> None:
 
 
 def base_model(header: Header, name: str | None, source: str) -> tuple[Any, Any]:
-    """The starting weights in the dtype of the run, with its adapter if it had one, and the tokenizer.
-
-    Raises:
-        TrajectoryError: If neither the command line nor the header names the model, or its adapter is refused.
-    """
+    """The starting weights in the dtype of the run, with its adapter if it had one, and the tokenizer."""
     import torch
 
     from smezo_pl.models import add_adapter, load_model
@@ -159,17 +146,3 @@ def _difference(trajectory: Trajectory, given: argparse.Namespace, model: nn.Mod
         f"with {given.kernel}; kernel torch gives {'the run exactly' if same else 'others again'}, and the largest "
         f"difference to it is {largest:.3g}. Please report it"
     )
-
-
-@contextmanager
-def progress_of(first: int, last: int) -> Iterator[Callable[[int], None] | None]:
-    """Shows the progress of a replay from one number of steps to another, on a terminal."""
-    if not sys.stderr.isatty() or last - first < 2:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("replay", total=last - first)
-        yield lambda done: bar.update(task, completed=done - first)

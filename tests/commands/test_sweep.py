@@ -76,7 +76,7 @@ def test_killed_resumed_skipped_and_summed_up(
     assert (tmp_path / "out/seed=1/metrics.json").stat().st_mtime_ns == untouched
     resumed = json.loads((tmp_path / "out/seed=0/metrics.json").read_text())
     assert resumed["steps"] == 6 and len(resumed["curve"]["train_loss"]) == 6
-    assert "the weights after 4 steps are back" in (tmp_path / "out/seed=0/log.txt").read_text()
+    assert "restored the weights after 4 steps" in (tmp_path / "out/seed=0/log.txt").read_text()
 
     # A run that was never killed comes to the same weights, so to the same numbers.
     main(["fit", f"--config={tmp_path / 'out/seed=0/run.yaml'}", f"--trainer.logger.init_args.save_dir={tmp_path}"])

@@ -150,7 +150,7 @@ def tiny_roberta_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny RoBERTa, a masked language model, with its tokenizer as a Hugging Face folder."""
     from transformers import RobertaConfig, RobertaForMaskedLM
 
-    from tests.data.made_tokenizers import masking_tokenizer
+    from tests.data.synthetic_tokenizers import masking_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny") / "tiny-roberta"
     words = [

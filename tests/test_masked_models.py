@@ -21,7 +21,7 @@ from smezo_pl.models import add_adapter, kind_of, load_network
 from smezo_pl.scoring.evaluation import candidate_scores, loss_of
 from smezo_pl.scoring.logits import model_logits
 from smezo_pl.tasks import Task
-from tests.data.made_tokenizers import masking_tokenizer
+from tests.data.synthetic_tokenizers import masking_tokenizer
 
 SIZES = {
     "vocab_size": 64,

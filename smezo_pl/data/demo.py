@@ -31,7 +31,7 @@ def demo_rows(split: str, seed: int = 0) -> list[dict[str, Any]]:
         seed: Another seed makes other sentences of the same words.
 
     Returns:
-        Rows with ``sentence``, ``label`` (0 negative, 1 positive), ``kind`` (see :data:`KINDS`), all different, labels
+        Rows with ``sentence``, ``label`` (0 negative, 1 positive), ``kind`` (see `KINDS`), all different, labels
         balanced.
 
     Raises:

@@ -21,12 +21,12 @@ def written_out(batch: PromptBatch) -> list[dict[str, object]]:
         candidates = {}
         for k in torch.nonzero(batch.candidate_example == number).flatten().tolist():
             tokens = []
-            places = torch.nonzero(batch.token_candidate == k).flatten().tolist()
+            positions = torch.nonzero(batch.token_candidate == k).flatten().tolist()
             assert (
-                batch.token_order[places].tolist() == list(range(len(places)))
-                and len(places) == batch.candidate_tokens[k]
+                batch.token_order[positions].tolist() == list(range(len(positions)))
+                and len(positions) == batch.candidate_tokens[k]
             )
-            for s in places:
+            for s in positions:
                 at = int(batch.token_logit[s])
                 row, pos = int(batch.logit_row[at]), int(batch.logit_pos[at])
                 seen = batch.visible()[row, pos]
@@ -42,13 +42,13 @@ def written_out(batch: PromptBatch) -> list[dict[str, object]]:
 
 def expected(example: Encoded) -> dict[str, object]:
     candidates = {
-        place: ([((*example.prompt, *tokens[:i]), token) for i, token in enumerate(tokens)], place in example.correct)
-        for place, tokens in enumerate(example.candidates)
+        index: ([((*example.prompt, *tokens[:i]), token) for i, token in enumerate(tokens)], index in example.correct)
+        for index, tokens in enumerate(example.candidates)
     }
     return {"candidates": candidates, "label": example.label, "index": example.index}
 
 
-def test_every_token_is_scored_after_exactly_what_goes_before_it() -> None:
+def test_every_token_is_scored_after_exactly_what_precedes_it() -> None:
     batch = Collate(pad_id=99)(EXAMPLES)
     assert written_out(batch) == [expected(example) for example in EXAMPLES]
     assert (len(batch), batch.num_rows, batch.num_candidates, batch.longest_candidate) == (3, 3, 3, 3)
@@ -95,7 +95,7 @@ def test_neighbours_share_a_passage() -> None:
         assert text.tolist() == [*example.prompt, *[0] * (42 - len(example.prompt))] and length == len(example.prompt)
 
 
-def test_a_masked_text_is_scored_where_its_mask_stands() -> None:
+def test_a_masked_lm_scores_at_the_mask() -> None:
     shared = tuple(range(100, 140))
     examples = [
         Encoded((1, *shared, 4, 2), ((7,), (8,)), 1, (1,), index=0, mask_position=41),

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Reader(pl.LightningModule):
-    """Takes down which rows it is given."""
+    """Records which rows it is given."""
 
     def __init__(self, tokenizer: object = None) -> None:
         super().__init__()
@@ -197,14 +197,14 @@ def test_a_tokenizer_by_name_and_a_change_of_tokenizer(
     data = small(tokenizer=str(tiny_folder))
     before = data.encoded("test")
     assert before == small().encoded("test")
-    from tests.data.made_tokenizers import word_tokenizer
+    from tests.data.synthetic_tokenizers import word_tokenizer
 
     data.set_tokenizer(word_tokenizer([" It", " was", " terrible", " great"]))
     assert data.encoded("test") != before
 
 
 @pytest.mark.parametrize("stop", [2, 4, 6])
-def test_a_resume_goes_on_with_the_same_batches(
+def test_a_resume_continues_with_the_same_batches(
     stop: int, small: Callable[..., PromptDataModule], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the middle of the first epoch, at its end, in the middle of the second."""
@@ -244,7 +244,7 @@ def test_a_resume_from_a_checkpoint_of_the_epochs_end(
     assert first.seen["train"] + second.seen["train"] == whole.seen["train"]
 
 
-def test_a_resume_with_other_batches_is_said(
+def test_a_resume_with_other_batches_is_logged(
     small: Callable[..., PromptDataModule], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer(tmp_path, max_steps=2, limit_val_batches=0, callbacks=saving(tmp_path, 2)).fit(Reader(), small())
@@ -275,7 +275,7 @@ def test_scores_come_back_in_the_order_of_the_data(
     assert set(found) == {example.index for example in data.examples("test")}
 
 
-def test_lm_training_batches_hold_the_right_candidate_alone(
+def test_lm_training_batches_hold_the_gold_candidate_alone(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     (tmp_path / "copa").mkdir()
@@ -341,7 +341,7 @@ def test_the_hub_is_asked_once_for_each_split(
     assert asked == []
 
 
-def test_what_was_taken_is_in_the_log(
+def test_the_numbers_of_rows_are_logged(
     small: Callable[..., PromptDataModule], task_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):

@@ -4,9 +4,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from smezo_pl.data import Encoder, padding_id
-from smezo_pl.data.encoding import Encoded, fed_rows
+from smezo_pl.data.encoding import Encoded, MaskedLMEncoder, fed_rows
 from smezo_pl.tasks import Example, get_task, make_example
-from tests.data.made_tokenizers import merging_tokenizer, word_tokenizer
+from tests.data.synthetic_tokenizers import masking_tokenizer, merging_tokenizer, word_tokenizer
 
 WORDS = ["a", " a", " b", " c", " d", "e", "\n"]
 
@@ -138,7 +138,7 @@ def test_padding_token() -> None:
         ([(1, 2), (3, 4), (1, 5)], [(1,), (3,)]),
     ],
 )
-def test_rows_are_shared_where_one_begins_the_other(
+def test_rows_are_shared_where_one_is_a_prefix_of_the_other(
     candidates: list[tuple[int, ...]], rows: list[tuple[int, ...]]
 ) -> None:
     assert fed_rows(candidates) == rows
@@ -152,3 +152,83 @@ def test_show_marks_the_scored_tokens(tiny_tokenizer: PreTrainedTokenizerFast) -
     assert shown.startswith("<s>the movie It was⟦")
     assert shown.endswith("⟧*")
     assert shown.replace("|", "") == "<s>the movie It was⟦ terrible⟧ ⟦ great⟧*"
+
+
+MASKED_WORDS = [*("the", "movie", "was", "fine", "long", "It", ".", ",", "great", "terrible"), *"abcdef"]
+
+
+def masked(prompt: str, *candidates: str) -> Example:
+    return Example(prompt, candidates or (" terrible", " great"), 1, (1,), 7)
+
+
+@pytest.mark.parametrize("roberta", [False, True])
+def test_the_mask_is_where_the_word_belongs(roberta: bool) -> None:
+    tokenizer = masking_tokenizer(MASKED_WORDS, roberta)
+    (encoded,) = MaskedLMEncoder(tokenizer).encode([masked("the movie was fine It was<mask>.")])
+    tokens = tokenizer.convert_ids_to_tokens(list(encoded.prompt))
+    start, end = ("<s>", "</s>") if roberta else ("[CLS]", "[SEP]")
+    assert tokens == [start, *["the", "movie", "was", "fine", "It", "was"], tokenizer.mask_token, ".", end]
+    assert encoded.prompt[encoded.mask_position] == tokenizer.mask_token_id
+    assert tokenizer.convert_ids_to_tokens([c[0] for c in encoded.candidates]) == ["terrible", "great"]
+    assert (encoded.label, encoded.correct, encoded.index, encoded.cut) == (1, (1,), 7, 0)
+    assert encoded.bidirectional
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kept"),
+    [
+        ("a b c d It was<mask>.", "d It was [MASK] ."),
+        ("a b c d It was<mask>.", "was [MASK] ."),
+        ("<mask>: a b c d e f", "[MASK] [UNK] a b"),
+        ("a b<mask> c d e f", "[MASK] c d"),
+    ],
+)
+def test_long_texts_keep_the_mask(prompt: str, kept: str, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = masking_tokenizer(MASKED_WORDS)
+    most = len(kept.split()) + 2
+    with caplog.at_level(logging.WARNING, "smezo_pl"):
+        (encoded,) = MaskedLMEncoder(tokenizer, most).encode([masked(prompt)], "file.csv")
+    assert tokenizer.convert_ids_to_tokens(list(encoded.prompt)) == ["[CLS]", *kept.split(), "[SEP]"]
+    assert encoded.prompt[encoded.mask_position] == tokenizer.mask_token_id
+    total = len(tokenizer(prompt.replace("<mask>", "[MASK]"), add_special_tokens=False)["input_ids"])
+    assert encoded.cut == total - len(kept.split())
+    assert f"file.csv: 1 of 1 examples are longer than max_length {most} and were cut, by {encoded.cut}" in caplog.text
+
+
+def test_the_tokenizers_longest_text_holds() -> None:
+    tokenizer = masking_tokenizer(MASKED_WORDS)
+    tokenizer.model_max_length = 6
+    assert MaskedLMEncoder(tokenizer, 100).max_length == 6
+    with pytest.raises(ValueError, match="max_length 3 leaves no room for a mask and a token beside it"):
+        MaskedLMEncoder(tokenizer, 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (masked("the movie was fine"), r"x, row 7: the text must hold <mask> once, got 'the movie was fine'"),
+        (masked("<mask> movie<mask>"), r"x, row 7: the text must hold <mask> once"),
+        (masked("[MASK] a<mask>"), r"x, row 7: the text holds the mask token itself, got '\[MASK\] a<mask>'"),
+        (
+            masked("a<mask>", " not known", " great"),
+            r"candidate ' not known' is '\[UNK\]\|\[UNK\]' with this tokenizer",
+        ),
+        (
+            masked("a<mask>", " bad", " great"),
+            r"candidate ' bad' is '\[UNK\]' .* but a mask stands for one token",
+        ),
+        (
+            masked("a<mask>", " great", "great"),
+            r"two of the candidates \[' great', 'great'\] are the same token",
+        ),
+    ],
+)
+def test_unusable_masked_examples(wrong: Example, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskedLMEncoder(masking_tokenizer(MASKED_WORDS)).encode([wrong], "x")
+
+
+def test_a_tokenizer_without_a_mask() -> None:
+    tokenizer: PreTrainedTokenizerFast = word_tokenizer(["a"])
+    with pytest.raises(ValueError, match="has no mask token, so it is not that of a masked language model"):
+        MaskedLMEncoder(tokenizer)

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 
 from smezo_pl.data import PromptBatch, PromptDataModule
-from tests.data.made_tokenizers import word_tokenizer
+from tests.data.synthetic_tokenizers import word_tokenizer
 
 
 class Reader(pl.LightningModule):

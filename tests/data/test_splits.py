@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl.data import PromptDataModule
-from smezo_pl.data.splits import sample_k_per_class
+from smezo_pl.data.sources import Rows
+from smezo_pl.data.splits import log_repeated_ids, permutation, sample, sample_k_per_class, sample_train_dev
 from smezo_pl.scoring.evaluation import calibrated, candidate_scores, score_table
 from smezo_pl.scoring.logits import model_logits
 from smezo_pl.tasks import Task, make_task
@@ -34,7 +36,7 @@ def held(tmp_path: Path) -> str:
     return write(tmp_path / "held.jsonl", [{"text": f"room {i}", "label": i % 2} for i in range(8)])
 
 
-def test_sample_k_per_class_are_drawn_apart() -> None:
+def test_train_and_dev_of_k_per_class_are_disjoint() -> None:
     labels = [i % 3 for i in range(60)]
     train, dev = sample_k_per_class(labels, 5, ["a", "b", "c"], seed=3, origin="file", dev=True)
     assert Counter(labels[row] for row in train) == Counter(labels[row] for row in dev) == {0: 5, 1: 5, 2: 5}
@@ -129,7 +131,7 @@ def test_one_set_of_demonstrations(train: str, held: str, tiny_tokenizer: PreTra
     assert shown == "\n\n".join(solved(train)[row] for row in np.random.RandomState(7).permutation(30)[:3])
 
 
-def test_no_example_is_shown_to_itself(train: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_no_example_is_its_own_demonstration(train: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     data = PromptDataModule(KEYS, tokenizer=tiny_tokenizer, train_file=train, num_demonstrations=20)
     lines = solved(train)
     for example in data.examples("dev"):
@@ -146,7 +148,7 @@ def test_demonstrations_are_cut_on_the_left(train: str, held: str, tiny_tokenize
         assert tiny_tokenizer.decode(encoded.prompt).endswith(f"room {encoded.index} It was")
 
 
-def test_demonstrations_are_for_measuring_alone(train: str, held: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_demonstrations_are_for_evaluation_only(train: str, held: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="num_demonstrations is for validate and test"):
         icl(train, held, tiny_tokenizer).train_dataloader()
     with pytest.raises(ValueError, match=re.escape("num_demonstrations 30 needs more than 30 rows, and ")):
@@ -184,7 +186,7 @@ def test_calibrated_scores_are_what_the_prompt_adds(
             assert score == pytest.approx(expected, abs=2e-4)
 
 
-def test_calibration_that_cannot_be(train: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_impossible_calibration(train: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="calibration 'icl_sfc' is for demonstrations"):
         PromptDataModule(KEYS, train_file=train, calibration="icl_sfc")
     with pytest.raises(ValueError, match="task 'squad' has no content-free prompt, so it cannot be calibrated"):
@@ -210,6 +212,136 @@ def own() -> Task:
         ({"task": {**KEYS, "metric": "acc"}}, "unknown metric 'acc'"),
     ],
 )
-def test_arguments_that_do_not_go(arguments: dict[str, Any], message: str) -> None:
+def test_arguments_that_do_not_go_together(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         PromptDataModule(**arguments)
+
+
+def test_the_draw_is_that_of_numpys_seeded_permutation() -> None:
+    """MeZO draws with numpy.random.seed and numpy.random.permutation: the same seed gives the same examples."""
+    state = np.random.get_state()  # noqa: NPY002
+    try:
+        np.random.seed(3)  # noqa: NPY002
+        expected = np.random.permutation(1000).tolist()  # noqa: NPY002
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+    assert permutation(1000, 3) == expected
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = np.random.get_state()[1].copy()  # type: ignore[index]  # noqa: NPY002
+    permutation(100, 1, 2)
+    assert (np.random.get_state()[1] == before).all()  # type: ignore[index]  # noqa: NPY002
+
+
+def test_the_draw_never_changes() -> None:
+    assert permutation(10, 0) == [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]
+    assert permutation(10, 0, 0) != permutation(10, 0, 1) != permutation(10, 1, 0)
+
+
+def test_the_last_drawn_are_dev() -> None:
+    train, dev = sample_train_dev(100, 20, 10, 5, "x")
+    assert train + dev == permutation(100, 5)[:30]
+    assert (len(train), len(dev)) == (20, 10)
+
+
+def test_more_training_examples_leave_the_dev_set_disjoint() -> None:
+    for num_train in (10, 60, 90):
+        train, dev = sample_train_dev(100, num_train, 10, 0, "x")
+        assert not set(train) & set(dev)
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "given"),
+    [
+        (64, (1000, 500), (43, 21)),
+        (250, (150, 100), (150, 100)),
+        (2, (1000, 1), (1, 1)),
+        (2, (1, 1000), (1, 1)),
+        (3, (10, 0), (3, 0)),
+    ],
+)
+def test_a_small_split_is_shared_out(
+    count: int, asked: tuple[int, int], given: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    train, dev = sample_train_dev(count, *asked, 0, "boolq.parquet")
+    assert (len(train), len(dev)) == given
+    assert len(set(train + dev)) == sum(given)
+    expected = (
+        f"boolq.parquet holds {count} rows, fewer than the {asked[0]} for training and {asked[1]} for dev that were"
+        f" asked for: {given[0]} and {given[1]} are used"
+    )
+    assert ([record.getMessage() for record in caplog.records] == [expected]) == (sum(asked) > count)
+
+
+def test_too_small_a_split() -> None:
+    with pytest.raises(ValueError, match=r"x holds 1 rows, too few for a train and a dev set"):
+        sample_train_dev(1, 10, 5, 0, "x")
+
+
+def test_sample(caplog: pytest.LogCaptureFixture) -> None:
+    assert sample(100, 10, 7, "test examples", "x") == permutation(100, 7)[:10]
+    with caplog.at_level(logging.INFO):
+        assert sample(5, 10, 7, "test examples", "x") == permutation(5, 7)
+    assert "x holds 5 rows, fewer than the 10 asked for as test examples: all are used" in caplog.text
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        r.getMessage()
+        for r in caplog.records
+        if r.levelno >= logging.WARNING and r.funcName in ("log_repeated_ids", "log_leaked_examples")
+    ]
+
+
+def test_repeated_ids_of_a_file(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = ["a", "b", "a", None, None, "", "", "c", "b", "a"]
+    rows = [{"id": name, "text": f"story {i}", "label": i % 2} for i, name in enumerate(ids)]
+    file = write(tmp_path / "mine.jsonl", rows)
+    data = PromptDataModule(KEYS, tokenizer=tiny_tokenizer, train_file=file)
+    data.setup("fit")
+    assert logged(caplog) == [
+        f"{file}: 3 of 10 rows repeat the id of an earlier row; the first: a on line 1 and line 3. Every row counts as"
+        " an example of its own; copies may be in train and dev alike"
+    ]
+    rows_drawn = [example.index for split in ("train", "dev") for example in data.examples(split)]  # type: ignore[arg-type]
+    assert sorted(rows_drawn) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("values", "first"),
+    [
+        ([0, 1, 0], "0 on row 0 and row 2"),
+        ([{"paragraph": 0, "question": 1}, {"paragraph": 0, "question": 2}, {"paragraph": 0, "question": 2}], "row 1"),
+        ([0, 1, 2], None),
+        ([{"paragraph": 0, "question": 1}, {"paragraph": 0, "question": 2}], None),
+        (["", "", " "], None),
+        ([None, None], None),
+    ],
+)
+def test_ids_of_a_table(values: list[Any], first: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    log_repeated_ids(Rows(pa.table({"idx": values}), "somewhere"))
+    assert bool(logged(caplog)) is (first is not None)
+    if first is not None:
+        assert (
+            "somewhere: 1 of 3 rows repeat the idx of an earlier row" in logged(caplog)[0]
+            and first in logged(caplog)[0]
+        )
+
+
+def test_dev_examples_that_are_trained_on(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = write(tmp_path / "train.jsonl", [{"text": f"story {i}", "label": i % 2} for i in range(6)])
+    dev = write(tmp_path / "dev.jsonl", [{"text": f"story {i}", "label": 0} for i in (9, 3, 8)])
+    arguments: dict[str, Any] = {"tokenizer": tiny_tokenizer, "train_file": train, "dev_file": dev}
+    PromptDataModule(KEYS, **arguments).setup("fit")
+    assert logged(caplog) == [
+        "1 of 3 dev examples have the text of a training example (train/dev leakage); the first:"
+        f" {dev}, line 2, trained on as {train}, line 4"
+    ]
+    caplog.clear()
+    PromptDataModule(KEYS, tokenizer=tiny_tokenizer, train_file=train).setup("fit")
+    assert logged(caplog) == []

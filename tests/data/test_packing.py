@@ -24,7 +24,7 @@ def test_a_row_holds_every_prefix_once() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_a_token_follows_from_is_its_text(seed: int) -> None:
+def test_the_path_to_a_token_is_its_text(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 9, (12,), generator=generator).tolist()
     texts = {tuple(torch.randint(0, 2, (length,), generator=generator).tolist()) for length in lengths}

@@ -1,4 +1,4 @@
-"""Tokenizers made in code."""
+"""Synthetic tokenizers."""
 
 from collections.abc import Sequence
 

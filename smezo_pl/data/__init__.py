@@ -1,4 +1,4 @@
-"""From a task's data set to batches: sources, sampling, tokens, loaders."""
+"""From a task's dataset to batches: sources, splits, tokens, loaders."""
 
 from smezo_pl.data.batch import PromptBatch
 from smezo_pl.data.collate import Collate

@@ -77,7 +77,6 @@ def generate(
         joined = sum(len(other.rows) for other in waiting) + len(rows)
         if waiting and joined * waiting[0].bytes_per_row(max_new_tokens) > ROOM_BYTES:
             _decode_joined(model, answers, waiting, stops)
-            waiting = []
         waiting.append(part)
     if waiting:
         _decode_joined(model, answers, waiting, stops)

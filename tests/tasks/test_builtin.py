@@ -1,9 +1,15 @@
-"""Every task's prompt and candidates, written out."""
+"""Every built-in task: a row in the dataset's columns, from its file to the text that the model reads."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from smezo_pl import PromptDataModule
 from smezo_pl.tasks import TASKS, get_task, make_example
 
 
@@ -218,48 +224,43 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.task)
 def test_prompt_and_candidates(case: Case) -> None:
     example = make_example(get_task(case.task), case.row, label_names=case.names)
-    assert example.prompt == case.prompt
-    assert example.candidates == case.candidates
-    assert example.label == case.label
-    assert example.correct == (case.correct or (case.label,))
+    assert (example.prompt, example.candidates) == (case.prompt, case.candidates)
+    assert (example.label, example.correct) == (case.label, case.correct or (case.label,))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.task)
+def test_a_row_of_a_file_is_read_as_that_text(
+    case: Case, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The local folder and split are the task's own; the tokens are decoded again."""
+    task = get_task(case.task)
+    assert task.source is not None
+    label = {task.label: case.names[case.row[task.label]]} if case.names else {}
+    folder = tmp_path / (task.source.folder or task.name)
+    folder.mkdir()
+    file = folder / f"{task.source.test}.parquet"
+    pq.write_table(pa.Table.from_pylist([{**case.row, **label}]), file)
+    files = {"test_file": str(file)} if task.source.path is None else {"data_dir": tmp_path}
+    data = PromptDataModule(case.task, tokenizer=tiny_tokenizer, **files)
+    [encoded] = data.encoded("test")
+    prompt = tiny_tokenizer.decode(list(encoded.prompt), clean_up_tokenization_spaces=False)
+    assert prompt == "<s>" + case.prompt
+    assert tuple(tiny_tokenizer.decode(list(tokens)) for tokens in encoded.candidates) == case.candidates
+    assert encoded.label == case.label
+    assert tuple(encoded.generated_after) == (encoded.prompt if task.is_generation else ())
 
 
 def test_every_task_is_written_out() -> None:
     assert {case.task for case in CASES} == set(TASKS)
 
 
-@pytest.mark.parametrize(
-    ("task", "source"),
-    [
-        ("sst2", ("nyu-mll/glue", "sst2", None, "validation")),
-        ("mnli", ("nyu-mll/glue", "mnli", None, "validation_matched")),
-        ("rte", ("aps/super_glue", "rte", None, "validation")),
-        ("wsc", ("aps/super_glue", "wsc.fixed", None, "validation")),
-        ("record", ("aps/super_glue", "record", None, "validation")),
-        ("trec", ("CogComp/trec", None, "refs/convert/parquet", "test")),
-        ("aqua", ("deepmind/aqua_rat", "raw", None, "validation")),
-        ("squad", ("rajpurkar/squad", None, None, "validation")),
-        ("drop", ("ucinlp/drop", None, None, "validation")),
-    ],
-)
-def test_sources(task: str, source: tuple[str | None, ...]) -> None:
-    found = get_task(task).source
-    assert found is not None
-    assert (found.path, found.config, found.revision, found.test) == source
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_labels_are_classified_and_texts_are_trained_on(task: Any) -> None:
+    labels = isinstance(task.candidates, Mapping) and not any(text.columns for text in task.candidate_templates)
+    assert task.objective == ("classification" if labels else "lm")
 
 
-def test_objectives_and_sizes_follow_mezo() -> None:
-    assert {name for name, task in TASKS.items() if task.objective == "lm"} == {
-        "copa",
-        "record",
-        "piqa",
-        "siqa",
-        "aqua",
-        "squad",
-        "drop",
-    }
-    sizes = {name: (task.num_train, task.num_dev, task.num_test) for name, task in TASKS.items()}
-    assert sizes.pop("cb") == (150, 100, 1000)
-    assert sizes.pop("copa") == (300, 100, 1000)
-    assert sizes.pop("wsc") == (54, 500, 1000)
-    assert set(sizes.values()) == {(1000, 500, 1000)}
+@pytest.mark.parametrize(("name", "rows"), [("cb", 250), ("copa", 400), ("wsc", 554)])
+def test_small_training_splits_are_used_whole(name: str, rows: int) -> None:
+    assert TASKS[name].num_train + TASKS[name].num_dev == rows
+    assert TASKS["sst2"].num_train + TASKS["sst2"].num_dev > rows

@@ -155,9 +155,8 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
     if find_spec("peft") is None:
         raise ModuleNotFoundError("adapter needs peft: pip install 'smezo_pl[peft]'")
     import peft
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    types: dict[str, Any] = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    types: dict[Any, Any] = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     # PEFT has no task type for masked language models: its plain wrapper takes them.
     task = {} if type(model).__name__.endswith(_MASKED_HEADS) else {"task_type": "CAUSAL_LM"}
     arguments = {**task, **adapter}

@@ -56,7 +56,7 @@ class SparseMeZOModule(LightningModule):
         revision: Branch, tag or commit of ``pretrained`` on the hub.
         method: ``s-mezo``, ``mezo`` and ``r-mezo`` give ``optimizer`` their mask; ``full``, ``lora``, ``prefix`` and
             ``linear-probe`` are first-order baselines, trained with AdamW instead; ``zero-shot`` trains nothing. None:
-            what ``optimizer`` says.
+            as configured in ``optimizer``.
         first_order: AdamW's settings, for the first-order baselines.
         save_pretrained: Folder that the trained model and its tokenizer are written to, in Hugging Face's format, when
             ``fit`` ends.

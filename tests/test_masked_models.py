@@ -59,12 +59,12 @@ def build(kind: str) -> PreTrainedModel:
 
 def examples() -> list[Encoded]:
     generator = torch.Generator().manual_seed(0)
-    made = []
+    encoded = []
     for number, (length, mask) in enumerate([(5, 2), (13, 9), (8, 7), (13, 0)]):
         text = torch.randint(3, 60, (length,), generator=generator).tolist()
         text[mask] = MASK
-        made.append(Encoded(tuple(text), ((7,), (8,), (9,)), number % 3, (number % 3,), number, mask_position=mask))
-    return made
+        encoded.append(Encoded(tuple(text), ((7,), (8,), (9,)), number % 3, (number % 3,), number, mask_position=mask))
+    return encoded
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Every method by its one key: what it learns, that it learns, and that its runs go on."""
+"""Every method by its one key: what it trains, that its loss falls, and that its runs resume."""
 
 import json
 import logging
@@ -68,10 +68,10 @@ def test_the_training_loss_falls_and_what_is_frozen_stays(method: str, tiny_fold
     assert module.baseline.last_loss < 0.6 * first
     for name, p in module.model.named_parameters():
         assert torch.equal(p, start[name]) is (not p.requires_grad), name
-    learned = [name for name, p in module.model.named_parameters() if p.requires_grad]
+    trained = [name for name, p in module.model.named_parameters() if p.requires_grad]
     part = {"full": "", "lora": "lora_", "prefix": "prompt_encoder", "linear-probe": "head."}[method]
-    assert learned and all(part in name for name in learned)
-    assert (len(learned) == len(start)) is (method == "full")
+    assert trained and all(part in name for name in trained)
+    assert (len(trained) == len(start)) is (method == "full")
 
 
 def test_one_adamw_step_is_torchs(tiny_folder: Path) -> None:
@@ -138,12 +138,12 @@ def test_probe_scores_are_the_head_on_the_last_prompt_position(tiny_folder: Path
     batch = next(iter(data.train_dataloader()))
     scores = scores_of(module.model, batch)
     encoded = {example.index: example for example in data.encoded("train")}
-    for place, index in enumerate(batch.index.tolist()):
+    for position, index in enumerate(batch.index.tolist()):
         prompt = torch.tensor([encoded[index].prompt])
         hidden = probe.network.model(input_ids=prompt).last_hidden_state[0, -1]  # type: ignore[union-attr, operator]
-        mine = scores[batch.candidate_example == place]
-        expected = probe.head(hidden)[batch.candidate_index[batch.candidate_example == place]]
-        torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
+        actual = scores[batch.candidate_example == position]
+        expected = probe.head(hidden)[batch.candidate_index[batch.candidate_example == position]]
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------- checkpoints
@@ -151,7 +151,7 @@ def test_probe_scores_are_the_head_on_the_last_prompt_position(tiny_folder: Path
 
 @pytest.mark.parametrize("method", FIRST_ORDER)
 @pytest.mark.parametrize("scheduled", [False, True])
-def test_a_killed_run_goes_on_to_the_same_bits(method: str, scheduled: bool, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bits(method: str, scheduled: bool, tiny_folder: Path, tmp_path: Path) -> None:
     if scheduled and method != "lora":
         pytest.skip("once is enough")
     scheduler = partial(torch.optim.lr_scheduler.LinearLR, total_iters=7) if scheduled else None
@@ -178,8 +178,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(method: str, scheduled: bool, tin
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name
     state = torch.load(last, weights_only=True)
-    learned = {f"model.{name}" for name, p in resumed.model.named_parameters() if p.requires_grad}
-    assert set(state["state_dict"]) == learned if method != "full" else learned <= set(state["state_dict"])
+    trained = {f"model.{name}" for name, p in resumed.model.named_parameters() if p.requires_grad}
+    assert set(state["state_dict"]) == trained if method != "full" else trained <= set(state["state_dict"])
     assert state["global_step"] == 7
     best = Trainer(**QUIET).validate(module_of(method, tiny_folder), demo(), str(last), verbose=False)[0]["val/loss"]
     now = Trainer(**QUIET).validate(resumed, demo(), verbose=False)[0]["val/loss"]
@@ -361,6 +361,6 @@ def test_scores_do_not_depend_on_the_batch(method: str, tiny_folder: Path) -> No
     together = scores_of(module.model, batch)
     for part in batch.split(1):
         alone = scores_of(module.model, part)
-        place = batch.index.tolist().index(int(part.index))
-        torch.testing.assert_close(alone, together[batch.candidate_example == place], atol=2e-5, rtol=1e-5)
+        position = batch.index.tolist().index(int(part.index))
+        torch.testing.assert_close(alone, together[batch.candidate_example == position], atol=2e-5, rtol=1e-5)
     assert together.std() > 1e-3

@@ -167,7 +167,7 @@ def test_both_perturbations_see_the_same_written_answers(tiny_folder: Path, ques
     assert len(set(losses[0])) > 1
 
 
-def test_a_reward_is_learnt(tiny_folder: Path, rewards: str) -> None:
+def test_a_reward_is_learned(tiny_folder: Path, rewards: str) -> None:
     """The reward wants one answer whatever the question: in a few steps it is given nearly always."""
     module = SparseMeZOModule(str(tiny_folder), partial(fast, lr=3e-3, eps=3e-2))
     data = demo(reward=f"{rewards}.great", num_train=32, batch_size=32)

@@ -79,9 +79,9 @@ def test_two_processes_hold_the_same_bits_and_train_as_one(tiny_folder: Path, tm
 
 
 def test_replicas_that_differ_are_named(perceptron: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gather(outputs: list[torch.Tensor], mine: torch.Tensor) -> None:
+    def gather(outputs: list[torch.Tensor], own: torch.Tensor) -> None:
         for rank, output in enumerate(outputs):
-            output.copy_(mine)
+            output.copy_(own)
             output[2] += rank == 2
 
     monkeypatch.setattr("torch.distributed.all_gather", gather)
@@ -123,7 +123,7 @@ def test_check_every_must_be_positive() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_checksum_sees_every_element_and_its_place(dtype: torch.dtype) -> None:
+def test_checksum_sees_every_element_and_its_index(dtype: torch.dtype) -> None:
     x = torch.arange(1, 101).to(dtype)
     whole = checksum(x)
     assert torch.equal(checksum(x, chunk=7), whole)

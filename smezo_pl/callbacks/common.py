@@ -11,13 +11,17 @@ from lightning.pytorch.callbacks import RichProgressBar
 from smezo_pl.optim import SparseMeZO
 
 
+def find_zeroth_order(trainer: Trainer) -> SparseMeZO | None:
+    """The run's `SparseMeZO`, if it has one."""
+    return next((optimizer for optimizer in trainer.optimizers if isinstance(optimizer, SparseMeZO)), None)
+
+
 def zeroth_order_optimizer(trainer: Trainer, callback: Callback) -> SparseMeZO:
     """The run's `SparseMeZO`; a ``TypeError`` if it has none."""
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, SparseMeZO):
-            return optimizer
-    present = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
-    raise TypeError(f"{type(callback).__name__} needs a SparseMeZO optimizer, the run has {present}")
+    if (optimizer := find_zeroth_order(trainer)) is None:
+        present = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
+        raise TypeError(f"{type(callback).__name__} needs a SparseMeZO optimizer, the run has {present}")
+    return optimizer
 
 
 def validates_now(trainer: Trainer) -> bool:

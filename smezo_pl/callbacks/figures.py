@@ -27,8 +27,7 @@ def gradient_figure(gradients: Sequence[float]) -> Figure:
     mean = sum(gradients) / len(gradients)
     spread = (sum((g - mean) ** 2 for g in gradients) / len(gradients)) ** 0.5
     axes.set_title(f"Projected gradients, last {len(gradients)}: mean {mean:.3g}, spread {spread:.3g}", fontsize=10)
-    axes.set_xlabel("g = (l+ - l-) / (2 eps)")
-    axes.set_ylabel("steps")
+    axes.set(xlabel="g = (l+ - l-) / (2 eps)", ylabel="steps")
     _plain(axes)
     return figure
 
@@ -52,8 +51,7 @@ def density_figure(stats: Sequence[MaskStat]) -> Figure:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=kind, alpha=0.85)
         for (name, fraction), style in zip(others[:8], cycle(("--", ":", "-.")), strict=False):
             axes.axhline(fraction, color=GREY, linewidth=1.2, linestyle=style, label=name.removesuffix(".weight"))
-        axes.set_ylim(-0.02, 1.05)
-        axes.set_xlabel("layer")
+        axes.set(xlabel="layer", ylim=(-0.02, 1.05))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     else:
@@ -87,8 +85,8 @@ def curve_figure(title: str, train: Points, loss: Points, accuracy: Points, metr
         axes.plot(steps, values, **held_out)
         for point in (accuracy[0], accuracy[-1]):
             axes.annotate(f"{point[1]:.3f}", point, textcoords="offset points", xytext=(0, 8), ha="center", fontsize=9)
-        axes.set_ylim(max(0.0, min(values) - 0.08), min(1.02, max(values) + 0.06))
-        axes.set_ylabel(f"{metric}, held out")
+        limits = max(0.0, min(values) - 0.08), min(1.02, max(values) + 0.06)
+        axes.set(ylabel=f"{metric}, held out", ylim=limits)
     for axes in all_axes:
         axes.set_xlabel("step")
         axes.margins(x=0.06)

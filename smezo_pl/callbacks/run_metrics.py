@@ -19,15 +19,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.table import Table
 
-from smezo_pl.callbacks.common import log_scalars, run_folder
+from smezo_pl.callbacks.common import find_zeroth_order, log_scalars, run_folder
 from smezo_pl.callbacks.figures import Curve
 from smezo_pl.callbacks.monitor import peak_memory
-from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory.files import write_atomically
 from smezo_pl.trajectory.fingerprint import machine, versions
 
 STEP_SECONDS, PEAK_MEMORY = "run/step_seconds", "run/peak_memory"
-"""Logged while a run goes on: median seconds per step, and peak memory in bytes."""
+"""Logged during a run: median seconds per step, and peak memory in bytes."""
 
 KEPT = 256
 """Number of last step times that the median is taken of. A checkpoint holds them, so there are few."""
@@ -167,7 +166,7 @@ class RunMetrics(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the step's loss to the curve, and log time and memory."""
         self._clock.end_step()
-        optimizer = _zeroth_order(trainer)
+        optimizer = find_zeroth_order(trainer)
         loss = pl_module.baseline.last_loss if optimizer is None else optimizer.last_step.loss
         self._curve.add_train(loss)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -202,7 +201,7 @@ class RunMetrics(Callback):
             self._add_validation(trainer)
         data = getattr(trainer, "datamodule", None)
         task = getattr(data, "task", None)
-        training = _zeroth_order(trainer) or getattr(pl_module, "baseline", None)
+        training = find_zeroth_order(trainer) or getattr(pl_module, "baseline", None)
         self.result = {
             "task": str(getattr(task, "name", task)) if task is not None else None,
             "model": getattr(pl_module, "pretrained", None) or type(getattr(pl_module, "model", pl_module)).__name__,
@@ -262,10 +261,6 @@ def _validation_metrics(trainer: Trainer) -> dict[str, float] | None:
     """What was last logged as ``val/...``; None if nothing was."""
     logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     return {name.removeprefix("val/"): value for name, value in logged.items()} or None
-
-
-def _zeroth_order(trainer: Trainer) -> SparseMeZO | None:
-    return next((optimizer for optimizer in trainer.optimizers if isinstance(optimizer, SparseMeZO)), None)
 
 
 def _duration(seconds: float) -> str:

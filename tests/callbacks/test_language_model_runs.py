@@ -61,7 +61,7 @@ def watch_batches(watch: Watch) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_killed_run_goes_on_and_its_file_makes_the_same_weights(
+def test_a_killed_run_resumes_and_its_file_makes_the_same_weights(
     name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings, adapter = RUNS[name]

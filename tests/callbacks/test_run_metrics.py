@@ -1,13 +1,19 @@
+"""What is measured around a run, what it leaves, and the bar that shows it."""
+
 import json
+import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.callbacks import RunMetrics, SeedCheckpoint
-from smezo_pl.callbacks.figures import MOST_POINTS, Curve
+from smezo_pl.callbacks.common import RunProgressBar
 from tests.trajectory.runs import (
     Classifier,
     Examples,
@@ -135,51 +141,49 @@ def test_testing_alone_is_left_alone(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-class TestCurve:
-    """A few hundred points of any run."""
+class Recorder(RunProgressBar):
+    """Takes down what bars there are and how far they come."""
 
-    def test_short_runs_are_kept_as_they_are(self) -> None:
-        curve = Curve()
-        for step in range(1, 6):
-            curve.add_train(float(step))
-        assert curve.state_dict()["means"] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    def __init__(self) -> None:
+        super().__init__()
+        self.bars: dict[Any, tuple[str, float]] = {}
+        self.seen: dict[Any, list[int]] = {}
 
-    def test_long_runs_are_kept_as_means(self) -> None:
-        curve = Curve()
-        for step in range(1, 10_001):
-            curve.add_train(float(step))
-        state = curve.state_dict()
-        span = state["span"]
-        assert MOST_POINTS / 2 <= len(state["means"]) < MOST_POINTS
-        assert state["means"][0] == (1 + span) / 2
-        assert sum(state["means"]) * span + state["sum"] == 10_000 * 10_001 / 2
+    def _add_task(self, total_batches: float, description: str, visible: bool = True) -> Any:
+        task = super()._add_task(total_batches, description, visible)
+        self.bars[task] = (description.strip(), total_batches)
+        return task
 
-    def test_a_state_goes_on(self) -> None:
-        one, two = Curve(), Curve()
-        for step in range(1, 1001):
-            one.add_train(step**0.5)
-        two.load_state_dict(one.state_dict())
-        for curve in (one, two):
-            for step in range(1001, 1500):
-                curve.add_train(step**0.5)
-            curve.add_held_out(1500, {"loss": 1.0, "accuracy": 0.5, "other": 3.0})
-        assert one.state_dict() == two.state_dict()
-        assert one.state_dict()["held_out"] == {1500: {"loss": 1.0, "accuracy": 0.5, "other": 3.0}}
+    def _update(self, progress_bar_id: Any, current: int, visible: bool = True, hard: bool = False) -> None:
+        self.seen.setdefault(progress_bar_id, []).append(current)
+        super()._update(progress_bar_id, current, visible, hard)
 
-    def test_a_loss_that_is_not_finite_leaves_no_hole(self) -> None:
-        curve = Curve()
-        for loss in (1.0, float("nan"), float("inf"), 2.0):
-            curve.add_train(loss)
-        assert curve.state_dict()["means"] == [1.0, 1.0, 1.0, 2.0]
 
-    @pytest.mark.parametrize("points", [0, 1, 3, 300])
-    def test_every_run_can_be_drawn(self, points: int, tmp_path: Path) -> None:
-        curve = Curve()
-        for step in range(1, points + 1):
-            curve.add_train(1.0 / step)
-        for accuracy in ({}, {"accuracy": 0.5}):
-            if points:
-                curve.add_held_out(points, {"loss": 0.3, **accuracy})
-            figure = curve.draw("title")
-            figure.savefig(tmp_path / "curve.png")
-            assert len(figure.axes) == (2 if accuracy and points else 1)
+@pytest.mark.parametrize("num_dev", [20, 0])
+def test_what_is_measured_around_a_run_has_a_bar(
+    num_dev: int, tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bar = Recorder()
+    module = SparseMeZOModule(str(tiny_folder), optimizer=partial(SparseMeZO, lr=1e-4, kernel="torch"))
+    data = PromptDataModule("demo", num_train=16, num_dev=num_dev, batch_size=8, eval_batch_size=4)
+    trainer = Trainer(
+        max_steps=2,
+        limit_val_batches=None if num_dev else 0,
+        accelerator="cpu",
+        callbacks=[RunMetrics(table=False), bar],
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+    )
+    with caplog.at_level(logging.ERROR):
+        trainer.fit(module, data)
+    measured = [task for task, (name, _) in bar.bars.items() if name == "Measuring"]
+    if not num_dev:
+        assert not measured
+        return
+    assert bar.bars[measured[0]] == ("Measuring", 5)
+    assert bar.seen[measured[0]] == [1, 2, 3, 4, 5]
+    assert bar.progress is not None and not bar.progress.tasks[measured[0]].visible
+    assert ("Training", 2) in bar.bars.values()

@@ -1,4 +1,4 @@
-"""Runs that are killed, files that are damaged, headers that are made up: as many as asked for, in forked processes.
+"""Killed runs, corrupted files and fuzzed headers: as many as asked for, in forked processes.
 
 The tests take a few of each, `benchmarks/faults.py` the full numbers. A forked process has everything imported, so a
 run of a small network takes a second.
@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
 from small_runs import Classifier, Examples, make_trainer, network
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint
 from smezo_pl.optim import selection
 from smezo_pl.trajectory import files as checkpoint_files
-from smezo_pl.trajectory.exports import export, load
+from smezo_pl.trajectory.exports import _seal, export, load
 from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.replaying import replay
@@ -86,7 +88,7 @@ class Journal(Callback):
 
 
 def train(folder: Path, name: str) -> None:
-    """One run to its end, or on from its last checkpoint; leaves the hash of its weights in ``final``."""
+    """One run to its end, or resumed from its last checkpoint; leaves the hash of its weights in ``final``."""
     torch.set_num_threads(1)
     settings, callbacks = CONFIGURATIONS[name]
     module, last = Classifier(**settings), folder / LAST
@@ -152,7 +154,7 @@ def forked(work: Callable[[], Any], kill_after: float | None = None) -> tuple[in
     return code, said
 
 
-# ---------------------------------------------------------------------- runs that are killed
+# ---------------------------------------------------------------------- killed runs
 
 
 def arm(point: str, noise: random.Random) -> None:
@@ -272,11 +274,11 @@ def killed(folder: Path, name: str, straight: Path, seconds: float, number: int)
 
 
 def difference(folder: Path, straight: Path) -> str | None:
-    """What differs between two finished runs: weights, record, order of examples, logged values; None if nothing."""
+    """What differs between two finished runs: weights, steps, order of examples, logged values; None if nothing."""
     if (folder / "final").read_text() != (straight / "final").read_text():
         return "the weights differ"
     if Trajectory.read(folder).records != Trajectory.read(straight).records:
-        return "the records differ"
+        return "the trajectories differ"
     known = {_key(line): line for line in (straight / "journal").read_text().splitlines()}
     for line in (folder / "journal").read_text().splitlines():
         if line.endswith("}") and known.get(_key(line)) != line:
@@ -289,16 +291,16 @@ def _key(line: str) -> tuple[str, int]:
     return facts["kind"], facts["step"]
 
 
-# ---------------------------------------------------------------------- files that are damaged
+# ---------------------------------------------------------------------- corrupted files
 
-HARMS = (
-    *("bits flipped", "cut short", "a page zeroed", "a page from elsewhere", "bytes made up", "file of another run"),
-    *("file gone", "the log removed", "the log damaged", "a checkpoint of another run"),
+CORRUPTIONS = (
+    *("bits flipped", "cut short", "a page zeroed", "a page from elsewhere", "random bytes", "file of another run"),
+    *("file gone", "the log removed", "the log corrupted", "a checkpoint of another run"),
 )
 
 
 def half_run(folder: Path, name: str, steps: int, seed: int = 7) -> None:
-    """A run that was killed after some steps, its log still beside its record."""
+    """A run that was killed after some steps, its log still beside its trajectory."""
     folder.mkdir(parents=True)
 
     class Stop(Callback):
@@ -317,12 +319,12 @@ def half_run(folder: Path, name: str, steps: int, seed: int = 7) -> None:
         raise RuntimeError(said)
 
 
-def harm(folder: Path, other: Path, noise: random.Random) -> str:
-    """Damage one file of a run; says what was done."""
-    kind = noise.choice(HARMS)
+def corrupt(folder: Path, other: Path, noise: random.Random) -> str:
+    """Corrupt one file of a run; says what was done."""
+    kind = noise.choice(CORRUPTIONS)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(("-lock", "-shm")))
     path = noise.choice(files)
-    if kind in ("the log removed", "the log damaged"):
+    if kind in ("the log removed", "the log corrupted"):
         path = folder / f"{RECORD}-wal"
         if not path.exists():  # a finished run has none
             kind, path = "bits flipped", folder / RECORD
@@ -334,7 +336,7 @@ def harm(folder: Path, other: Path, noise: random.Random) -> str:
     elif kind in ("file of another run", "a checkpoint of another run"):
         twin = other / path.relative_to(folder)
         if not twin.exists():
-            return harm(folder, other, noise)
+            return corrupt(folder, other, noise)
         shutil.copy(twin, path)
     else:
         place = noise.randrange(len(data))
@@ -346,7 +348,7 @@ def harm(folder: Path, other: Path, noise: random.Random) -> str:
         elif kind == "a page from elsewhere":
             source = noise.randrange(len(data)) // 1024 * 1024
             data[page : page + 1024] = data[source : source + len(data[page : page + 1024])]
-        elif kind == "bytes made up":
+        elif kind == "random bytes":
             data[place : place + 64] = noise.randbytes(len(data[place : place + 64]))
         else:
             for _ in range(noise.choice((1, 1, 1, 3, 20))):
@@ -355,11 +357,11 @@ def harm(folder: Path, other: Path, noise: random.Random) -> str:
     return f"{kind}: {path.relative_to(folder)}"
 
 
-def corrupted(folder: Path, straight: Path, name: str, truth: dict[int, str]) -> dict[str, str]:
-    """What reading, replaying, exporting and going on make of a damaged run.
+def outcomes_of(folder: Path, straight: Path, name: str, truth: dict[int, str]) -> dict[str, str]:
+    """What reading, replaying, exporting and resuming make of a corrupted run.
 
     Args:
-        folder: The damaged run.
+        folder: The corrupted run.
         straight: The undisturbed one.
         name: Its configuration.
         truth: Hash of the right weights after each number of steps.
@@ -373,12 +375,12 @@ def corrupted(folder: Path, straight: Path, name: str, truth: dict[int, str]) ->
     def read() -> str:
         found = Trajectory.read(folder, damaged=True)
         if list(found.records) != list(rows[: len(found.records)]):
-            raise AssertionError("rows were read that were never written")
+            raise AssertionError("steps were read that were never written")
         if found.damage is None:
             return "harmless"
         if not found.damage.strip():
-            raise AssertionError("damage without a word")
-        return f"detected: {found.damage}; sound up to {found.next_step}"
+            raise AssertionError("corruption without a reason")
+        return f"detected: {found.damage}; valid up to {found.next_step}"
 
     def made(source: Path) -> str:
         model = network(dtype=dtype)
@@ -416,7 +418,7 @@ def truth_of(straight: Path, name: str) -> dict[int, str]:
     return found
 
 
-# ---------------------------------------------------------------------- headers that are made up
+# ---------------------------------------------------------------------- fuzzed headers
 
 _ODD: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**400, 0.5, -1e308, "", "x" * 5000, "\x00", "../../etc/passwd"),
@@ -425,7 +427,7 @@ _ODD: tuple[Any, ...] = (
 
 
 def mutated_header(plain: dict[str, Any], noise: random.Random) -> dict[str, Any]:
-    """A header with one to three values, somewhere in it, replaced by odd ones, left out or said twice."""
+    """A header with one to three values, somewhere in it, replaced by odd ones, left out or duplicated."""
     changed: dict[str, Any] = json.loads(json.dumps(plain))
     for _ in range(noise.randint(1, 3)):
         place: Any = changed
@@ -452,12 +454,8 @@ def mutated_header(plain: dict[str, Any], noise: random.Random) -> dict[str, Any
 
 def cheat(path: Path, header: dict[str, Any] | None, noise: random.Random) -> None:
     """Write an exported file with another header, or with bytes of its own header changed, sealed as if by a writer."""
-    from safetensors.numpy import load_file, save
-
-    from smezo_pl.trajectory import exports as tune
-
     arrays = load_file(path)
-    with tune.safe_open(path, framework="numpy") as file:
+    with safe_open(path, framework="numpy") as file:
         metadata = dict(file.metadata())
     if header is not None:
         content = json.loads(zlib.decompress(arrays["header"].tobytes()))
@@ -467,7 +465,7 @@ def cheat(path: Path, header: dict[str, Any] | None, noise: random.Random) -> No
         arrays["header"] = np.frombuffer(zlib.compress(json.dumps(content).encode()), np.uint8)
     names = ("header", "columns", "projected_gradients")
     columns = [arrays[name].tobytes() for name in names[:2]]
-    metadata["sha256"] = tune._seal(columns[0], columns[1], arrays["projected_gradients"])
+    metadata["sha256"] = _seal(columns[0], columns[1], arrays["projected_gradients"])
     data = bytearray(save(arrays, metadata=metadata))
     if header is None:
         for _ in range(noise.randint(1, 6)):

@@ -1,4 +1,4 @@
-"""What the record of a run stands: kills, damage, made-up headers. Exits with 1 if a run ends with wrong weights.
+"""Robustness of a trajectory to kills, corruption and fuzzed headers. Exits with 1 if a run ends with wrong weights.
 
     python benchmarks/faults.py --json benchmarks/results/faults.json
 
@@ -7,12 +7,12 @@ It takes a while (the defaults: about half an hour on two cores); the tests run 
 Trainer with `SeedCheckpoint`:
 
 - ``kills``: runs killed by SIGKILL, one to three times each, at any time or at a chosen point (inside a commit of the
-  record, inside a checkpoint, inside a mask refresh), then resumed. Each must end with the weights, the record and the
-  logged values of the run that nobody disturbed.
-- ``corruptions``: one file of a killed or finished run damaged. Reading, replaying, exporting and resuming must each
-  report an error or give the right weights to the last bit.
-- ``headers``: headers of records and exported files with odd values or damaged bytes, sealed as a writer would. Each
-  must be read or refused by an error of the package, within a bound of memory.
+  trajectory, inside a checkpoint, inside a mask refresh), then resumed. Each must end with the weights, the trajectory
+  and the logged values of the run that nobody disturbed.
+- ``corruptions``: one file of a killed or finished run is corrupted. Reading, replaying, exporting and resuming must
+  each report an error or give the right weights to the last bit.
+- ``headers``: headers of trajectories and exported runs with odd values or corrupted bytes, sealed as a writer would.
+  Each must be read or refused by an error of the package, within a bound of memory.
 """
 
 from __future__ import annotations
@@ -119,11 +119,11 @@ def corruptions(numbers: range, folder: Path) -> dict[str, Any]:
     for number in numbers:
         noise = random.Random(number)
         name, straight, sources, other, truth = prepared[number % len(prepared)]
-        # the record is of the run that the undisturbed one repeats; its name differs, so rows are compared, not files
-        run = folder / "damaged"
+        # the run is the one that the undisturbed one repeats; its name differs, so steps are compared, not files
+        run = folder / "corrupted"
         shutil.copytree(sources[noise.random() < 0.3], run)
-        done = campaigns.harm(run, other, noise)
-        found = campaigns.corrupted(run, straight, name, truth)
+        done = campaigns.corrupt(run, other, noise)
+        found = campaigns.outcomes_of(run, straight, name, truth)
         kinds[done.split(":")[0]] += 1
         for what, outcome in found.items():
             word = outcome.split(":")[0]
@@ -148,9 +148,9 @@ def headers(numbers: range, folder: Path) -> dict[str, Any]:
     run = folder / "headers"
     campaigns.undisturbed(run, name)
     plain = json.loads(zlib.decompress(Trajectory.read(run).header.to_bytes()))
-    tune = run / "tune.safetensors"
-    export(run, tune)
-    original = tune.read_bytes()
+    exported = run / "tune.safetensors"
+    export(run, exported)
+    original = exported.read_bytes()
     outcomes: Counter[str] = Counter()
     failures, most = [], 0
     tracemalloc.start()
@@ -162,12 +162,12 @@ def headers(numbers: range, folder: Path) -> dict[str, Any]:
             if kind == "record":
                 data = zlib.compress(json.dumps(changed).encode())
                 tracemalloc.reset_peak()
-                seen = Trajectory(tune, Header.from_bytes(data, "FILE"), [], [], [])
+                seen = Trajectory(exported, Header.from_bytes(data, "FILE"), [], [], [])
             else:
-                tune.write_bytes(original)
-                campaigns.cheat(tune, changed if kind == "export" else None, noise)
+                exported.write_bytes(original)
+                campaigns.cheat(exported, changed if kind == "export" else None, noise)
                 tracemalloc.reset_peak()
-                seen = read_export(tune)
+                seen = read_export(exported)
             show.text(seen, show.summary(seen))
             outcomes[f"{kind}: read"] += 1
         except TrajectoryError as error:

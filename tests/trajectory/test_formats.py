@@ -28,7 +28,7 @@ def start() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("kernel", ["torch", "numba"])
-def test_a_record_of_format_1(tmp_path: Path, kernel: str) -> None:
+def test_a_trajectory_of_format_1(tmp_path: Path, kernel: str) -> None:
     (tmp_path / "trajectory.smezo").write_bytes((FORMAT1 / "trajectory.smezo").read_bytes())
     trajectory = Trajectory.read(tmp_path)
     assert (trajectory.header.format, trajectory.next_step, trajectory.damage) == (1, 8, None)

@@ -51,7 +51,7 @@ def test_a_replay_gives_the_weights_of_the_run_bit_for_bit(
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 4, 7])
-def test_any_step_can_be_had(tmp_path: Path, steps: int) -> None:
+def test_the_weights_of_any_step(tmp_path: Path, steps: int) -> None:
     recorded_run(tmp_path / "long", network())
     short, again = network(), network()
     recorded_run(tmp_path / "short", short, steps=steps)
@@ -139,9 +139,9 @@ def test_skipped_steps_are_recorded_and_skipped_again(tmp_path: Path) -> None:
         optimizer.step(lambda: float("inf"))
         with pytest.raises(NonFiniteLossError):
             optimizer.step(lambda: float("nan"))
-    rows = Trajectory.read(tmp_path / "t").records
-    assert [row.skipped for row in rows] == [False, True, False, True, True]  # the last one too, whose step raised
-    assert math.isnan(rows[1].losses[0][0])
+    records = Trajectory.read(tmp_path / "t").records
+    assert [step.skipped for step in records] == [False, True, False, True, True]  # the last one too, whose step raised
+    assert math.isnan(records[1].losses[0][0])
     replay(tmp_path / "t", again)
     assert same(trained, again)
 
@@ -155,9 +155,9 @@ def test_projected_gradients_are_the_ones_that_were_used(tmp_path: Path) -> None
         for _ in range(3):
             optimizer.step(lambda: loss_of(model, x, y))
             used.append(optimizer.last_step)
-    rows = Trajectory.read(tmp_path / "t").records
-    assert [row.projected_gradients for row in rows] == [report.projected_gradients for report in used]
-    assert [row.losses for row in rows] == [report.losses for report in used]
+    records = Trajectory.read(tmp_path / "t").records
+    assert [step.projected_gradients for step in records] == [report.projected_gradients for report in used]
+    assert [step.losses for step in records] == [report.losses for report in used]
 
 
 class TestWrongStart:
@@ -243,7 +243,7 @@ def test_and_at_a_refresh(tmp_path: Path) -> None:
 class TestRecorder:
     """How a plain loop records."""
 
-    def test_a_loop_goes_on_with_its_record(self, tmp_path: Path) -> None:
+    def test_a_loop_resumes_its_trajectory(self, tmp_path: Path) -> None:
         x, y = torch.stack([e[0] for e in examples()]), torch.tensor([e[1] for e in examples()])
         straight, trained, again = network(), network(), network()
         recorded_run(tmp_path / "straight", straight, steps=8, refresh_at=None)
@@ -261,7 +261,7 @@ class TestRecorder:
         assert same(again, straight)
         assert Trajectory.read(tmp_path / "t").next_step == 8
 
-    def test_the_record_of_another_run_is_not_continued(self, tmp_path: Path) -> None:
+    def test_the_trajectory_of_another_run_is_not_continued(self, tmp_path: Path) -> None:
         recorded_run(tmp_path / "t", network())
         model = network()
         with pytest.raises(TrajectoryError, match="holds a run of 8 steps, and this optimizer has not taken its first"):
@@ -287,7 +287,7 @@ class TestRecorder:
                 optimizer.step(lambda: loss_of(model, x, y))
             optimizer.param_groups[0]["mask"] = "small"
 
-    def test_a_record_may_begin_in_the_middle(self, tmp_path: Path) -> None:
+    def test_a_trajectory_may_begin_in_the_middle(self, tmp_path: Path) -> None:
         x, y = torch.stack([e[0] for e in examples()]), torch.tensor([e[1] for e in examples()])
         model = network()
         optimizer = SparseMeZO(model.named_parameters(), lr=1e-2, kernel="torch")

@@ -1,4 +1,5 @@
 import json
+import math
 import random
 import zlib
 from dataclasses import replace
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory import TrajectoryError, apply, export, load
-from smezo_pl.trajectory.exports import KIND, _seal
+from smezo_pl.trajectory.exports import KIND, _seal, pack_columns, unpack_columns
 from smezo_pl.trajectory.log import Trajectory
 from tests.trajectory.runs import network, recorded_run, same
 
@@ -27,18 +28,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Sequen
 
 
 @pytest.fixture
-def tune(run: tuple[Path, torch.nn.Sequential], tmp_path: Path) -> Path:
+def exported(run: tuple[Path, torch.nn.Sequential], tmp_path: Path) -> Path:
     return export(run[0], tmp_path / "tune.safetensors").path
 
 
-def test_an_exported_run_gives_the_trained_weights(run: tuple[Path, torch.nn.Sequential], tune: Path) -> None:
+def test_an_exported_run_gives_the_trained_weights(run: tuple[Path, torch.nn.Sequential], exported: Path) -> None:
     model = network(dtype=torch.bfloat16)
-    applied = apply(model, tune, kernel="torch")
+    applied = apply(model, exported, kernel="torch")
     assert (applied.steps, applied.identical) == (8, True)
     assert same(model, run[1])
 
 
-def test_a_record_can_be_applied_as_well(run: tuple[Path, torch.nn.Sequential]) -> None:
+def test_a_trajectory_can_be_applied_as_well(run: tuple[Path, torch.nn.Sequential]) -> None:
     model = network(dtype=torch.bfloat16)
     assert apply(model, run[0].parent, kernel="torch").identical
     assert same(model, run[1])
@@ -51,14 +52,14 @@ def test_an_earlier_step_can_be_exported(run: tuple[Path, torch.nn.Sequential], 
     assert apply(model, written.path, kernel="torch").identical is None
 
 
-def test_what_an_export_holds_is_the_record(run: tuple[Path, torch.nn.Sequential], tune: Path) -> None:
-    record, exported = Trajectory.read(run[0]), load(tune)
-    assert exported.header == record.header
-    assert exported.records == [replace(row, losses=(), thresholds=b"") for row in record.records]
+def test_an_export_holds_the_recorded_steps(run: tuple[Path, torch.nn.Sequential], exported: Path) -> None:
+    recorded, found = Trajectory.read(run[0]), load(exported)
+    assert found.header == recorded.header
+    assert found.records == [replace(row, losses=(), thresholds=b"") for row in recorded.records]
 
 
-def test_any_tool_can_read_it(run: tuple[Path, torch.nn.Sequential], tune: Path) -> None:
-    with safe_open(tune, framework="numpy") as file:
+def test_any_tool_can_read_it(run: tuple[Path, torch.nn.Sequential], exported: Path) -> None:
+    with safe_open(exported, framework="numpy") as file:
         metadata = file.metadata()
         gradients = file.get_tensor("projected_gradients")
     assert metadata["kind"] == KIND and metadata["steps"] == "8" and json.loads(metadata["settings"])["lr"] == 1e-2
@@ -87,13 +88,13 @@ def test_20000_steps_take_less_than_100_kilobytes(run: tuple[Path, torch.nn.Sequ
     assert [r.projected_gradients for r in load(written.path).records] == [r.projected_gradients for r in rows]
 
 
-def test_other_starting_weights_are_refused(tune: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_starting_weights_are_refused(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = network(seed=1, dtype=torch.bfloat16)
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(TrajectoryError, match="starts from other weights than these"):
-        apply(model, tune, kernel="torch")
+        apply(model, exported, kernel="torch")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert apply(model, tune, force=True, kernel="torch").identical is False
+    assert apply(model, exported, force=True, kernel="torch").identical is False
 
 
 def test_a_file_that_is_no_export_is_told_apart(tmp_path: Path) -> None:
@@ -117,9 +118,9 @@ def changed(path: Path, metadata: dict[str, str] | None = None, **arrays: Any) -
     return path
 
 
-def test_a_later_format_is_named(tune: Path) -> None:
+def test_a_later_format_is_named(exported: Path) -> None:
     with pytest.raises(TrajectoryError, match="export format 2; this version reads 1"):
-        load(changed(tune, {"format": "2"}))
+        load(changed(exported, {"format": "2"}))
 
 
 @pytest.mark.parametrize(
@@ -131,21 +132,21 @@ def test_a_later_format_is_named(tune: Path) -> None:
         {"columns": np.zeros(10, dtype=np.uint8)},
     ],
 )
-def test_content_that_was_changed_is_found(tune: Path, arrays: dict[str, Any]) -> None:
+def test_content_that_was_changed_is_found(exported: Path, arrays: dict[str, Any]) -> None:
     with pytest.raises(TrajectoryError, match="its hash is not that of its content"):
-        load(changed(tune, **arrays))
+        load(changed(exported, **arrays))
 
 
-def test_every_damaged_byte_is_found_or_harmless(run: tuple[Path, torch.nn.Sequential], tune: Path) -> None:
-    data, right = tune.read_bytes(), load(tune)
+def test_every_corrupted_byte_is_found_or_harmless(run: tuple[Path, torch.nn.Sequential], exported: Path) -> None:
+    data, right = exported.read_bytes(), load(exported)
     noise = random.Random(0)
     found = 0
     for _ in range(400):
         wrong = bytearray(data)
         wrong[noise.randrange(len(wrong))] ^= 1 << noise.randrange(8)
-        tune.write_bytes(wrong)
+        exported.write_bytes(wrong)
         try:
-            assert load(tune).records == right.records
+            assert load(exported).records == right.records
         except TrajectoryError:
             found += 1
     assert found > 200  # the rest are words of the metadata that nothing reads
@@ -178,21 +179,21 @@ def content_of(path: Path) -> dict[str, Any]:
         ({"header": None}, "header is corrupted"),
     ],
 )
-def test_content_that_cannot_be_is_refused(tune: Path, changes: dict[str, Any], message: str) -> None:
+def test_content_that_cannot_be_is_refused(exported: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TrajectoryError, match=message):
-        load(resealed(tune, {**content_of(tune), **changes}))
+        load(resealed(exported, {**content_of(exported), **changes}))
 
 
-def test_samples_must_fit(tune: Path) -> None:
-    content = content_of(tune)
+def test_samples_must_fit(exported: Path) -> None:
+    content = content_of(exported)
     content["header"]["num_samples"] = 3
     with pytest.raises(TrajectoryError, match="for 3 samples"):
-        load(resealed(tune, content))
+        load(resealed(exported, content))
 
 
-def test_mutated_content_is_read_or_refused_cleanly(tune: Path) -> None:
+def test_mutated_content_is_read_or_refused_cleanly(exported: Path) -> None:
     noise = random.Random(1)
-    text = json.dumps(content_of(tune)).encode()
+    text = json.dumps(content_of(exported)).encode()
     refused = 0
     for _ in range(500):
         wrong = bytearray(text)
@@ -200,27 +201,91 @@ def test_mutated_content_is_read_or_refused_cleanly(tune: Path) -> None:
             place = noise.randrange(len(wrong))
             wrong[place : place + noise.randint(0, 3)] = noise.randbytes(noise.randint(0, 3))
         try:
-            load(resealed(tune, bytes(wrong)))
+            load(resealed(exported, bytes(wrong)))
         except TrajectoryError:
             refused += 1
     assert refused > 250
 
 
-def test_a_file_that_is_too_large_is_not_opened(tune: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_too_large_is_not_opened(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smezo_pl.trajectory.exports.MAX_FILE_BYTES", 100)
     with pytest.raises(TrajectoryError, match="is no exported run: it has"):
-        load(tune)
+        load(exported)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.9, 0.999])
-def test_a_cut_file_is_refused(tune: Path, share: float) -> None:
-    data = tune.read_bytes()
-    tune.write_bytes(data[: int(share * len(data))])
+def test_a_cut_file_is_refused(exported: Path, share: float) -> None:
+    data = exported.read_bytes()
+    exported.write_bytes(data[: int(share * len(data))])
     with pytest.raises(TrajectoryError, match="no safetensors file, corrupted or cut short"):
-        load(tune)
+        load(exported)
 
 
 def test_a_folder_that_cannot_be_written_is_named(run: tuple[Path, torch.nn.Sequential], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrajectoryError, match="cannot be written"):
         export(run[0], tmp_path / "file" / "tune.safetensors")
+
+
+STEPS = 20_000
+
+
+def linear() -> list[tuple[float, ...]]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-6)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    values = []
+    for _ in range(STEPS):
+        values.append((float(optimizer.param_groups[0]["lr"]),))
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+CASES: dict[str, tuple[list[tuple[float, ...]], int]] = {
+    "constant": ([(1e-6,)] * STEPS, 100),
+    "two groups": ([(1e-6, 3e-5)] * STEPS, 100),
+    "a few runs": ([(1e-6 / (1 + i // 5000),) for i in range(STEPS)], 200),
+    "cosine": ([(0.5e-6 * (1 + math.cos(math.pi * i / STEPS)),) for i in range(STEPS)], 8 * STEPS),
+    "linear": (linear(), 5 * STEPS),
+    "noise": ([(random.Random(i).random(),) for i in range(1000)], 9 * 1000),
+    "nothing": ([], 10),
+    "one": ([(0.0, math.pi)], 40),
+    "odd values": ([(v,) for v in (math.inf, -0.0, 5e-324, 1.7e308, 0.1)], 200),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_come_back_to_the_bit_and_small(name: str) -> None:
+    values, most = CASES[name]
+    runs, column = pack_columns(values)
+    back = unpack_columns(runs, column, len(values), len(values[0]) if values else 1)
+    assert [[v.hex() for v in row] for row in back] == [[v.hex() for v in row] for row in values]
+    assert len(str(runs)) + len(column) <= most
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        None,
+        [[1, 0.5]],
+        [[0, 0.5], [0, 0.5]],
+        [[0, 0.5], [5, 0.5]],
+        [[0, 0.5, 0.5]],
+        [[0, "x"]],
+        [[0, True]],
+        [[0]],
+        ["x"],
+        [[0, 0.5], "x"],
+        [[0, 0.5], []],
+        [[0, 0.5], [3, 0.5], [2, 0.5]],
+    ],
+)
+def test_a_run_length_encoding_that_does_not_fit_is_refused(runs: object) -> None:
+    with pytest.raises(ValueError, match="run-length encoding"):
+        unpack_columns(runs, b"", 4, 1)
+
+
+@pytest.mark.parametrize("column", [b"", b"x", pack_columns(CASES["noise"][0])[1]])
+def test_columns_that_do_not_fit_are_refused(column: bytes) -> None:
+    with pytest.raises(ValueError, match=r"column|inflates|ends early|no deflated data"):
+        unpack_columns([], column, 7, 1)

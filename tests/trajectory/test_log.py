@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from smezo_pl.optim import SparseMeZO, StepRecord
-from smezo_pl.trajectory import database as store
-from smezo_pl.trajectory import log as module
+from smezo_pl.trajectory import database, log
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.recorder import describe
@@ -54,12 +53,12 @@ def test_what_is_written_is_read(path: Path, header: Header) -> None:
     assert trajectory.next_step == 10
 
 
-def test_a_closed_record_is_one_file(path: Path, header: Header) -> None:
+def test_a_closed_trajectory_is_one_file(path: Path, header: Header) -> None:
     written(path, header)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_folder_stands_for_its_record(path: Path, header: Header) -> None:
+def test_a_folder_stands_for_its_trajectory(path: Path, header: Header) -> None:
     written(path, header)
     assert Trajectory.read(path.parent).path == path
 
@@ -80,7 +79,7 @@ def test_steps_come_in_order(path: Path, header: Header) -> None:
     assert Trajectory.read(path).next_step == 1
 
 
-def test_a_record_is_never_written_over(path: Path, header: Header) -> None:
+def test_a_trajectory_is_never_overwritten(path: Path, header: Header) -> None:
     written(path, header)
     with pytest.raises(TrajectoryError, match="is there already"):
         TrajectoryWriter.create(path, header)
@@ -88,7 +87,7 @@ def test_a_record_is_never_written_over(path: Path, header: Header) -> None:
 
 
 @pytest.mark.parametrize("steps", [None, 10, 7, 0])
-def test_a_record_goes_on(path: Path, header: Header, steps: int | None) -> None:
+def test_a_trajectory_is_resumed(path: Path, header: Header, steps: int | None) -> None:
     straight = Trajectory.read(written(path.with_name("straight"), header, 12))
     with TrajectoryWriter.resume(written(path, header), steps) as writer:
         assert writer.steps == (10 if steps is None else steps)
@@ -99,7 +98,7 @@ def test_a_record_goes_on(path: Path, header: Header, steps: int | None) -> None
     assert len(trajectory.events) == (1 if steps in (None, 10) else 0)
 
 
-def test_it_cannot_go_on_where_it_has_not_been(path: Path, header: Header) -> None:
+def test_it_cannot_be_resumed_after_its_end(path: Path, header: Header) -> None:
     written(path, header)
     with pytest.raises(TrajectoryError, match="after 0 to 10 steps, not after 11"):
         TrajectoryWriter.resume(path, 11)
@@ -154,7 +153,7 @@ def test_what_was_appended_is_there_before_the_writer_ends(path: Path, header: H
 
 
 def test_the_disk_is_waited_for_in_groups(path: Path, header: Header, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SYNC_STEPS", 10)
+    monkeypatch.setattr(log, "SYNC_STEPS", 10)
     waited: list[int] = []
     with TrajectoryWriter.create(path, header) as writer:
         monkeypatch.setattr(writer, "sync", lambda: waited.append(writer.steps))
@@ -170,7 +169,7 @@ def test_a_clock_that_goes_back_does_not_matter(path: Path, header: Header, monk
     assert Trajectory.read(written(path, header)).next_step == 10
 
 
-def test_a_full_disk_ends_with_a_clear_error_and_a_sound_record(path: Path, header: Header) -> None:
+def test_a_full_disk_ends_with_a_clear_error_and_a_valid_trajectory(path: Path, header: Header) -> None:
     writer = TrajectoryWriter.create(path, header)
     pages = writer._connection.execute("PRAGMA page_count").fetchone()[0]
     writer._connection.execute(f"PRAGMA max_page_count = {pages + 3}")
@@ -219,7 +218,7 @@ def test_a_file_system_without_a_log_is_named(path: Path, header: Header, monkey
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions")
 @pytest.mark.parametrize("with_log", [False, True])
-def test_a_record_is_read_where_nothing_can_be_written(
+def test_a_trajectory_is_read_where_nothing_can_be_written(
     path: Path, header: Header, with_log: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = TrajectoryWriter.resume(written(path, header))
@@ -291,7 +290,7 @@ def test_a_file_with_other_tables_is_refused(path: Path, header: Header, change:
         ("UPDATE marks SET steps = 'x'", "is corrupted", 10),
     ],
 )
-def test_damage_is_found_and_what_is_sound_is_saved(
+def test_corruption_is_found_and_what_is_valid_is_kept(
     path: Path, header: Header, change: str, message: str, valid: int
 ) -> None:
     connection = sqlite3.connect(written(path, header))
@@ -318,7 +317,7 @@ def test_damage_is_found_and_what_is_sound_is_saved(
         "UPDATE header SET data = 'text'",
     ],
 )
-def test_without_its_header_a_record_is_nothing(path: Path, header: Header, change: str) -> None:
+def test_without_its_header_nothing_is_read(path: Path, header: Header, change: str) -> None:
     connection = sqlite3.connect(written(path, header))
     connection.execute(change)
     connection.commit()
@@ -328,7 +327,7 @@ def test_without_its_header_a_record_is_nothing(path: Path, header: Header, chan
 
 
 def test_steps_of_another_run_are_found(path: Path, header: Header) -> None:
-    """Same steps, another header: the rows of one file are put into the other."""
+    """Same steps, another header: the steps of one file are put into the other."""
     from dataclasses import replace
 
     written(path, header)
@@ -343,17 +342,17 @@ def test_steps_of_another_run_are_found(path: Path, header: Header) -> None:
         Trajectory.read(path)
 
 
-def test_a_snapshot_holds_what_the_log_holds(path: Path, header: Header) -> None:
+def test_a_copy_holds_what_the_log_holds(path: Path, header: Header) -> None:
     with TrajectoryWriter.resume(written(path, header)) as writer:
         writer.append(record(10))
-        store.copy(path, path.with_name("copy"))
+        database.copy(path, path.with_name("copy"))
     copy = Trajectory.read(path.with_name("copy"))
     assert copy.next_step == 11
     assert not path.with_name("copy-wal").exists()
 
 
-def test_the_log_of_a_record_that_is_replaced_is_not_taken_for_the_new_ones(path: Path, header: Header) -> None:
-    """A run that was killed before its first step leaves a log; what it holds must not come into the next record."""
+def test_the_log_of_a_replaced_trajectory_is_not_taken_for_the_new_ones(path: Path, header: Header) -> None:
+    """A run that was killed before its first step leaves a log; it must not come into the next trajectory."""
     writer = TrajectoryWriter.create(path, header)
     writer.add_event("checkpoint", file="last.ckpt", sha256="of the first run")
     left = {name: path.with_name(path.name + name).read_bytes() for name in ("", "-wal")}
@@ -395,12 +394,12 @@ def test_the_log_of_another_run_is_refused(path: Path, header: Header) -> None:
         Trajectory.read(path)
 
 
-def test_a_damaged_schema_that_is_no_text_is_an_error_like_any_other(path: Path, header: Header) -> None:
+def test_a_corrupted_schema_that_is_no_text_is_an_error_like_any_other(path: Path, header: Header) -> None:
     """SQLite quotes it in its message, which Python then cannot decode."""
     data = written(path, header).read_bytes()
-    harmed = data.replace(b"stepssteps", b"st\xf4psst\xf4ps").replace(b"CREATE TABLE steps", b"CREATE TABLX steps")
-    assert harmed.count(b"\xf4ps") >= 2
-    path.write_bytes(harmed)
+    corrupted = data.replace(b"stepssteps", b"st\xf4psst\xf4ps").replace(b"CREATE TABLE steps", b"CREATE TABLX steps")
+    assert corrupted.count(b"\xf4ps") >= 2
+    path.write_bytes(corrupted)
     with pytest.raises(TrajectoryError, match="the file is corrupted"):
         Trajectory.read(path, damaged=True)
 
@@ -409,11 +408,11 @@ def test_what_the_log_holds_of_it_is_still_read(path: Path, header: Header) -> N
     writer = TrajectoryWriter.create(path, header)
     for step in range(200):  # the file grows, so that the log holds the page of the schema
         writer.append(record(step))
-    data, log = path.read_bytes(), path.with_name(path.name + "-wal").read_bytes()
+    data, beside = path.read_bytes(), path.with_name(path.name + "-wal").read_bytes()
     writer.close()
-    harmed = data.replace(b"stepssteps", b"st\xf4psst\xf4ps").replace(b"CREATE TABLE steps", b"CREATE TABLX steps")
-    path.write_bytes(harmed)
-    path.with_name(path.name + "-wal").write_bytes(log)
+    corrupted = data.replace(b"stepssteps", b"st\xf4psst\xf4ps").replace(b"CREATE TABLE steps", b"CREATE TABLX steps")
+    path.write_bytes(corrupted)
+    path.with_name(path.name + "-wal").write_bytes(beside)
     path.with_name(path.name + "-shm").unlink(missing_ok=True)
-    assert harmed != data
+    assert corrupted != data
     assert Trajectory.read(path).next_step == 200

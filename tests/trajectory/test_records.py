@@ -25,31 +25,31 @@ def f32(value: float) -> float:
 def make(step: int = 0, samples: int = 1, **changes: object) -> StepRecord:
     noise = random.Random(step)
     values = [f32(noise.gauss(0, 1)) for _ in range(3 * samples)]
-    row = {
+    record = {
         "step": step,
         "projected_gradients": tuple(values[:samples]),
         "losses": tuple(zip(values[samples::2], values[samples + 1 :: 2], strict=True)),
         **RATES,
     }
-    return StepRecord(**{**row, **changes})  # type: ignore[arg-type]
+    return StepRecord(**{**record, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("samples", [1, 3, 64])
 @pytest.mark.parametrize("refresh", [{}, {"refreshed": True, "thresholds": b"thresholds"}])
-def test_a_row_comes_back_as_it_was(samples: int, refresh: dict[str, object]) -> None:
-    row = make(5, samples, **refresh)
-    data = pack_step(row, None, KEY)
-    assert unpack_step(5, data, refresh.get("thresholds"), None, KEY, groups=2) == row
+def test_a_step_comes_back_as_it_was(samples: int, refresh: dict[str, object]) -> None:
+    record = make(5, samples, **refresh)
+    data = pack_step(record, None, KEY)
+    assert unpack_step(5, data, refresh.get("thresholds"), None, KEY, groups=2) == record
 
 
-def test_a_skipped_row_keeps_losses_that_are_not_finite() -> None:
-    row = make(1, projected_gradients=(), losses=((math.inf, 1.5),), skipped=True)
-    assert unpack_step(1, pack_step(row, BEFORE, KEY), None, BEFORE, KEY, groups=2) == row
+def test_a_skipped_step_keeps_losses_that_are_not_finite() -> None:
+    record = make(1, projected_gradients=(), losses=((math.inf, 1.5),), skipped=True)
+    assert unpack_step(1, pack_step(record, BEFORE, KEY), None, BEFORE, KEY, groups=2) == record
 
 
 def test_a_loss_beyond_float32_becomes_infinite() -> None:
-    row = make(1, losses=((1e300, -1e300),))
-    back = unpack_step(1, pack_step(row, BEFORE, KEY), None, BEFORE, KEY, groups=2)
+    record = make(1, losses=((1e300, -1e300),))
+    back = unpack_step(1, pack_step(record, BEFORE, KEY), None, BEFORE, KEY, groups=2)
     assert back.losses == ((math.inf, -math.inf),)
 
 
@@ -78,7 +78,7 @@ def test_every_cut_is_found() -> None:
             unpack_step(3, data[:length], None, None, KEY, groups=2)
 
 
-def test_a_row_is_tied_to_its_step_its_refresh_and_the_row_before() -> None:
+def test_a_step_is_tied_to_its_index_its_refresh_and_the_step_before() -> None:
     data = pack_step(make(3), None, KEY)
     after = pack_step(make(4), BEFORE, check_of(data))
     assert unpack_step(4, after, None, BEFORE, check_of(data), groups=2) == make(4)
@@ -91,7 +91,7 @@ def test_a_row_is_tied_to_its_step_its_refresh_and_the_row_before() -> None:
             unpack_step(3, with_refresh, refresh, None, KEY, groups=2)
 
 
-def test_the_first_row_must_name_its_rates() -> None:
+def test_the_first_step_must_name_its_rates() -> None:
     with pytest.raises(ValueError, match="learning rate"):
         unpack_step(0, pack_step(make(0), BEFORE, KEY), None, None, KEY, groups=2)
 
@@ -110,6 +110,6 @@ def test_thresholds_come_back_to_the_bit(thresholds: tuple[float, ...], width: i
 
 
 @pytest.mark.parametrize("data", [b"", b"abc", pack_thresholds([1.0] * 5), pack_thresholds([0.0] * 100_000)])
-def test_damaged_thresholds_are_refused(data: bytes) -> None:
+def test_corrupted_thresholds_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"no deflated data|thresholds|inflates|ends early"):
         unpack_thresholds(data, 4)

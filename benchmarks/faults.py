@@ -168,7 +168,7 @@ def headers(numbers: range, folder: Path) -> dict[str, Any]:
                 campaigns.cheat(exported, changed if kind == "export" else None, noise)
                 tracemalloc.reset_peak()
                 seen = read_export(exported)
-            show.text(seen, show.summary(seen))
+            show.as_text(seen, show.summary(seen))
             outcomes[f"{kind}: read"] += 1
         except TrajectoryError as error:
             outcomes[f"{kind}: refused"] += 1

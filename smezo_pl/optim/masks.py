@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf, isinf
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -115,10 +115,12 @@ def find_threshold(theta: Tensor, rank: int, histogram: Histogram, *, leave_one:
         The threshold, with what it selects.
     """
     numel = theta.numel()
-    if theta.dtype == torch.float64:
-        return _from_sorted(theta, rank, leave_one)
-    infinity = _INFINITY_CODE[theta.dtype]
-    if theta.dtype == torch.float32:
+    infinity = _INFINITY_CODE.get(theta.dtype, 0)
+    codes: list[Any]
+    if theta.dtype == torch.float64:  # the dtype of references: by a sort
+        magnitudes, counts = torch.unique(theta[~theta.isnan()].abs(), return_counts=True)
+        codes, cumulative = magnitudes.tolist(), torch.cumsum(counts, 0).tolist()
+    elif theta.dtype == torch.float32:
         upper = histogram(theta, 16, None)[: infinity + 1].tolist()
         # NaN share the topmost bucket with infinity: only the code with no lower bits is a number
         upper[infinity] = int(histogram(theta, 0, infinity)[0]) if upper[infinity] else 0
@@ -135,7 +137,7 @@ def find_threshold(theta: Tensor, rank: int, histogram: Histogram, *, leave_one:
     if pick == len(codes) - 1:
         return Threshold(inf, cumulative[pick], numel, len(codes))
     low, high = (_magnitude(codes[j], theta.dtype) for j in (pick, pick + 1))
-    return Threshold(_between(low, high), cumulative[pick], numel, len(codes))
+    return Threshold(_between(low, high, theta.dtype), cumulative[pick], numel, len(codes))
 
 
 def _expand_around(
@@ -169,31 +171,19 @@ def _expand_around(
     return codes, cumulative
 
 
-def _from_sorted(theta: Tensor, rank: int, leave_one: bool) -> Threshold:
-    """The same for float64, the dtype of references, by a sort of the one tensor."""
-    magnitudes, counts = torch.unique(theta[~theta.isnan()].abs(), return_counts=True)
-    if not len(magnitudes):
-        return Threshold(inf, theta.numel(), theta.numel(), 0)
-    cumulative = torch.cumsum(counts, 0).tolist()
-    pick = min(range(len(cumulative)), key=lambda j: abs(cumulative[j] - rank))
-    if leave_one and pick == len(cumulative) - 1 and len(cumulative) > 1:
-        pick -= 1
-    if pick == len(cumulative) - 1:
-        return Threshold(inf, cumulative[pick], theta.numel(), len(cumulative))
-    low, high = magnitudes[pick].item(), magnitudes[pick + 1].item()
-    middle = low + (high - low) / 2
-    return Threshold(middle if middle < high else low, cumulative[pick], theta.numel(), len(cumulative))
+def _magnitude(code: Any, dtype: torch.dtype) -> float:
+    if dtype == torch.float64:
+        return float(code)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    return float(torch.tensor([code], dtype=bits).view(dtype).item())
 
 
-def _magnitude(code: int, dtype: torch.dtype) -> float:
-    if dtype == torch.float32:
-        return float(torch.tensor([code], dtype=torch.int32).view(torch.float32).item())
-    return float(torch.tensor([code], dtype=torch.int16).view(dtype).item())
-
-
-def _between(low: float, high: float) -> float:
-    """A float32 in ``[low, high)``, the middle where there is one: kernels compare in float32."""
-    if isinf(high):
+def _between(low: float, high: float, dtype: torch.dtype) -> float:
+    """A number in ``[low, high)``, the middle where there is one; a float32 for what kernels compare in float32."""
+    if dtype == torch.float64:
+        middle = low + (high - low) / 2
+    elif isinf(high):
         return _FLOAT32_MAX
-    middle = float(torch.tensor((low + high) / 2, dtype=torch.float32).item())
+    else:
+        middle = float(torch.tensor((low + high) / 2, dtype=torch.float32).item())
     return middle if middle < high else low

@@ -107,16 +107,14 @@ class Stream:
     start: int = 0
 
     def __post_init__(self) -> None:
-        if not (
+        if (
             0 <= self.seed < 1 << 64
             and 0 <= self.step < 1 << 32
             and 0 <= self.sample < 1 << 24
             and 0 <= self.tensor < 1 << 24
             and 0 <= self.start < 1 << 42
         ):
-            self._refuse()
-
-    def _refuse(self) -> None:
+            return
         for name, bits in (("seed", 64), ("step", 32), ("sample", 24), ("tensor", 24), ("start", 42)):
             value = getattr(self, name)
             if not 0 <= value < 1 << bits:
@@ -124,15 +122,7 @@ class Stream:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 on tensors of counters.
-
-    Args:
-        counter: Four int64 tensors of 32-bit words that broadcast with each other.
-        key: Two 32-bit words.
-
-    Returns:
-        Four int64 tensors of 32-bit words.
-    """
+    """The four words of philox4x32-10 on tensors of counters: 32-bit words in int64 tensors that broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(PHILOX_ROUNDS):
@@ -144,45 +134,20 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def normals(stream: Stream, numel: int, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal numbers.
+    """Standard normal numbers, float32 of shape ``[numel]``, from element ``stream.start`` on.
 
-    Args:
-        stream: Where they come from.
-        numel: How many, from element ``stream.start`` on.
-        device: Where they are computed (on the CPU for an MPS device, which has no float64).
-
-    Returns:
-        float32 tensor of shape ``[numel]``.
+    They are computed on ``device``; for MPS, which has no float64, on the CPU.
     """
     return _in_blocks(_normals_of, BLOCK, stream, NOISE, numel, torch.float32, device)
 
 
 def signs(stream: Stream, numel: int, device: torch.device | str = "cpu") -> Tensor:
-    """Numbers +1 and -1 with equal odds.
-
-    Args:
-        stream: Where they come from.
-        numel: How many, from element ``stream.start`` on.
-        device: Where they are computed.
-
-    Returns:
-        float32 tensor of shape ``[numel]``.
-    """
+    """Numbers +1 and -1 with equal odds, float32 of shape ``[numel]``, from element ``stream.start`` on."""
     return _in_blocks(_signs_of, SIGN_BLOCK, stream, NOISE, numel, torch.float32, device)
 
 
 def words16(stream: Stream, kind: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform 16-bit words.
-
-    Args:
-        stream: Where they come from.
-        kind: `MASK` or `ROUNDING`.
-        numel: How many, from element ``stream.start`` on.
-        device: Where they are computed.
-
-    Returns:
-        int32 tensor of shape ``[numel]``, in ``[0, 65536)``.
-    """
+    """Uniform 16-bit words of the kind `MASK` or `ROUNDING`, int32 of shape ``[numel]``, from ``stream.start`` on."""
     return _in_blocks(_halves_of, BLOCK, stream, kind, numel, torch.int32, device)
 
 
@@ -197,18 +162,7 @@ def chunk_of(device: torch.device) -> int:
 
 
 def block_words(stream: Stream, kind: int, first: int, blocks: int, device: torch.device | str = "cpu") -> Tensor:
-    """The words of consecutive blocks.
-
-    Args:
-        stream: Seed, step, sample and tensor; its start is not looked at.
-        kind: Kind of draw.
-        first: Number of the first block.
-        blocks: How many blocks.
-        device: Where to compute them.
-
-    Returns:
-        int64 tensor of shape ``[blocks, 512]``.
-    """
+    """The words of blocks, from number ``first`` on whatever the stream's start: int64 of shape ``[blocks, 512]``."""
     group = torch.arange(first * GROUPS, (first + blocks) * GROUPS, dtype=torch.int64, device=device)
     step = torch.full((), stream.step, dtype=torch.int64, device=device)
     counter = (group & _LOW, stream.tensor + ((group >> 32) << 24), step, step * 0 + (stream.sample + (kind << 24)))

@@ -67,11 +67,7 @@ class OptimizedTensor:
 
 
 def as_patterns(argument: str, patterns: Patterns) -> tuple[str, ...]:
-    """Patterns as a tuple.
-
-    Raises:
-        TypeError: If they are not strings.
-    """
+    """Patterns as a tuple."""
     if patterns is None:
         return ()
     listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
@@ -87,11 +83,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def require_matches(argument: str, patterns: Iterable[str], names: Sequence[str]) -> None:
-    """Refuse a pattern that fits no parameter.
-
-    Raises:
-        ValueError: Says which names exist and which is near.
-    """
+    """Refuse a pattern that fits no parameter."""
     for pattern in patterns:
         if not any(matches(name, (pattern,)) for name in names):
             near = get_close_matches(pattern.strip("*"), names, n=1, cutoff=0.3)
@@ -138,12 +130,7 @@ def choose(params: Iterable[Any], scope: Mapping[str, tuple[str, ...]], given: l
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Refuse a parameter that the fused passes cannot walk.
-
-    Raises:
-        TypeError: For a dtype or kind of tensor that has no element-wise float arithmetic here.
-        ValueError: For a layout that is not one contiguous block, or a tensor without data.
-    """
+    """Refuse a parameter that the fused passes cannot walk."""
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
             f"parameter {name!r} is a DTensor; sharded parameters are not supported, use the forward_ddp strategy"
@@ -171,12 +158,7 @@ _FLOAT32 = struct.Struct("<f")
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Refuse hyperparameters of a parameter group that are out of range.
-
-    Raises:
-        TypeError: If a number is not one.
-        ValueError: Names the argument, the value and what is allowed.
-    """
+    """Refuse hyperparameters of a parameter group that are out of range."""
     for name in ("lr", "eps", "sparsity", "weight_decay"):
         value = group[name]
         if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
@@ -196,12 +178,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> None:
-    """Refuse anything but an integer in ``[low, high)``.
-
-    Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is out of range.
-    """
+    """Refuse anything but an integer in ``[low, high)``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not low <= value < high:

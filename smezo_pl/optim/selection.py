@@ -42,16 +42,9 @@ class Selection:
     def __init__(self) -> None:
         self.bits: dict[int, Tensor] = {}
 
-    def prepare(self, tensors: Sequence[OptimizedTensor], groups: Iterable[dict[str, Any]], step: int) -> bool:
-        """Make the masks of the groups that have none yet; whether there were such groups."""
-        waiting = [group for group in groups if not group["ready"]]
-        if waiting:
-            self.make(tensors, waiting, step)
-        return bool(waiting)
-
     @torch.no_grad()
     def make(self, tensors: Sequence[OptimizedTensor], groups: Sequence[dict[str, Any]], step: int) -> None:
-        """Compute thresholds, and constant masks, of some groups from the weights as they are."""
+        """Compute thresholds, and constant masks, of some groups from the current weights."""
         uneven, single = [], []
         for tensor in tensors:
             group = tensor.group

@@ -46,7 +46,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class SparseMeZO(Optimizer):
-    """Sparse memory-efficient zeroth-order optimizer: two forwards a step, no backward, no optimizer state.
+    """Sparse memory-efficient zeroth-order optimizer: two forwards per step, no backward, no optimizer state.
 
     One step with the closure's loss ``L``, weights ``theta`` and, for each tensor, the mask ``m`` of its small weights:
 
@@ -62,7 +62,7 @@ class SparseMeZO(Optimizer):
     What you must do: give the closure to `step`, put the network in ``eval()`` mode so that both forwards see the same
     function, and call `attach` with the network (recommended: weights are then never written during a forward). Without
     `attach` the whole model is perturbed in place, and brought back to the same bits from a copy of the active weights.
-    The closure runs under ``no_grad``, twice a sample, on the same batch; in the first step after `attach` it may run
+    The closure runs under ``no_grad``, twice per sample, on the same batch; in the first step after `attach` it may run
     again, while weights that are used outside their module's forward are looked for.
 
     References: Sparse MeZO, arXiv 2402.15751; MeZO, arXiv 2305.17333.
@@ -138,15 +138,8 @@ class SparseMeZO(Optimizer):
         self._last_step: StepRecord | None = None
         self._logged: set[str] = set()
         self._wire()
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "sparsity": sparsity,
-            "weight_decay": weight_decay,
-            "mask": mask,
-            "mask_update": mask_update,
-            "maximize": maximize,
-        }
+        defaults: dict[str, Any] = {"lr": lr, "eps": eps, "sparsity": sparsity, "weight_decay": weight_decay}
+        defaults |= {"mask": mask, "mask_update": mask_update, "maximize": maximize}
         super().__init__(params, defaults)
         for argument, patterns in self._scope.items():
             require_matches(argument, patterns, self._given)
@@ -272,10 +265,13 @@ class SparseMeZO(Optimizer):
 
     def prepare_masks(self) -> None:
         """Compute the thresholds that are not there yet. The first step does it; call it to see them before."""
-        self._refreshed |= self._selection.prepare(self._tensors(), self.param_groups, self._steps_done)
+        waiting = [group for group in self.param_groups if not group["ready"]]
+        if waiting:
+            self._selection.make(self._tensors(), waiting, self._steps_done)
+            self._refreshed = True
 
     def refresh_masks(self, sparsity: float | None = None) -> None:
-        """Compute thresholds, and constant masks, again from today's weights.
+        """Compute thresholds, and constant masks, again from the current weights.
 
         Args:
             sparsity: New sparsity of every group, in ``[0, 1)``; None keeps each group's own.
@@ -352,7 +348,7 @@ class SparseMeZO(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
-        """Take one step: two forwards a sample, then the update.
+        """Take one step: two forwards per sample, then the update.
 
         Args:
             closure: Runs the forward on one batch and returns its loss: a number or a tensor of one element. It may be
@@ -405,7 +401,7 @@ class SparseMeZO(Optimizer):
 
         Args:
             step: Index of the step; it must be `steps_done`.
-            projected_gradients: One float32 number a sample; ignored when skipped.
+            projected_gradients: One float32 number per sample; ignored when skipped.
             lr: Learning rate of each group.
             weight_decay: Weight decay of each group.
             skipped: Whether the step changed nothing.

@@ -54,11 +54,6 @@ class StepRecord:
         """Mean of ``l+`` and ``l-`` over the samples."""
         return sum(plus + minus for plus, minus in self.losses) / (2 * len(self.losses))
 
-    @property
-    def other_seconds(self) -> float:
-        """Seconds of the step outside the forwards: noise, weight traffic, bookkeeping."""
-        return self.total_seconds - self.forward_seconds
-
 
 def check_record(record: StepRecord, step: int, groups: int, samples: int) -> None:
     """Refuse a record that does not fit an optimizer at step ``step``, of so many groups and samples per step.

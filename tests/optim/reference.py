@@ -26,8 +26,8 @@ def select(theta: Tensor, mask: str, sparsity: float, threshold: float | None, s
     return inside if mask == "small" else ~inside
 
 
-def draw(law: str, stream: Stream, theta: Tensor) -> Tensor:
-    make = normals if law == "gaussian" else signs
+def draw(noise: str, stream: Stream, theta: Tensor) -> Tensor:
+    make = normals if noise == "gaussian" else signs
     return make(stream, theta.numel(), theta.device).view(theta.shape)
 
 

@@ -141,10 +141,10 @@ def test_torch_generators_are_not_touched() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def made(law: str, count: int, stream: Stream) -> Tensor:
+def made(noise: str, count: int, stream: Stream) -> Tensor:
     """``z`` by the CPU's kernel, which other tests hold to the reference bit for bit."""
     z = torch.zeros(count)
-    get_kernel("numba").perturb(z, z, DENSE, "gaussian" if law == "gaussian" else "rademacher", stream, 1.0)
+    get_kernel("numba").perturb(z, z, DENSE, "gaussian" if noise == "gaussian" else "rademacher", stream, 1.0)
     return z
 
 
@@ -159,21 +159,21 @@ class Tally:
         entry[0] += float(values.sum(dtype=torch.float64)) - mean * values.numel()
         entry[1] += variance * values.numel()
 
-    def pairs(self, name: str, a: Tensor, b: Tensor, law: str) -> None:
+    def pairs(self, name: str, a: Tensor, b: Tensor, noise: str) -> None:
         self.add(f"correlation {name}", a * b, 0.0, 1.0)
-        if law == "gaussian":
+        if noise == "gaussian":
             self.add(f"correlation of squares {name}", (a * a - 1) * (b * b - 1), 0.0, 4.0)
 
     def deviations(self) -> dict[str, float]:
         return {name: total / math.sqrt(variance) for name, (total, variance) in self.sums.items()}
 
 
-def tally(law: str, count: int) -> Tally:
+def tally(noise: str, count: int) -> Tally:
     result, chunk = Tally(), 1 << 19
     for part in range(-(-count // chunk)):
         stream = Stream(2024, 5, 0, part)
-        z = made(law, chunk, stream)
-        if law == "gaussian":
+        z = made(noise, chunk, stream)
+        if noise == "gaussian":
             for k, mean, square in ((1, 0, 1), (2, 1, 3), (3, 0, 15), (4, 3, 105)):
                 result.add(f"moment {k}", z.double() ** k, mean, square - mean * mean)
             for limit in (0.5, 1.0, 2.0, 3.0, 4.0, 4.5, 5.0):
@@ -182,11 +182,11 @@ def tally(law: str, count: int) -> Tally:
         else:
             result.add("mean", z, 0.0, 1.0)
         block = z.view(-1, BLOCK)
-        result.pairs("of a word's two numbers", block[:, :512], block[:, 512:], law)
+        result.pairs("of a word's two numbers", block[:, :512], block[:, 512:], noise)
         for lag in (1, 2, 4, 8, 16, 256):
-            result.pairs(f"at lag {lag}", z[:-lag], z[lag:], law)
-        result.pairs("of quarters", z[: chunk // 4], z[chunk // 2 : chunk // 2 + chunk // 4], law)
-        result.pairs("of blocks", block[:-1], block[1:], law)
+            result.pairs(f"at lag {lag}", z[:-lag], z[lag:], noise)
+        result.pairs("of quarters", z[: chunk // 4], z[chunk // 2 : chunk // 2 + chunk // 4], noise)
+        result.pairs("of blocks", block[:-1], block[1:], noise)
         for name, other in (
             ("tensors", Stream(2024, 5, 0, part + 4096)),
             ("steps", Stream(2024, 6, 0, part)),
@@ -194,16 +194,16 @@ def tally(law: str, count: int) -> Tally:
             ("seeds", Stream(2025, 5, 0, part)),
             ("upper halves of seeds", Stream(2024 + (1 << 32), 5, 0, part)),
         ):
-            result.pairs(f"of {name}", z, made(law, chunk, other), law)
+            result.pairs(f"of {name}", z, made(noise, chunk, other), noise)
     return result
 
 
 # Some 30 deviations are looked at, each standard normal if all is well: 4.5 is passed once in 5000 such sets. The seeds
 # are fixed, so a failure means that the numbers have changed.
-@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("count", [10**7, pytest.param(10**8, marks=pytest.mark.slow)])
-def test_statistics(law: str, count: int) -> None:
-    deviations = tally(law, count).deviations()
+def test_statistics(noise: str, count: int) -> None:
+    deviations = tally(noise, count).deviations()
     assert {name: value for name, value in deviations.items() if abs(value) > 4.5} == {}
 
 

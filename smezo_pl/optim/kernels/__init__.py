@@ -28,16 +28,9 @@ log = logging.getLogger(__name__)
 def get_kernel(name: KernelName = "auto", device: torch.device | str = "cpu") -> Kernel:
     """The kernel of that name for a device; the choice is logged once.
 
-    Args:
-        name: ``auto``, or who shall make the passes.
-        device: Where the weights are.
-
-    Returns:
-        A kernel. It keeps no state between calls, so one serves all tensors of the device.
-
     Raises:
         ValueError: If the name is unknown.
-        RuntimeError: If the kernel asked for cannot run on the device or is not installed; says which can.
+        RuntimeError: If the kernel cannot run on the device or is not installed; says which can.
     """
     return _get_kernel(name, torch.device(device).type)
 
@@ -71,18 +64,15 @@ def _get_kernel(name: KernelName, kind: str) -> Kernel:
 
 def _make(name: str) -> Kernel:
     # Compilers are imported only when they are used: numba and Triton take a second each.
-    kernel: Kernel
     if name == "numba":
         from smezo_pl.optim.kernels.numba_cpu import NumbaKernel
 
-        kernel = NumbaKernel()
-    elif name == "triton":
+        return NumbaKernel()
+    if name == "triton":
         from smezo_pl.optim.kernels.triton_gpu import TritonKernel
 
-        kernel = TritonKernel()
-    else:
-        kernel = TorchKernel()
-    return kernel
+        return TritonKernel()
+    return TorchKernel()
 
 
 def _obstacle(name: str, kind: str) -> str | None:
@@ -93,15 +83,11 @@ def _obstacle(name: str, kind: str) -> str | None:
         return None
     if name == "numba" and kind != "cpu":
         return "it works on CPU memory only"
-    if name == "triton" and kind != "cuda" and not _interpreted():
+    # Triton's interpreter runs kernels on CPU tensors, for tests.
+    if name == "triton" and kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton needs a CUDA or ROCm device"
     try:
         importlib.import_module(name)
     except ImportError as error:
         return f"{name} cannot be imported ({error})"
     return None
-
-
-def _interpreted() -> bool:
-    """Whether Triton's interpreter is switched on: it runs kernels on CPU tensors, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -336,28 +336,6 @@ def compile_pass(name: str, like: Any) -> Any:
     return _cached(cfunc(signature, cache=True), cfunc(signature), entry)
 
 
-def compile_parallel() -> Any:
-    """Compile what shares a pass out: ``(function, threads, first, last, step, next, memory, stride, task)``.
-
-    The threads take ``step`` units of work at a time, so one that starts late or is interrupted holds up no other.
-    ``next`` is the address of an int64 that begins as 0.
-
-    Returns:
-        numba's dispatcher.
-    """
-
-    def parallel(function, threads, first, last, step, next, memory, stride, task):
-        for t in prange(threads):
-            begin = first + step * _fetch_and_increment(next)
-            while begin < last:
-                _call(function, begin, min(begin + step, last), memory + t * stride, task)
-                begin = first + step * _fetch_and_increment(next)
-
-    signature = types.void(*[types.int64] * 9)
-    options = {"parallel": True, "nogil": True}
-    return _cached(njit(signature, cache=True, **options), njit(signature, **options), parallel)
-
-
 @njit(nogil=True)
 def _take_pieces(table, rows, total, next, memory):
     entries = array_at(table, rows * TABLE_ROW, int64(0))
@@ -374,11 +352,12 @@ def _take_pieces(table, rows, total, next, memory):
 
 
 def compile_table(parallel: bool) -> Any:
-    """Compile what shares many passes out: ``(table, rows, total, threads, next, memory, stride)``.
+    """Compile what shares passes out to threads: ``(table, rows, total, threads, next, memory, stride)``.
 
     ``table`` is the address of `TABLE_ROW` int64 for each pass: its function, the number of pieces up to its end, its
     first and last unit of work, the units of a piece, its task. ``total`` counts the pieces of all passes, which the
-    threads take one by one; ``next`` is the address of an int64 that begins as 0.
+    threads take one by one, so one that starts late or is interrupted holds up no other; ``next`` is the address of an
+    int64 that begins as 0.
 
     Args:
         parallel: Whether for several threads. For one it keeps away from numba's threads: a process that is forked

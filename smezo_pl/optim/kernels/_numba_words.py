@@ -14,17 +14,7 @@ from llvmlite import ir
 from numba import carray, float32, int32, njit, types, uint16, uint32, uint64
 from numba.extending import intrinsic, overload
 
-from smezo_pl.optim.noise import (
-    ANGLE_CENTRE,
-    COS,
-    LOG,
-    LOG_2,
-    PHILOX_KEY_STEPS,
-    PHILOX_MULTIPLIERS,
-    PHILOX_ROUNDS,
-    SIN,
-    SQRT_HALF_BITS,
-)
+from smezo_pl.optim import noise
 
 THETA, OUT, NUMEL, START, DISTRIBUTION, SAMPLES, DECAY, ROUNDING, SOURCE, LOW, SPAN, LEVEL, BITS, ROWS = range(14)
 """Places in the task of `sweep` and `pack`, an int64 array: addresses, 32-bit codes (also of floats), then rows."""
@@ -40,12 +30,14 @@ once, the requests would wait for each other and hold the processor up."""
 GROUP_PART, WORD_PART = 128 // PARTS, 512 // PARTS
 """Groups, and words, of a piece."""
 
-_L0, _L1, _L2, _L3, _L4, _L5, _L6 = (np.float32(c) for c in LOG)
-_S0, _S1, _S2, _S3 = (np.float32(c) for c in SIN)
-_C0, _C1, _C2, _C3 = (np.float32(c) for c in COS)
-_LOG_2, _ANGLE_CENTRE, _SQRT_HALF = np.float32(LOG_2), np.float32(ANGLE_CENTRE), np.uint32(SQRT_HALF_BITS)
-_M0, _M1 = (np.uint64(m) for m in PHILOX_MULTIPLIERS)
-_K0, _K1 = (np.uint64(k) for k in PHILOX_KEY_STEPS)
+_L0, _L1, _L2, _L3, _L4, _L5, _L6 = (np.float32(c) for c in noise.LOG)
+_S0, _S1, _S2, _S3 = (np.float32(c) for c in noise.SIN)
+_C0, _C1, _C2, _C3 = (np.float32(c) for c in noise.COS)
+_LOG_2, _ANGLE_CENTRE = np.float32(noise.LOG_2), np.float32(noise.ANGLE_CENTRE)
+_SQRT_HALF = np.uint32(noise.SQRT_HALF_BITS)
+_M0, _M1 = (np.uint64(m) for m in noise.PHILOX_MULTIPLIERS)
+_K0, _K1 = (np.uint64(k) for k in noise.PHILOX_KEY_STEPS)
+_ROUNDS = noise.PHILOX_ROUNDS
 _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _SIGN = np.uint32(1 << 31)
 
@@ -152,7 +144,7 @@ def _array_for(address, size, like):
 @njit(nogil=True, inline="always")
 def philox(c0, c1, c2, c3, k0, k1):
     """The four words of a counter, two to a uint64; every argument is a 32-bit number in a uint64."""
-    for _ in range(PHILOX_ROUNDS):
+    for _ in range(_ROUNDS):
         p0, p1 = (c0 & _LOW) * _M0, (c2 & _LOW) * _M1
         c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ k0, p1, (p0 >> _32) ^ c3 ^ k1, p0
         k0, k1 = (k0 + _K0) & _LOW, (k1 + _K1) & _LOW

@@ -85,14 +85,8 @@ class Kernel(ABC):
     ) -> None:
         """`perturb` some rows of a matrix: ``out[i]`` is row ``rows[i]`` of the perturbed matrix.
 
-        Args:
-            theta: Matrix of shape ``[n, width]``, contiguous, ``width`` a multiple of 8.
-            out: Where the rows go, shape ``[len(rows), width]``.
-            rows: Numbers of the rows, int64, in ``[0, n)``.
-            mask: Mask of the whole matrix.
-            noise: Distribution of ``z``.
-            stream: Where ``z`` of the whole matrix comes from.
-            scale: Factor of ``z``.
+        ``theta`` has shape ``[n, width]``, is contiguous, and ``width`` is a multiple of 8; ``out`` has shape
+        ``[len(rows), width]``; ``rows`` are int64 in ``[0, n)``. Mask and stream are those of the whole matrix.
         """
         check_rows(theta, out, rows)
         width = theta.shape[1]
@@ -161,12 +155,7 @@ class Kernel(ABC):
 
 
 def check_weights(theta: Tensor, name: str = "theta") -> None:
-    """Refuse a tensor that is not flat, contiguous and of a dtype that kernels know.
-
-    Raises:
-        TypeError: If the dtype or the layout is not supported.
-        ValueError: If the tensor is not flat and contiguous, or has no storage.
-    """
+    """Refuse a tensor that is not flat, contiguous and of a dtype that kernels know."""
     if theta.dtype in QUIET_NAN and theta.dim() == 1 and theta.is_contiguous() and not theta.is_meta:
         return
     if theta.layout != torch.strided:
@@ -180,12 +169,7 @@ def check_weights(theta: Tensor, name: str = "theta") -> None:
 
 
 def check_pair(theta: Tensor, out: Tensor) -> None:
-    """Refuse an output that does not fit the weights.
-
-    Raises:
-        TypeError: If the dtypes differ.
-        ValueError: If length or device differ, or if the two overlap without being the same elements.
-    """
+    """Refuse an output that does not fit the weights."""
     check_weights(theta)
     check_weights(out, "out")
     if out.dtype != theta.dtype:
@@ -201,12 +185,7 @@ def check_pair(theta: Tensor, out: Tensor) -> None:
 
 
 def check_rows(theta: Tensor, out: Tensor, rows: Tensor) -> None:
-    """Refuse rows that do not fit the matrix or the output.
-
-    Raises:
-        TypeError: If the numbers are not int64, or dtype or device of the output are not those of the matrix.
-        ValueError: If a shape is not right, or a number is out of range.
-    """
+    """Refuse rows that do not fit the matrix or the output."""
     if theta.dim() != 2 or theta.shape[1] % 8:
         raise ValueError(f"theta must be a matrix whose width is a multiple of 8, got shape {tuple(theta.shape)}")
     if rows.dtype != torch.int64:
@@ -225,12 +204,7 @@ def check_rows(theta: Tensor, out: Tensor, rows: Tensor) -> None:
 
 
 def check_streams(mask: Mask, streams: Sequence[Stream], scales: Sequence[float], rounding: Stream | None) -> None:
-    """Refuse noise that does not fit together.
-
-    Raises:
-        ValueError: If there is no sample, if streams and scales differ in number, or if the streams begin at different
-            elements.
-    """
+    """Refuse noise that does not fit together."""
     if not streams or len(streams) != len(scales):
         raise ValueError(f"update needs one scale per stream and at least one, got {len(streams)} and {len(scales)}")
     start = streams[0].start
@@ -240,11 +214,7 @@ def check_streams(mask: Mask, streams: Sequence[Stream], scales: Sequence[float]
 
 
 def check_mask(theta: Tensor, mask: Mask) -> None:
-    """Refuse a mask that lacks what its rule needs.
-
-    Raises:
-        ValueError: If the threshold is NaN, the random rule has no stream, or the bits do not fit.
-    """
+    """Refuse a mask that lacks what its rule needs."""
     if mask.rule in ("small", "large"):
         if isnan(mask.threshold):
             raise ValueError("threshold of a mask must be a number, got nan")
@@ -260,11 +230,7 @@ def check_mask(theta: Tensor, mask: Mask) -> None:
 
 
 def check_bits(theta: Tensor, bits: Tensor) -> None:
-    """Refuse packed bits whose dtype, length, layout or device does not fit the weights.
-
-    Raises:
-        ValueError: Says what is expected.
-    """
+    """Refuse packed bits whose dtype, length, layout or device does not fit the weights."""
     size = packed_size(theta.numel())
     if bits.dtype != torch.uint8 or bits.shape != (size,) or not bits.is_contiguous() or bits.device != theta.device:
         raise ValueError(
@@ -274,11 +240,7 @@ def check_bits(theta: Tensor, bits: Tensor) -> None:
 
 
 def check_saved(theta: Tensor, saved: Tensor, count: int) -> None:
-    """Refuse saved weights that do not belong to packed bits of which ``count`` are set.
-
-    Raises:
-        ValueError: If dtype, length or layout are not right.
-    """
+    """Refuse saved weights that do not belong to packed bits of which ``count`` are set."""
     if saved.dtype != theta.dtype or saved.shape != (count,) or not saved.is_contiguous():
         raise ValueError(
             f"saved weights must be {theta.dtype} of shape ({count},), got {saved.dtype} of shape {tuple(saved.shape)}"

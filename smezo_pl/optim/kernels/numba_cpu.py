@@ -21,21 +21,9 @@ import torch
 from torch import Tensor
 
 from smezo_pl.optim.kernels import _numba_passes as passes
+from smezo_pl.optim.kernels import base
 from smezo_pl.optim.kernels._numba_words import BITS, NUMEL, OUT, ROW, START, THETA
-from smezo_pl.optim.kernels.base import (
-    Kernel,
-    Update,
-    check_bits,
-    check_mask,
-    check_pair,
-    check_rows,
-    check_saved,
-    check_streams,
-    check_weights,
-    code_range,
-    float_bits,
-    packed_size,
-)
+from smezo_pl.optim.kernels.base import Update
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import BLOCK, MASK, NOISE, ROUNDING, Distribution, Stream
@@ -47,11 +35,10 @@ _SERIAL = 1 << 15  # weights; waking a second thread takes about as long as one 
 _STEP = {"sweep": 64, "pack": 64, "count": 8, "move": 1, "histogram": 1 << 16}
 """Units of work that a thread takes at a time: about 30 microseconds."""
 _LOCK = threading.Lock()  # one of numba's threading layers (workqueue) aborts the process when entered twice at once
-_REFERENCE = TorchKernel()
 
 
-class NumbaKernel(Kernel):
-    """Compiled loops over CPU memory (see `Kernel` for what each pass computes)."""
+class NumbaKernel(TorchKernel):
+    """Compiled loops over CPU memory (see `Kernel` for what each pass computes); torch for float64 weights."""
 
     name = "numba"
 
@@ -59,9 +46,9 @@ class NumbaKernel(Kernel):
         self, theta: Tensor, out: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float
     ) -> None:
         """Write ``theta + scale * m * z`` to ``out``; see `Kernel.perturb`."""
-        check_pair(theta, out)
+        base.check_pair(theta, out)
         if theta.dtype == torch.float64:
-            return _REFERENCE.perturb(theta, out, mask, noise, stream, scale)
+            return super().perturb(theta, out, mask, noise, stream, scale)
         if scale == 0.0:
             if out.data_ptr() != theta.data_ptr():
                 out.copy_(theta)
@@ -74,9 +61,9 @@ class NumbaKernel(Kernel):
         self, theta: Tensor, out: Tensor, rows: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float
     ) -> None:
         """`perturb` some rows of a matrix; see `Kernel.perturb_rows`."""
-        check_rows(theta, out, rows)
+        base.check_rows(theta, out, rows)
         if theta.dtype == torch.float64 or scale == 0.0:
-            return _REFERENCE.perturb_rows(theta, out, rows, mask, noise, stream, scale)
+            return super().perturb_rows(theta, out, rows, mask, noise, stream, scale)
         width, size = theta.shape[1], theta.element_size()
         first = rows.numpy() * width  # index of the first weight of each row
         task = _task(theta.view(-1), out.view(-1), mask, noise, [stream], [-scale], 0.0, None)
@@ -98,9 +85,9 @@ class NumbaKernel(Kernel):
         tasks, table, pieces, numel, step = array("q"), array("q"), 0, 0, _STEP["sweep"]
         for update in updates:
             theta, mask, streams, scales, decay, rounding = update
-            check_weights(theta)
+            base.check_weights(theta)
             if theta.dtype == torch.float64:
-                _REFERENCE.update_all([update], noise)
+                super().update_all([update], noise)
                 continue
             count = theta.numel()
             if decay == 0.0 and not any(scales):
@@ -121,7 +108,7 @@ class NumbaKernel(Kernel):
         """Packed mask and a copy of the weights under it; see `Kernel.select`."""
         bits = self.pack(theta, mask)
         if theta.dtype == torch.float64:
-            return _REFERENCE.select(theta, Mask("packed", bits=bits))
+            return super().select(theta, Mask("packed", bits=bits))
         ends = _ends(theta, bits)
         saved = torch.empty(int(ends[-1]) if ends.size else 0, dtype=theta.dtype)
         _move(theta, bits, saved, ends, False)
@@ -129,23 +116,25 @@ class NumbaKernel(Kernel):
 
     def restore(self, theta: Tensor, bits: Tensor, saved: Tensor) -> None:
         """Put back what `select` saved; see `Kernel.restore`."""
-        _check_cpu(theta)
-        check_bits(theta, bits)
+        base.check_weights(theta)
+        _check_device(theta)
+        base.check_bits(theta, bits)
         if theta.dtype == torch.float64:
-            return _REFERENCE.restore(theta, bits, saved)
+            return super().restore(theta, bits, saved)
         ends = _ends(theta, bits)
-        check_saved(theta, saved, int(ends[-1]) if ends.size else 0)
+        base.check_saved(theta, saved, int(ends[-1]) if ends.size else 0)
         return _move(theta, bits, saved, ends, True)
 
     def pack(self, theta: Tensor, mask: Mask) -> Tensor:
         """The mask, one bit a weight; see `Kernel.pack`."""
-        _check_cpu(theta)
-        check_mask(theta, mask)
+        base.check_weights(theta)
+        _check_device(theta)
+        base.check_mask(theta, mask)
         if theta.dtype == torch.float64:
-            return _REFERENCE.pack(theta, mask)
+            return super().pack(theta, mask)
         if mask.rule == "packed" and mask.bits is not None:
             return mask.bits.clone()
-        bits = torch.empty(packed_size(theta.numel()), dtype=torch.uint8)
+        bits = torch.empty(base.packed_size(theta.numel()), dtype=torch.uint8)
         stream = mask.stream or _NO_STREAM
         task = [theta.data_ptr(), 0, theta.numel(), stream.start, 0, 0, 0, 0, *_mask_fields(mask, theta.dtype)]
         task[BITS] = bits.data_ptr()
@@ -154,9 +143,10 @@ class NumbaKernel(Kernel):
 
     def histogram(self, theta: Tensor, shift: int, prefix: int | None) -> Tensor:
         """Counts of magnitude codes; see `Kernel.histogram`."""
-        _check_cpu(theta)
+        base.check_weights(theta)
+        _check_device(theta)
         if theta.dtype == torch.float64:
-            return _REFERENCE.histogram(theta, shift, prefix)
+            return super().histogram(theta, shift, prefix)
         counts = np.zeros((_threads(theta.numel()), 1 << 16), np.int64)
         task = [theta.data_ptr(), shift, -1 if prefix is None else prefix]
         _run("histogram", theta, 0, theta.numel(), task, counts)
@@ -183,10 +173,9 @@ def _task(
     rounding: Stream | None,
 ) -> list[int]:
     """What the compiled sweep needs to know, as it reads it."""
-    if theta.device.type != "cpu":
-        _refuse_device(theta)
-    check_mask(theta, mask)
-    check_streams(mask, streams, scales, rounding)
+    _check_device(theta)
+    base.check_mask(theta, mask)
+    base.check_streams(mask, streams, scales, rounding)
     stochastic = rounding is not None and theta.element_size() == 2
     task = [
         theta.data_ptr(),
@@ -195,7 +184,7 @@ def _task(
         streams[0].start,
         0 if noise == "gaussian" else 1,
         len(streams),
-        float_bits(decay),
+        base.float_bits(decay),
         int(stochastic),
         *_mask_fields(mask, theta.dtype),
     ]
@@ -218,19 +207,21 @@ def _ends(theta: Tensor, bits: Tensor) -> Any:
     return np.cumsum(counts)
 
 
-def _check_cpu(theta: Tensor) -> None:
-    check_weights(theta)
+def _check_device(theta: Tensor) -> None:
     if theta.device.type != "cpu":
-        _refuse_device(theta)
-
-
-def _refuse_device(theta: Tensor) -> None:
-    raise ValueError(f"the numba kernel works on CPU memory only, got a tensor on {theta.device}")
+        raise ValueError(f"the numba kernel works on CPU memory only, got a tensor on {theta.device}")
 
 
 def _row(stream: Stream, kind: int, scale: float) -> list[int]:
     seed = stream.seed
-    return [seed & 0xFFFFFFFF, seed >> 32, stream.tensor, stream.step, stream.sample | kind << 24, float_bits(scale)]
+    return [
+        seed & 0xFFFFFFFF,
+        seed >> 32,
+        stream.tensor,
+        stream.step,
+        stream.sample | kind << 24,
+        base.float_bits(scale),
+    ]
 
 
 def _mask_fields(mask: Mask, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
@@ -239,7 +230,7 @@ def _mask_fields(mask: Mask, dtype: torch.dtype) -> tuple[int, int, int, int, in
         return passes.FROM_WORDS, 0, 0x7FFFFFFF, min(max(mask.level, 0), 65536), 0
     if mask.rule == "packed" and mask.bits is not None:
         return passes.FROM_BITS, 0, 0x7FFFFFFF, 0, mask.bits.data_ptr()
-    return passes.FROM_THRESHOLD, *code_range(mask.rule, mask.threshold, dtype), 0, 0
+    return passes.FROM_THRESHOLD, *base.code_range(mask.rule, mask.threshold, dtype), 0, 0
 
 
 def _threads(numel: int) -> int:
@@ -282,35 +273,35 @@ def _run(name: str, theta: Tensor, first: int, last: int, task: list[int], memor
     if numel == 0:
         return
     threads, function = _threads(numel), _compiled(name, theta.dtype)
-    address = _SCRATCH.working_memory(threads) if memory is None else memory.ctypes.data
     arguments = array("q", task)  # lives until the pass has run
     if threads == 1:
-        function.ctypes(first, last, address, arguments.buffer_info()[0])
+        memory_of_one = _SCRATCH.working_memory(1) if memory is None else memory.ctypes.data
+        function.ctypes(first, last, memory_of_one, arguments.buffer_info()[0])
         return
-    stride = passes.MEMORY if memory is None else memory.strides[0]
     step = max(1, min(_STEP[name], (last - first) // (4 * threads)))  # so that small tensors are shared out evenly
-    units = (first, last, step, _SCRATCH.counter())
-    _in_parallel(_parallel(), threads, function.address, threads, *units, address, stride, arguments.buffer_info()[0])
+    pieces = -(-(last - first) // step)
+    table = array("q", (function.address, pieces, first, last, step, arguments.buffer_info()[0]))
+    _run_table(table.buffer_info()[0], 1, pieces, numel, memory)
 
 
-def _run_table(table: int, rows: int, pieces: int, numel: int) -> None:
+def _run_table(table: int, rows: int, pieces: int, numel: int, memory: Any = None) -> None:
     """Run the passes of a table (see `compile_table`) over ``numel`` weights in all."""
     if pieces == 0:
         return
     threads = _threads(numel)
-    units = (table, rows, pieces, threads, _SCRATCH.counter(), _SCRATCH.working_memory(threads), passes.MEMORY)
+    if memory is None:
+        address, stride = _SCRATCH.working_memory(threads), passes.MEMORY
+    else:
+        address, stride = memory.ctypes.data, memory.strides[0]
+    units = (table, rows, pieces, threads, _SCRATCH.counter(), address, stride)
     if threads == 1:
         _table(False)(*units)
-    else:
-        _in_parallel(_table(True), threads, *units)
-
-
-def _in_parallel(function: Any, threads: int, *arguments: int) -> None:
+        return
     with _LOCK:
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
-            function(*arguments)
+            _table(True)(*units)
         finally:
             numba.set_num_threads(before)
 
@@ -325,4 +316,4 @@ def _compiled(name: str, dtype: torch.dtype) -> Any:
     return compiled
 
 
-_parallel, _table = functools.cache(passes.compile_parallel), functools.cache(passes.compile_table)
+_table = functools.cache(passes.compile_table)

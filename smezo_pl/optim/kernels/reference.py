@@ -11,21 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from smezo_pl.optim.kernels.base import (
-    CODE_DTYPES,
-    INFINITY,
-    QUIET_NAN,
-    Kernel,
-    Update,
-    check_bits,
-    check_mask,
-    check_pair,
-    check_saved,
-    check_streams,
-    check_weights,
-    packed_size,
-    threshold_code,
-)
+from smezo_pl.optim.kernels import base
+from smezo_pl.optim.kernels.base import Kernel, Update
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import MASK, ROUNDING, Distribution, Stream, chunk_of, draw, words16
 
@@ -39,9 +26,9 @@ class TorchKernel(Kernel):
         self, theta: Tensor, out: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float
     ) -> None:
         """Write ``theta + scale * m * z`` to ``out``; see `Kernel.perturb`."""
-        check_pair(theta, out)
-        check_mask(theta, mask)
-        check_streams(mask, [stream], [scale], None)
+        base.check_pair(theta, out)
+        base.check_mask(theta, mask)
+        base.check_streams(mask, [stream], [scale], None)
         for low, high in _chunks(theta):
             part = theta[low:high]
             new = part
@@ -60,32 +47,32 @@ class TorchKernel(Kernel):
         """Packed mask and a copy of the weights under it; see `Kernel.select`."""
         bits = self.pack(theta, mask)
         chosen = _unpack(bits, theta.numel())
-        return bits, theta.view(CODE_DTYPES[theta.element_size()])[chosen].view(theta.dtype)
+        return bits, theta.view(base.CODE_DTYPES[theta.element_size()])[chosen].view(theta.dtype)
 
     def restore(self, theta: Tensor, bits: Tensor, saved: Tensor) -> None:
         """Put back what `select` saved; see `Kernel.restore`."""
-        check_weights(theta)
-        check_bits(theta, bits)
+        base.check_weights(theta)
+        base.check_bits(theta, bits)
         chosen = _unpack(bits, theta.numel())
         count = int(chosen.sum())
-        check_saved(theta, saved, count)
-        code = CODE_DTYPES[theta.element_size()]
+        base.check_saved(theta, saved, count)
+        code = base.CODE_DTYPES[theta.element_size()]
         theta.view(code)[chosen] = saved.view(code)
 
     def pack(self, theta: Tensor, mask: Mask) -> Tensor:
         """The mask, one bit a weight; see `Kernel.pack`."""
-        check_weights(theta)
-        check_mask(theta, mask)
-        bits = torch.empty(packed_size(theta.numel()), dtype=torch.uint8, device=theta.device)
+        base.check_weights(theta)
+        base.check_mask(theta, mask)
+        bits = torch.empty(base.packed_size(theta.numel()), dtype=torch.uint8, device=theta.device)
         place = torch.arange(8, device=theta.device)
         for low, high in _chunks(theta):
             chosen = torch.nn.functional.pad(active(theta, mask, low, high).to(torch.int64), (0, -(high - low) % 8))
-            bits[low // 8 : packed_size(high)] = (chosen.view(-1, 8) << place).sum(1).to(torch.uint8)
+            bits[low // 8 : base.packed_size(high)] = (chosen.view(-1, 8) << place).sum(1).to(torch.uint8)
         return bits
 
     def histogram(self, theta: Tensor, shift: int, prefix: int | None) -> Tensor:
         """Counts of magnitude codes; see `Kernel.histogram`."""
-        check_weights(theta)
+        base.check_weights(theta)
         counts = torch.zeros(1 << 16, dtype=torch.int64, device=theta.device)
         for low, high in _chunks(theta):
             digits = _magnitude_codes(theta[low:high]).to(torch.int64) >> shift
@@ -97,9 +84,9 @@ class TorchKernel(Kernel):
 
 def _update(update: Update, noise: Distribution) -> None:
     theta, mask, streams, scales, decay, rounding = update
-    check_weights(theta)
-    check_mask(theta, mask)
-    check_streams(mask, streams, scales, rounding)
+    base.check_weights(theta)
+    base.check_mask(theta, mask)
+    base.check_streams(mask, streams, scales, rounding)
     if decay == 0.0 and not any(scales):
         return
     for low, high in _chunks(theta):
@@ -126,16 +113,16 @@ def active(theta: Tensor, mask: Mask, low: int, high: int) -> Tensor:
     count = high - low
     if mask.rule in ("small", "large"):
         codes = _magnitude_codes(theta[low:high])
-        limit = threshold_code(mask.threshold, theta.dtype)
+        limit = base.threshold_code(mask.threshold, theta.dtype)
         if mask.rule == "small":
             return codes <= limit
-        return (codes > limit) & (codes <= INFINITY[theta.dtype])
+        return (codes > limit) & (codes <= base.INFINITY[theta.dtype])
     if mask.rule == "random":
         assert mask.stream is not None
         return words16(_shift(mask.stream, low), MASK, count, theta.device) < mask.level
     if mask.rule == "packed":
         assert mask.bits is not None
-        return _unpack(mask.bits[low // 8 : packed_size(high)], count)
+        return _unpack(mask.bits[low // 8 : base.packed_size(high)], count)
     return torch.ones(count, dtype=torch.bool, device=theta.device)
 
 
@@ -162,8 +149,8 @@ def round_stochastically(value: Tensor, word: Tensor, dtype: torch.dtype) -> Ten
         normal = (magnitude + (word >> 3) - (112 << 23)) >> 13
         small = ((value.abs().clamp(max=1.0) * 2.0**40).to(torch.int64) + word) >> 16
         rounded = torch.where(magnitude < 0x38800000, small, normal)
-        rounded = torch.where(magnitude >= 0x47800000, INFINITY[dtype], rounded)
-    rounded = torch.where(magnitude > 0x7F800000, QUIET_NAN[dtype], rounded | sign)
+        rounded = torch.where(magnitude >= 0x47800000, base.INFINITY[dtype], rounded)
+    rounded = torch.where(magnitude > 0x7F800000, base.QUIET_NAN[dtype], rounded | sign)
     return rounded.to(torch.int16).view(dtype)
 
 
@@ -185,13 +172,13 @@ def _widen(theta: Tensor) -> Tensor:
 def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Round to nearest even, with one quiet NaN: torch's conversions keep different ones."""
     rounded = value.to(dtype)
-    code = CODE_DTYPES[rounded.element_size()]
-    return torch.where(value.isnan(), QUIET_NAN[dtype], rounded.view(code)).to(code).view(dtype)
+    code = base.CODE_DTYPES[rounded.element_size()]
+    return torch.where(value.isnan(), base.QUIET_NAN[dtype], rounded.view(code)).to(code).view(dtype)
 
 
 def _where(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """`torch.where` on the bits: what is not chosen keeps even the payload of a NaN."""
-    code = CODE_DTYPES[old.element_size()]
+    code = base.CODE_DTYPES[old.element_size()]
     return torch.where(chosen, new.view(code), old.view(code)).view(old.dtype)
 
 
@@ -200,7 +187,7 @@ def _scalar(value: float, like: Tensor) -> Tensor:
 
 
 def _magnitude_codes(theta: Tensor) -> Tensor:
-    code = CODE_DTYPES[theta.element_size()]
+    code = base.CODE_DTYPES[theta.element_size()]
     return theta.view(code) & torch.iinfo(code).max
 
 

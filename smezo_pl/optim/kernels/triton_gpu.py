@@ -22,37 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smezo_pl.optim.kernels.base import (
-    CODE_DTYPES,
-    Kernel,
-    Update,
-    check_mask,
-    check_pair,
-    check_streams,
-    check_weights,
-    code_range,
-    float_bits,
-    packed_size,
-)
+from smezo_pl.optim import noise as scheme
+from smezo_pl.optim.kernels import base
+from smezo_pl.optim.kernels.base import Update
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
-from smezo_pl.optim.noise import (
-    ANGLE_CENTRE,
-    BLOCK,
-    COS,
-    LOG,
-    LOG_2,
-    MASK,
-    NOISE,
-    PHILOX_KEY_STEPS,
-    PHILOX_MULTIPLIERS,
-    PHILOX_ROUNDS,
-    ROUNDING,
-    SIN,
-    SQRT_HALF_BITS,
-    Distribution,
-    Stream,
-)
+from smezo_pl.optim.noise import BLOCK, MASK, NOISE, ROUNDING, Distribution, Stream
 
 FLOAT32, BFLOAT16, FLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FROM_THRESHOLD, FROM_WORDS, FROM_BITS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -61,13 +36,13 @@ GAUSSIAN, RADEMACHER = tl.constexpr(0), tl.constexpr(1)
 ROW = 6
 """Arguments of a stream, each an int32: key low, key high, tensor, step, sample and kind, bits of the scale."""
 
-_M0, _M1 = (tl.constexpr(m) for m in PHILOX_MULTIPLIERS)
-_K0, _K1 = (tl.constexpr(k) for k in PHILOX_KEY_STEPS)
-_ROUNDS = tl.constexpr(PHILOX_ROUNDS)
-_L0, _L1, _L2, _L3, _L4, _L5, _L6 = (tl.constexpr(c) for c in LOG)
-_S0, _S1, _S2, _S3 = (tl.constexpr(c) for c in SIN)
-_C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in COS)
-_LOG_2, _CENTRE, _SQRT_HALF = (tl.constexpr(c) for c in (LOG_2, ANGLE_CENTRE, SQRT_HALF_BITS))
+_M0, _M1 = (tl.constexpr(m) for m in scheme.PHILOX_MULTIPLIERS)
+_K0, _K1 = (tl.constexpr(k) for k in scheme.PHILOX_KEY_STEPS)
+_ROUNDS = tl.constexpr(scheme.PHILOX_ROUNDS)
+_L0, _L1, _L2, _L3, _L4, _L5, _L6 = (tl.constexpr(c) for c in scheme.LOG)
+_S0, _S1, _S2, _S3 = (tl.constexpr(c) for c in scheme.SIN)
+_C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in scheme.COS)
+_LOG_2, _CENTRE, _SQRT_HALF = (tl.constexpr(c) for c in (scheme.LOG_2, scheme.ANGLE_CENTRE, scheme.SQRT_HALF_BITS))
 
 
 @triton.jit
@@ -298,12 +273,11 @@ def _pack(
 
 _FORMAT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SOURCE = {"dense": 0, "small": 0, "large": 0, "random": 1, "packed": 2}
-_REFERENCE = TorchKernel()
 _NO_STREAM = Stream(0, 0, 0, 0)
 
 
-class TritonKernel(Kernel):
-    """Fused kernels for one device's memory (see `Kernel` for what each pass computes)."""
+class TritonKernel(TorchKernel):
+    """Fused kernels for one device's memory (see `Kernel` for what each pass computes); torch does the rest."""
 
     name = "triton"
 
@@ -311,9 +285,9 @@ class TritonKernel(Kernel):
         self, theta: Tensor, out: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float
     ) -> None:
         """Write ``theta + scale * m * z`` to ``out``; see `Kernel.perturb`."""
-        check_pair(theta, out)
+        base.check_pair(theta, out)
         if theta.dtype == torch.float64:
-            return _REFERENCE.perturb(theta, out, mask, noise, stream, scale)
+            return super().perturb(theta, out, mask, noise, stream, scale)
         if scale != 0.0:
             # Adding is subtracting the negative, to the last bit: one kernel serves both.
             return _launch(theta, out, mask, noise, [stream], [-scale], 0.0, None)
@@ -325,41 +299,29 @@ class TritonKernel(Kernel):
         """Update one tensor after the other; see `Kernel.update_all`."""
         for update in updates:
             theta, mask, streams, scales, decay, rounding = update
-            check_weights(theta)
+            base.check_weights(theta)
             if theta.dtype == torch.float64:
-                _REFERENCE.update_all([update], noise)
+                super().update_all([update], noise)
             elif decay != 0.0 or any(scales):
                 _launch(theta, theta, mask, noise, streams, scales, decay, rounding)
 
-    def select(self, theta: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Packed mask and a copy of the weights under it; see `Kernel.select`."""
-        return _REFERENCE.select(theta, Mask("packed", bits=self.pack(theta, mask)))
-
-    def restore(self, theta: Tensor, bits: Tensor, saved: Tensor) -> None:
-        """Put back what `select` saved; see `Kernel.restore`."""
-        _REFERENCE.restore(theta, bits, saved)
-
     def pack(self, theta: Tensor, mask: Mask) -> Tensor:
         """The mask, one bit a weight; see `Kernel.pack`."""
-        check_weights(theta)
-        check_mask(theta, mask)
+        base.check_weights(theta)
+        base.check_mask(theta, mask)
         if mask.rule == "packed" and mask.bits is not None:
             return mask.bits.clone()
         if theta.dtype == torch.float64 or theta.numel() == 0:
-            return _REFERENCE.pack(theta, mask)
-        bits = torch.empty(packed_size(theta.numel()), dtype=torch.uint8, device=theta.device)
+            return super().pack(theta, mask)
+        bits = torch.empty(base.packed_size(theta.numel()), dtype=torch.uint8, device=theta.device)
         stream = mask.stream or _NO_STREAM
-        low, span = (_signed(code) for code in code_range(mask.rule, mask.threshold, theta.dtype))
+        low, span = (_signed(code) for code in base.code_range(mask.rule, mask.threshold, theta.dtype))
         with _on(theta):
             _pack[-(-theta.numel() // BLOCK),](
                 _codes(theta), theta.numel(), stream.start, low, span, mask.level, bits, *_row(stream, MASK, 0.0)[:5],
                 FORMAT=_FORMAT[theta.dtype], SOURCE=_SOURCE[mask.rule], enable_fp_fusion=False,
             )  # fmt: skip
         return bits
-
-    def histogram(self, theta: Tensor, shift: int, prefix: int | None) -> Tensor:
-        """Counts of magnitude codes; see `Kernel.histogram`."""
-        return _REFERENCE.histogram(theta, shift, prefix)
 
 
 def _launch(
@@ -373,14 +335,14 @@ def _launch(
     rounding: Stream | None,
 ) -> None:
     """Lay out the arguments of the compiled pass and launch it."""
-    check_mask(theta, mask)
-    check_streams(mask, streams, scales, rounding)
+    base.check_mask(theta, mask)
+    base.check_streams(mask, streams, scales, rounding)
     if theta.numel() == 0:
         return
     if theta.element_size() > 2:
         rounding = None
     start, end = streams[0].start, streams[0].start + theta.numel()
-    low, span = (_signed(code) for code in code_range(mask.rule, mask.threshold, theta.dtype))
+    low, span = (_signed(code) for code in base.code_range(mask.rule, mask.threshold, theta.dtype))
     # int32 also where it is empty: the loop over it is compiled even if it never runs.
     more = torch.empty(0, dtype=torch.int32, device=theta.device)
     if len(streams) > 1:
@@ -389,8 +351,8 @@ def _launch(
     first = start // BLOCK
     with _on(theta):
         _sweep[-(-end // BLOCK) - first,](
-            _codes(theta), _codes(out), theta.numel(), start, first, _signed(float_bits(decay)), low, span, mask.level,
-            theta if mask.bits is None else mask.bits, *_row(streams[0], NOISE, scales[0]),
+            _codes(theta), _codes(out), theta.numel(), start, first, _signed(base.float_bits(decay)), low, span,
+            mask.level, theta if mask.bits is None else mask.bits, *_row(streams[0], NOISE, scales[0]),
             *_row(mask.stream or _NO_STREAM, MASK, 0.0)[:5], *_row(rounding or _NO_STREAM, ROUNDING, 0.0)[:5],
             len(streams), more, FORMAT=_FORMAT[theta.dtype], KIND=0 if noise == "gaussian" else 1,
             SOURCE=_SOURCE[mask.rule], DECAY=decay != 0.0, STOCHASTIC=rounding is not None, ROW=ROW,
@@ -400,7 +362,7 @@ def _launch(
 
 def _row(stream: Stream, kind: int, scale: float) -> list[int]:
     words = (stream.seed & 0xFFFFFFFF, stream.seed >> 32, stream.tensor, stream.step, stream.sample | kind << 24)
-    return [_signed(word) for word in (*words, float_bits(scale))]
+    return [_signed(word) for word in (*words, base.float_bits(scale))]
 
 
 def _signed(code: int) -> int:
@@ -409,7 +371,7 @@ def _signed(code: int) -> int:
 
 
 def _codes(theta: Tensor) -> Tensor:
-    return theta.view(CODE_DTYPES[theta.element_size()])
+    return theta.view(base.CODE_DTYPES[theta.element_size()])
 
 
 def _on(theta: Tensor) -> contextlib.AbstractContextManager[object]:

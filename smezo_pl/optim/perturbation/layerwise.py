@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -237,7 +238,7 @@ class Layerwise:
         for reading in readings:
             name = self._names[id(reading.parameter)]
             slots = self._slots[id(reading.parameter)]
-            holder = nearest_holder(reading, (slot.owner for slot in slots), contained.__contains__)
+            holder = nearest_holder(reading, {slot.owner for slot in slots}, contained)
             already = holder is not None and any(
                 s.parameter is reading.parameter for s in self._held_by.get(holder, ())
             )
@@ -268,15 +269,13 @@ class Layerwise:
         if self._reserved:
             return
         self._reserved = True
-        sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+        largest: Counter[tuple[torch.dtype, torch.device]] = Counter()
         for slots in self._held_by.values():
-            module_sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+            sizes: Counter[tuple[torch.dtype, torch.device]] = Counter()
             for parameter in {id(slot.parameter): slot.parameter for slot in slots}.values():
-                key = (parameter.dtype, parameter.device)
-                module_sizes[key] = module_sizes.get(key, 0) + padded(parameter.numel())
-            for key, size in module_sizes.items():
-                sizes[key] = max(sizes.get(key, 0), size)
-        for (dtype, device), size in sizes.items():
+                sizes[parameter.dtype, parameter.device] += padded(parameter.numel())
+            largest |= sizes  # the greater of each
+        for (dtype, device), size in largest.items():
             self._scratch.reserve(dtype, device, size)
 
     def _check_structure(self) -> None:
@@ -375,10 +374,7 @@ class Layerwise:
 
     def _put_all_back(self) -> None:
         for holding in self._holdings.values():
-            holding.depth = 0
-            while holding.taken:
-                slot, _, _ = holding.taken.pop()
-                slot.owner._parameters[slot.name] = slot.parameter
+            self._put_back(holding)
         self._holdings.clear()
         self._scratch.release_all()
 

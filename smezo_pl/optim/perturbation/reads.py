@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,15 +95,10 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return first, first + (reach + 1) * tensor.element_size()
 
 
-def nearest_holder(
-    reading: Reading, owners: Iterable[nn.Module], inside: Callable[[nn.Module], bool]
-) -> nn.Module | None:
-    """The innermost running module that contains an owner of the weight and for which ``inside`` holds."""
-    wanted = set(owners)
-    for module in reversed(reading.running):
-        if inside(module) and wanted.intersection(module.modules()):
-            return module
-    return None
+def nearest_holder(reading: Reading, owners: set[nn.Module], inside: set[nn.Module]) -> nn.Module | None:
+    """The innermost running module that contains an owner of the weight and is one of ``inside``."""
+    holders = (m for m in reversed(reading.running) if m in inside and not owners.isdisjoint(m.modules()))
+    return next(holders, None)
 
 
 def is_compiled(module: nn.Module) -> bool:

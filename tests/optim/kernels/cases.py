@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numba
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from smezo_pl.optim.noise import Stream
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULES = ("dense", "small", "large", "random", "packed", "empty", "all", "all but NaN")
-LAWS = ("gaussian", "rademacher")
+DISTRIBUTIONS = ("gaussian", "rademacher")
 
 # (global index of the first element, number of elements): whole blocks, parts of blocks, less than a block, across the
 # boundary of a block of signs, more groups than 32 bits count.
@@ -74,6 +75,10 @@ def updates(start: int) -> Iterator[tuple[list[Stream], list[float], float, Stre
 
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+needs_two_threads = pytest.mark.skipif(
+    numba.config.NUMBA_NUM_THREADS < 2, reason="numba has one thread: a result would be compared with itself"
+)
 
 # Triton reads the variable when it is imported, which torch may have done long before a test.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

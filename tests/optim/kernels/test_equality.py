@@ -10,9 +10,9 @@ from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Distribution, Stream
 from tests.optim.kernels.cases import (
+    DISTRIBUTIONS,
     DTYPES,
     INTERPRETED,
-    LAWS,
     RANGES,
     RULES,
     mask_of,
@@ -45,29 +45,29 @@ def ranges(kernel: Kernel) -> tuple[tuple[int, int], ...]:
 @pytest.mark.parametrize("rule", RULES)
 def test_perturb(kernel: Kernel, dtype: torch.dtype, rule: str) -> None:
     device = place(kernel.name)
-    for (start, count), law in itertools.product(ranges(kernel), LAWS):
+    for (start, count), noise in itertools.product(ranges(kernel), DISTRIBUTIONS):
         theta, mask = weights(dtype, count), mask_of(rule, count, start)
         here, there, stream = theta.to(device), moved(mask, device), Stream((1 << 64) - 5, (1 << 32) - 1, 7, 9, start)
         got, expected = torch.empty_like(here), torch.empty_like(theta)
-        kernel.perturb(here, got, there, law, stream, -1e-3)
-        REFERENCE.perturb(theta, expected, mask, law, stream, -1e-3)
-        assert same(got, expected), (start, count, law)
+        kernel.perturb(here, got, there, noise, stream, -1e-3)
+        REFERENCE.perturb(theta, expected, mask, noise, stream, -1e-3)
+        assert same(got, expected), (start, count, noise)
         assert same(here, theta)
-        kernel.perturb(got.copy_(here), got, there, law, stream, -1e-3)
-        assert same(got, expected), (start, count, law)
+        kernel.perturb(got.copy_(here), got, there, noise, stream, -1e-3)
+        assert same(got, expected), (start, count, noise)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_update(kernel: Kernel, dtype: torch.dtype, rule: str) -> None:
     device = place(kernel.name)
-    for (start, count), law in itertools.product(ranges(kernel)[1:], LAWS):
+    for (start, count), noise in itertools.product(ranges(kernel)[1:], DISTRIBUTIONS):
         for streams, scales, decay, rounding in updates(start):
             expected, mask = weights(dtype, count), mask_of(rule, count, start)
             got = expected.to(device, copy=True)
-            kernel.update(got, moved(mask, device), law, streams, scales, decay, rounding)
-            REFERENCE.update(expected, mask, law, streams, scales, decay, rounding)
-            assert same(got, expected), (start, count, law, scales, decay)
+            kernel.update(got, moved(mask, device), noise, streams, scales, decay, rounding)
+            REFERENCE.update(expected, mask, noise, streams, scales, decay, rounding)
+            assert same(got, expected), (start, count, noise, scales, decay)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,16 +96,16 @@ def test_histogram(kernel: Kernel, dtype: torch.dtype) -> None:
         assert same(counts, REFERENCE.histogram(theta, shift, prefix))
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_a_packed_mask_does_what_its_rule_does(kernel: Kernel, law: Distribution) -> None:
+@pytest.mark.parametrize("noise", DISTRIBUTIONS)
+def test_a_packed_mask_does_what_its_rule_does(kernel: Kernel, noise: Distribution) -> None:
     count, device = 5000 if kernel.name == "numba" else 1100, place(kernel.name)
     theta, stream = weights(torch.bfloat16, count).to(device), Stream(1, 2, 3, 4)
     for rule in RULES:
         mask = moved(mask_of(rule, count), device)
         packed = Mask("packed", bits=kernel.pack(theta, mask))
         by_rule, by_bits = torch.empty_like(theta), torch.empty_like(theta)
-        kernel.perturb(theta, by_rule, mask, law, stream, 1e-2)
-        kernel.perturb(theta, by_bits, packed, law, stream, 1e-2)
+        kernel.perturb(theta, by_rule, mask, noise, stream, 1e-2)
+        kernel.perturb(theta, by_bits, packed, noise, stream, 1e-2)
         assert same(by_rule, by_bits)
 
 

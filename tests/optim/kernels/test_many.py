@@ -12,16 +12,16 @@ from smezo_pl.optim.kernels.numba_cpu import NumbaKernel
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Distribution, Stream
-from tests.optim.kernels.cases import DTYPES, LAWS, RULES, mask_of, same, updates, weights
+from tests.optim.kernels.cases import DISTRIBUTIONS, DTYPES, RULES, mask_of, needs_two_threads, same, updates, weights
 
 KERNELS = (NumbaKernel(), TorchKernel())
 ROWS, WIDTH = 40, 72  # rows begin at any place of a block of 1024
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("noise", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_rows_are_those_of_the_whole_matrix(kernel: Kernel, law: Distribution, dtype: torch.dtype) -> None:
+def test_rows_are_those_of_the_whole_matrix(kernel: Kernel, noise: Distribution, dtype: torch.dtype) -> None:
     theta = weights(torch.float32, ROWS * WIDTH).to(dtype)
     chosen = torch.tensor([0, 3, 7, 8, 39])
     for start in (0, 1000):
@@ -29,11 +29,12 @@ def test_rows_are_those_of_the_whole_matrix(kernel: Kernel, law: Distribution, d
         for rule in RULES:
             mask = mask_of(rule, theta.numel(), start)
             whole, rows = torch.empty_like(theta), torch.empty(len(chosen), WIDTH, dtype=dtype)
-            kernel.perturb(theta, whole, mask, law, stream, 1e-3)
-            kernel.perturb_rows(theta.view(ROWS, WIDTH), rows, chosen, mask, law, stream, 1e-3)
+            kernel.perturb(theta, whole, mask, noise, stream, 1e-3)
+            kernel.perturb_rows(theta.view(ROWS, WIDTH), rows, chosen, mask, noise, stream, 1e-3)
             assert same(rows, whole.view(ROWS, WIDTH)[chosen]), (start, rule)
 
 
+@needs_two_threads
 def test_rows_longer_than_a_piece_and_many_threads() -> None:
     kernel, width = KERNELS[0], 1 << 17
     theta, stream = weights(torch.bfloat16, 3 * width), Stream(1, 2, 0, 3)
@@ -75,9 +76,9 @@ def test_rows_that_do_not_fit_are_refused(kernel: Kernel, theta, rows, out, erro
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("threads", [1, 2])
-def test_updates_at_once_are_the_updates_one_by_one(law: Distribution, threads: int) -> None:
+@pytest.mark.parametrize("noise", DISTRIBUTIONS)
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=needs_two_threads)])
+def test_updates_at_once_are_the_updates_one_by_one(noise: Distribution, threads: int) -> None:
     torch.set_num_threads(threads)
     tensors, one_by_one, listed = [], [], []
     for number, count in enumerate((1, 1023, 4096, 40001)):
@@ -89,7 +90,7 @@ def test_updates_at_once_are_the_updates_one_by_one(law: Distribution, threads: 
                 streams = [replace(stream, tensor=len(listed)) for stream in streams]
                 mask = mask_of(rule, count, start)
                 alone = theta.clone()
-                TorchKernel().update(alone, mask, law, streams, scales, decay, rounding)
+                TorchKernel().update(alone, mask, noise, streams, scales, decay, rounding)
                 tensors.append(theta)
                 one_by_one.append(alone)
                 listed.append(Update(theta, mask, streams, scales, decay, rounding))
@@ -98,10 +99,10 @@ def test_updates_at_once_are_the_updates_one_by_one(law: Distribution, threads: 
     kept = still.clone()
     listed.insert(3, Update(still, Mask("dense"), [Stream(0, 0, 0, 0)], [0.0]))
     listed.insert(9, Update(torch.empty(0), Mask("dense"), [Stream(0, 0, 0, 0)], [1.0]))
-    NumbaKernel().update_all(listed, law)
+    NumbaKernel().update_all(listed, noise)
     assert all(same(a, b) for a, b in zip(tensors, one_by_one, strict=True))
     assert same(still, kept)
-    NumbaKernel().update_all([], law)
+    NumbaKernel().update_all([], noise)
 
 
 def test_a_forked_process_with_one_thread_goes_on() -> None:

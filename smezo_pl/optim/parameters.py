@@ -70,11 +70,11 @@ def as_patterns(argument: str, patterns: Patterns) -> tuple[str, ...]:
     """Patterns as a tuple."""
     if patterns is None:
         return ()
-    listed = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    for pattern in listed:
+    names = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in names:
         if not isinstance(pattern, str):
             raise TypeError(f"{argument} must be parameter-name patterns (strings), got {pattern!r}")
-    return listed
+    return names
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -195,5 +195,5 @@ def float32(value: float) -> float:
 
 def some(items: Iterable[str], limit: int = 4) -> str:
     """The first few items and how many more there are, for a line of the log."""
-    listed = list(items)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+    shown = list(items)
+    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more" if len(shown) > limit else "")

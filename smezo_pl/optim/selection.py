@@ -63,9 +63,9 @@ class Selection:
                 single.append(tensor.name)
                 continue
             group["thresholds"][tensor.position] = found.value
-            got = (numel - found.at_most if large else found.at_most) / numel
-            if abs(got - active) > max(0.01, 1 / numel):
-                uneven.append(f"{tensor.name} {got:.3g}")
+            density = (numel - found.at_most if large else found.at_most) / numel
+            if abs(density - active) > max(0.01, 1 / numel):
+                uneven.append(f"{tensor.name} {density:.3g}")
             if group["mask_update"] == "constant":
                 self.bits[tensor.number] = kernel.pack(tensor.flat, Mask(group["mask"], threshold=found.value))
         for group in groups:

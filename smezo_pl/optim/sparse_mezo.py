@@ -55,7 +55,7 @@ class SparseMeZO(Optimizer):
         theta <- theta - lr (g m z + weight_decay m theta)
 
     ``z`` (the perturbation) is a pure function of ``seed``, the step, the sample, the tensor's number and the element's
-    index, made again wherever it is needed and never stored; torch's generators are not touched. ``g`` (the projected
+    index, regenerated wherever it is needed and never stored; torch's generators are not touched. ``g`` (the projected
     gradient) is one float32 number. ``h`` is the threshold below which the fraction ``1 - sparsity`` of the tensor's
     magnitudes lie. 16-bit weights are updated with stochastic rounding, which is a pure function of the same integers.
 
@@ -76,7 +76,7 @@ class SparseMeZO(Optimizer):
         mask: ``small`` perturbs the smallest magnitudes (Sparse MeZO), ``large`` the largest, ``random`` a random
             choice (R-MeZO), ``dense`` all weights (MeZO).
         mask_update: ``dynamic`` compares the weights with the threshold at every step (``random``: draws anew at every
-            step), ``constant`` keeps the first mask, packed into one bit a weight, until `refresh_masks`.
+            step), ``constant`` keeps the first mask, packed into one bit per weight, until `refresh_masks`.
         num_samples: Perturbations averaged in a step (n-SPSA), at least 1; each costs two forwards.
         weight_decay: Decay of the active weights, at least 0.
         seed: Base seed of all noise, in ``[0, 2**64)``.

@@ -126,19 +126,19 @@ class StepPerturbation:
             rounding = streams[0] if parameter.element_size() == 2 else None
             update = Update(tensor.flat, self.mask(parameter), streams, scales, decay, rounding)
             updates.setdefault(tensor.kernel, []).append(update)
-        for kernel, listed in updates.items():
-            kernel.update_all(listed, self.noise)
+        for kernel, of_kernel in updates.items():
+            kernel.update_all(of_kernel, self.noise)
 
 
 def _coefficients(groups: Sequence[dict[str, Any]], record: StepRecord) -> list[tuple[list[float], float]]:
     """For each group the factor of each sample's noise, and the decay, in float64."""
     first_eps, gradients = groups[0]["eps"], record.projected_gradients
-    found = []
+    coefficients = []
     for group, rate, decay in zip(groups, record.lr, record.weight_decay, strict=True):
         sign = -1.0 if group["maximize"] else 1.0
         scales = [sign * rate * g / len(gradients) * (first_eps / group["eps"]) for g in gradients]
-        found.append((scales, rate * decay))
-    return found
+        coefficients.append((scales, rate * decay))
+    return coefficients
 
 
 class Direction:

@@ -56,8 +56,8 @@ def _get_kernel(name: KernelName, kind: str) -> Kernel:
             why = f" (slow; no fused kernel for {kind})"
     obstacle = _obstacle(chosen, kind)
     if obstacle is not None:
-        there = ", ".join(available_kernels(kind)) or "none"
-        raise RuntimeError(f"kernel {name!r} cannot run on {kind}: {obstacle}; available for {kind}: {there}")
+        usable = ", ".join(available_kernels(kind)) or "none"
+        raise RuntimeError(f"kernel {name!r} cannot run on {kind}: {obstacle}; available for {kind}: {usable}")
     log.info("kernel for %s: %s%s", kind, chosen, why)
     return _make(chosen)
 

@@ -200,11 +200,11 @@ def _pack(first, last, memory, address, like):
         done = 0
         while task[SOURCE] == FROM_WORDS and done < end - begin:
             # A tile of a shard may lie across two blocks.
-            place = start + begin + done
-            _fill_skip(words, half, flags, drawn, bits, task, place // 1024, 0, 0)
-            count = min(1024 - place % 1024, end - begin - done)
+            index = start + begin + done
+            _fill_skip(words, half, flags, drawn, bits, task, index // 1024, 0, 0)
+            count = min(1024 - index % 1024, end - begin - done)
             for j in range(count):
-                skip[done + j] = drawn[place % 1024 + j]
+                skip[done + j] = drawn[index % 1024 + j]
             done += count
         part = theta[begin:end]
         flags[:] = uint8(0)

@@ -17,7 +17,7 @@ from numba.extending import intrinsic, overload
 from smezo_pl.optim import noise
 
 THETA, OUT, NUMEL, START, DISTRIBUTION, SAMPLES, DECAY, ROUNDING, SOURCE, LOW, SPAN, LEVEL, BITS, ROWS = range(14)
-"""Places in the task of `sweep` and `pack`, an int64 array: addresses, 32-bit codes (also of floats), then rows."""
+"""Indices into the task of `sweep` and `pack`, an int64 array: addresses, 32-bit codes (also of floats), then rows."""
 
 ROW = 6
 """Entries of a row: key low, key high, tensor, step, sample and kind, bits of the scale. One row for each sample, then
@@ -121,11 +121,11 @@ _prefetch_to_read, _prefetch_to_write = _prefetcher(0), _prefetcher(1)
 @njit(nogil=True)
 def fetch_ahead(source, target, size):
     """Ask for memory that the next block reads and writes: it arrives while the noise of this one is made."""
-    for place in range(0, size, 64):
-        _prefetch_to_write(target + place)
+    for offset in range(0, size, 64):
+        _prefetch_to_write(target + offset)
     if source != target:
-        for place in range(0, size, 64):
-            _prefetch_to_read(source + place)
+        for offset in range(0, size, 64):
+            _prefetch_to_read(source + offset)
 
 
 def array_at(address, size, like):
@@ -197,9 +197,8 @@ def fill_words_ahead(words, block, task, row, source, target, part):
     first, second = words[:128], words[128:256]
     for k in range(PARTS):
         fetch_ahead(source + part * k, target + part * k, part)
-        place = k * GROUP_PART
-        here, there = first[place : place + GROUP_PART], second[place : place + GROUP_PART]
-        _fill_groups(here, there, group + uint64(place), task, at)
+        begin, end = k * GROUP_PART, (k + 1) * GROUP_PART
+        _fill_groups(first[begin:end], second[begin:end], group + uint64(begin), task, at)
 
 
 @njit(nogil=True)
@@ -226,10 +225,10 @@ def _fill_normals(words, first, second, scale):
 
 
 @njit(nogil=True)
-def _fill_signs(words, out, scale, place):
-    """``scale * z`` of 1024 elements for z = +1 or -1: two bits of every word, moved up to the sign's place."""
+def _fill_signs(words, out, scale, bit):
+    """``scale * z`` of 1024 elements for z = +1 or -1: two bits of every word, moved up to the sign."""
     wide_vectors()
-    code, left = bits_of(scale), uint32(31 - place)
+    code, left = bits_of(scale), uint32(31 - bit)
     first, second = out[:512], out[512:1024]
     for j in range(512):
         first[j] = float_of(uint32(code ^ uint32(uint32(words[j] << left) & _SIGN)))
@@ -248,27 +247,27 @@ def fill_halves(words, out):
 
 
 @njit(nogil=True)
-def fill_delta(words, halfwords, part, delta, task, block, fresh, source, place, ahead):
+def fill_delta(words, halfwords, part, delta, task, block, fresh, source, target, ahead):
     """Sum of ``scale * z`` of a block over the samples, in their order.
 
-    Meanwhile ``ahead`` bytes from ``source`` on, which are read next, and from ``place`` on, which are written, come
+    Meanwhile ``ahead`` bytes from ``source`` on, which are read next, and from ``target`` on, which are written, come
     into the cache.
     """
     samples = task[SAMPLES]
     for sample in range(samples):
-        target, scale = delta if sample == 0 else part, float_of(uint32(task[ROWS + ROW * sample + 5]))
+        result, scale = delta if sample == 0 else part, float_of(uint32(task[ROWS + ROW * sample + 5]))
         if task[DISTRIBUTION] == 0:
             piece = ahead // (2 * PARTS) if sample == 0 else 0
-            fill_words_ahead(words, block, task, sample, source, place, piece)
+            fill_words_ahead(words, block, task, sample, source, target, piece)
             done = piece * PARTS
-            _fill_normals_ahead(halfwords, target, scale, source + done, place + done, piece)
+            _fill_normals_ahead(halfwords, result, scale, source + done, target + done, piece)
         else:
             if sample == 0:
-                fetch_ahead(source, place, ahead)
+                fetch_ahead(source, target, ahead)
             # A block of signs serves 16 of 1024 elements; with one sample its words are still there.
             if samples > 1 or block & 15 == 0 or fresh:
                 fill_words(words, block >> 4, task, sample)
-            _fill_signs(halfwords, target, scale, 2 * (block & 15))
+            _fill_signs(halfwords, result, scale, 2 * (block & 15))
         if sample > 0:
             for j in range(1024):
                 delta[j] += part[j]

@@ -54,7 +54,7 @@ class NumbaKernel(TorchKernel):
                 out.copy_(theta)
             return None
         # Adding is subtracting the negative, to the last bit: one compiled pass serves both.
-        task = _task(theta, out, mask, noise, [stream], [-scale], 0.0, None)
+        task = _task(Update(theta, mask, [stream], [-scale]), out, noise)
         return _run("sweep", theta, *_blocks(stream.start, theta.numel()), task)
 
     def perturb_rows(
@@ -66,7 +66,7 @@ class NumbaKernel(TorchKernel):
             return super().perturb_rows(theta, out, rows, mask, noise, stream, scale)
         width, size = theta.shape[1], theta.element_size()
         first = rows.numpy() * width  # index of the first weight of each row
-        task = _task(theta.view(-1), out.view(-1), mask, noise, [stream], [-scale], 0.0, None)
+        task = _task(Update(theta.view(-1), mask, [stream], [-scale]), out.view(-1), noise)
         tasks = np.tile(np.array(task, np.int64), (len(first), 1))
         tasks[:, NUMEL], tasks[:, START] = width, first + stream.start
         tasks[:, THETA] += first * size
@@ -84,21 +84,15 @@ class NumbaKernel(TorchKernel):
         """Update all tensors in one parallel pass; see `Kernel.update_all`."""
         tasks, table, pieces, numel, step = array("q"), array("q"), 0, 0, _STEP["sweep"]
         for update in updates:
-            theta, mask, streams, scales, decay, rounding = update
+            theta, start = update.theta, len(tasks)
             base.check_weights(theta)
             if theta.dtype == torch.float64:
                 super().update_all([update], noise)
-                continue
-            count = theta.numel()
-            if decay == 0.0 and not any(scales):
-                continue
-            task = _task(theta, theta, mask, noise, streams, scales, decay, rounding)
-            if count == 0:
-                continue
-            first, last = _blocks(streams[0].start, count)
-            pieces, numel = pieces + (last - first + step - 1) // step, numel + count
-            table.extend((_compiled("sweep", theta.dtype).address, pieces, first, last, step, len(tasks)))
-            tasks.extend(task)
+            elif update.decay != 0.0 or any(update.scales):
+                tasks.extend(_task(update, theta, noise))
+                first, last = _blocks(update.streams[0].start, theta.numel())
+                pieces, numel = pieces + (last - first + step - 1) // step, numel + theta.numel()
+                table.extend((_compiled("sweep", theta.dtype).address, pieces, first, last, step, start))
         address = tasks.buffer_info()[0]
         for index in range(passes.TABLE_ROW - 1, len(table), passes.TABLE_ROW):
             table[index] = address + tasks.itemsize * table[index]
@@ -126,7 +120,7 @@ class NumbaKernel(TorchKernel):
         return _move(theta, bits, saved, ends, True)
 
     def pack(self, theta: Tensor, mask: Mask) -> Tensor:
-        """The mask, one bit a weight; see `Kernel.pack`."""
+        """The mask, one bit per weight; see `Kernel.pack`."""
         base.check_weights(theta)
         _check_device(theta)
         base.check_mask(theta, mask)
@@ -162,17 +156,9 @@ def _blocks(start: int, numel: int) -> tuple[int, int]:
     return start // BLOCK, (start + numel + BLOCK - 1) // BLOCK
 
 
-def _task(
-    theta: Tensor,
-    out: Tensor,
-    mask: Mask,
-    noise: Distribution,
-    streams: Sequence[Stream],
-    scales: Sequence[float],
-    decay: float,
-    rounding: Stream | None,
-) -> list[int]:
+def _task(update: Update, out: Tensor, noise: Distribution) -> list[int]:
     """What the compiled sweep needs to know, as it reads it."""
+    theta, mask, streams, scales, decay, rounding = update
     _check_device(theta)
     base.check_mask(theta, mask)
     base.check_streams(mask, streams, scales, rounding)

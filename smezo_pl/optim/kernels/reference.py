@@ -60,14 +60,14 @@ class TorchKernel(Kernel):
         theta.view(code)[chosen] = saved.view(code)
 
     def pack(self, theta: Tensor, mask: Mask) -> Tensor:
-        """The mask, one bit a weight; see `Kernel.pack`."""
+        """The mask, one bit per weight; see `Kernel.pack`."""
         base.check_weights(theta)
         base.check_mask(theta, mask)
         bits = torch.empty(base.packed_size(theta.numel()), dtype=torch.uint8, device=theta.device)
-        place = torch.arange(8, device=theta.device)
+        position = torch.arange(8, device=theta.device)
         for low, high in _chunks(theta):
             chosen = torch.nn.functional.pad(active(theta, mask, low, high).to(torch.int64), (0, -(high - low) % 8))
-            bits[low // 8 : base.packed_size(high)] = (chosen.view(-1, 8) << place).sum(1).to(torch.uint8)
+            bits[low // 8 : base.packed_size(high)] = (chosen.view(-1, 8) << position).sum(1).to(torch.uint8)
         return bits
 
     def histogram(self, theta: Tensor, shift: int, prefix: int | None) -> Tensor:
@@ -192,5 +192,5 @@ def _magnitude_codes(theta: Tensor) -> Tensor:
 
 
 def _unpack(bits: Tensor, numel: int) -> Tensor:
-    place = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[:, None] >> place) & 1).view(-1)[:numel].to(torch.bool)
+    position = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> position) & 1).view(-1)[:numel].to(torch.bool)

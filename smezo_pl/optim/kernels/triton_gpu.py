@@ -98,14 +98,14 @@ def _pair(word):
 
 
 @triton.jit
-def _noise_of(word, place, KIND: tl.constexpr):
+def _noise_of(word, bit, KIND: tl.constexpr):
     """``z`` of the elements m and m + 512 that a word makes."""
     if KIND == GAUSSIAN:
         z0, z1 = _pair(word)
     else:
         one = tl.full(word.shape, 0x3F800000, tl.uint32)
-        z0 = _f32(one | ((word << (31 - place)) & 0x80000000))
-        z1 = _f32(one | ((word << (30 - place)) & 0x80000000))
+        z0 = _f32(one | ((word << (31 - bit)) & 0x80000000))
+        z1 = _f32(one | ((word << (30 - bit)) & 0x80000000))
     return z0, z1
 
 
@@ -223,22 +223,22 @@ def _sweep(
         drawn_a, drawn_b = _block_words(block, m0, m1, m2, m3, m4)
     if STOCHASTIC:
         word_a, word_b = _block_words(block, r0, r1, r2, r3, r4)
-    place = (2 * (block & 15)).to(tl.uint32)
+    bit = (2 * (block & 15)).to(tl.uint32)
     if KIND == GAUSSIAN:
         group = block
     else:
         group = block >> 4
     a, b = _block_words(group, n0, n1, n2, n3, n4)
     scale = _f32(_u32(n5))
-    a0, a1 = _noise_of(a, place, KIND)
-    b0, b1 = _noise_of(b, place, KIND)
+    a0, a1 = _noise_of(a, bit, KIND)
+    b0, b1 = _noise_of(b, bit, KIND)
     a0, a1, b0, b1 = a0 * scale, a1 * scale, b0 * scale, b1 * scale
     for sample in range(1, samples):
         row = more + (sample - 1) * ROW
         a, b = _block_words(group, tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4))
         scale = _f32(_u32(tl.load(row + 5)))
-        c0, c1 = _noise_of(a, place, KIND)
-        d0, d1 = _noise_of(b, place, KIND)
+        c0, c1 = _noise_of(a, bit, KIND)
+        d0, d1 = _noise_of(b, bit, KIND)
         a0, a1, b0, b1 = a0 + c0 * scale, a1 + c1 * scale, b0 + d0 * scale, b1 + d1 * scale
     i = block * 1024 - start + tl.arange(0, 256)
     _apply(theta, out, i, numel, a0, drawn_a & 0xFFFF, word_a & 0xFFFF, decay, low, span, level, bits,
@@ -260,7 +260,7 @@ def _pack(
     inside = i < numel
     chosen = (_magnitude(_load_code(theta, i, inside, FORMAT), FORMAT) - _u32(low)) <= _u32(span)
     if SOURCE == FROM_WORDS:
-        # One call a weight, three words of four unused: a tile of a shard does not coincide with a block.
+        # One call per weight, three words of four unused: a tile of a shard does not coincide with a block.
         at = start + i
         m = (at & 511).to(tl.uint32)
         w0, w1, w2, w3 = _philox((at >> 10) * 128 + ((m & 255) >> 1).to(tl.int64), m0, m1, m2, m3, m4)
@@ -290,7 +290,7 @@ class TritonKernel(TorchKernel):
             return super().perturb(theta, out, mask, noise, stream, scale)
         if scale != 0.0:
             # Adding is subtracting the negative, to the last bit: one kernel serves both.
-            return _launch(theta, out, mask, noise, [stream], [-scale], 0.0, None)
+            return _launch(Update(theta, mask, [stream], [-scale]), out, noise)
         if out.data_ptr() != theta.data_ptr():
             out.copy_(theta)
         return None
@@ -298,15 +298,14 @@ class TritonKernel(TorchKernel):
     def update_all(self, updates: Sequence[Update], noise: Distribution) -> None:
         """Update one tensor after the other; see `Kernel.update_all`."""
         for update in updates:
-            theta, mask, streams, scales, decay, rounding = update
-            base.check_weights(theta)
-            if theta.dtype == torch.float64:
+            base.check_weights(update.theta)
+            if update.theta.dtype == torch.float64:
                 super().update_all([update], noise)
-            elif decay != 0.0 or any(scales):
-                _launch(theta, theta, mask, noise, streams, scales, decay, rounding)
+            elif update.decay != 0.0 or any(update.scales):
+                _launch(update, update.theta, noise)
 
     def pack(self, theta: Tensor, mask: Mask) -> Tensor:
-        """The mask, one bit a weight; see `Kernel.pack`."""
+        """The mask, one bit per weight; see `Kernel.pack`."""
         base.check_weights(theta)
         base.check_mask(theta, mask)
         if mask.rule == "packed" and mask.bits is not None:
@@ -324,17 +323,9 @@ class TritonKernel(TorchKernel):
         return bits
 
 
-def _launch(
-    theta: Tensor,
-    out: Tensor,
-    mask: Mask,
-    noise: Distribution,
-    streams: Sequence[Stream],
-    scales: Sequence[float],
-    decay: float,
-    rounding: Stream | None,
-) -> None:
+def _launch(update: Update, out: Tensor, noise: Distribution) -> None:
     """Lay out the arguments of the compiled pass and launch it."""
+    theta, mask, streams, scales, decay, rounding = update
     base.check_mask(theta, mask)
     base.check_streams(mask, streams, scales, rounding)
     if theta.numel() == 0:

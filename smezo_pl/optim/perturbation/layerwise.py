@@ -60,11 +60,11 @@ class ScratchStack:
             self._storages = self._addresses()
         start = used[number]
         used[number] += size
-        place = (*key, number, start, like.shape)
-        view = self._views.get(place)
+        view_key = (*key, number, start, like.shape)
+        view = self._views.get(view_key)
         if view is None:  # kept: a model has few shapes, and making a view takes as long as perturbing a small tensor
             with torch.inference_mode(False):
-                view = self._views[place] = chunks[number][start : start + like.numel()].view(like.shape)
+                view = self._views[view_key] = chunks[number][start : start + like.numel()].view(like.shape)
         return view, number
 
     def release(self, buffer: Tensor, number: int) -> None:
@@ -105,7 +105,7 @@ ROW_COST = 1 << 11
 
 @dataclass(slots=True)
 class _Slot:
-    """A place where a module keeps a parameter: ``owner._parameters[name]``."""
+    """Where a module keeps a parameter: ``owner._parameters[name]``."""
 
     owner: nn.Module
     name: str
@@ -289,7 +289,7 @@ class Layerwise:
                 if slot.owner._parameters.get(slot.name) is not slot.parameter:
                     raise RuntimeError(
                         f"parameter {self._names[id(slot.parameter)]!r} was replaced in its module after attach; "
-                        "build the optimizer again from today's parameters"
+                        "build the optimizer again from the current parameters"
                     )
 
     def _enter(self, module: nn.Module, args: Any) -> Any:

@@ -85,24 +85,21 @@ class Threshold:
     """A magnitude between two distinct magnitudes of a tensor.
 
     Attributes:
-        value: ``h``; the weights with ``|theta| <= h`` are the ``at_most`` smallest. ``inf`` when no finite value parts
-            the tensor.
-        at_most: Number of weights with ``|theta| <= value``.
-        numel: Number of weights of the tensor.
-        magnitudes: How many distinct magnitudes were told apart, at least; 1 means the tensor cannot be parted.
+        value: ``h``; ``inf`` when no finite value divides the tensor.
+        at_most: Number of weights with ``|theta| <= h``.
+        magnitudes: How many distinct magnitudes were seen, at least; 1 means the tensor cannot be divided.
     """
 
     value: float
     at_most: int
-    numel: int
     magnitudes: int
 
 
 def find_threshold(theta: Tensor, rank: int, histogram: Histogram, *, leave_one: bool = False) -> Threshold:
     """Find the threshold below which the number of weights is nearest to ``rank``.
 
-    Tied magnitudes (quantised or pruned weights) stay together, so the number may differ from ``rank``; of two equally
-    near ones the smaller is taken. ``h`` lies midway between two neighbouring distinct magnitudes, so that a weight on
+    Tied magnitudes (quantized or pruned weights) stay together, so the number may differ from ``rank``; of two equally
+    near ones the smaller is taken. ``h`` lies midway between two neighboring distinct magnitudes, so that a weight on
     either side does not change sides by one rounding.
 
     Args:
@@ -110,11 +107,7 @@ def find_threshold(theta: Tensor, rank: int, histogram: Histogram, *, leave_one:
         rank: Wanted number of weights at or below the threshold, in ``[0, numel]``.
         histogram: Counts of codes, from a kernel.
         leave_one: Whether some weight must stay above the threshold (for the rule ``large``).
-
-    Returns:
-        The threshold, with what it selects.
     """
-    numel = theta.numel()
     infinity = _INFINITY_CODE.get(theta.dtype, 0)
     codes: list[Any]
     if theta.dtype == torch.float64:  # the dtype of references: by a sort
@@ -130,20 +123,20 @@ def find_threshold(theta: Tensor, rank: int, histogram: Histogram, *, leave_one:
         present = torch.nonzero(counts).flatten()
         codes, cumulative = present.tolist(), torch.cumsum(counts[present], 0).tolist()
     if not codes:
-        return Threshold(inf, numel, numel, 0)
+        return Threshold(inf, theta.numel(), 0)
     pick = min(range(len(codes)), key=lambda j: abs(cumulative[j] - rank))
     if leave_one and pick == len(codes) - 1 and len(codes) > 1:
         pick -= 1
     if pick == len(codes) - 1:
-        return Threshold(inf, cumulative[pick], numel, len(codes))
+        return Threshold(inf, cumulative[pick], len(codes))
     low, high = (_magnitude(codes[j], theta.dtype) for j in (pick, pick + 1))
-    return Threshold(_between(low, high, theta.dtype), cumulative[pick], numel, len(codes))
+    return Threshold(_between(low, high, theta.dtype), cumulative[pick], len(codes))
 
 
 def _expand_around(
     theta: Tensor, rank: int, upper: list[int], histogram: Histogram, infinity: int
 ) -> tuple[list[int], list[int]]:
-    """Codes and cumulative counts of the bucket that holds ``rank`` and of its two neighbours."""
+    """Codes and cumulative counts of the bucket that holds ``rank`` and of its two neighbors."""
     buckets = [b for b, count in enumerate(upper) if count]
     if not buckets:
         return [], []

@@ -80,7 +80,7 @@ LOG_2 = -1.3862944
 SIN = (1.1107208, -0.4567648, 0.056339372, -0.0032472387)
 COS = (0.70710677, -0.8723555, 0.17932132, -0.014430884)
 SQRT_HALF_BITS = 0x3F3504F3
-ANGLE_CENTRE = 1.5 - 2.0**-11
+ANGLE_CENTER = 1.5 - 2.0**-11
 
 _LOW = 0xFFFFFFFF
 
@@ -134,10 +134,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def normals(stream: Stream, numel: int, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal numbers, float32 of shape ``[numel]``, from element ``stream.start`` on.
-
-    They are computed on ``device``; for MPS, which has no float64, on the CPU.
-    """
+    """Standard normal numbers, float32 of shape ``[numel]``, from element ``stream.start`` on."""
     return _in_blocks(_normals_of, BLOCK, stream, NOISE, numel, torch.float32, device)
 
 
@@ -182,7 +179,7 @@ def _in_blocks(
 ) -> Tensor:
     """Cut a range of elements out of whole blocks, some blocks at a time."""
     if torch.device(device).type == "mps":
-        # No float64 there, which the root needs.
+        # MPS has no float64, which the root needs.
         return _in_blocks(make, size, stream, kind, numel, dtype, "cpu").to(device)
     out = torch.empty(numel, dtype=dtype, device=device)
     end = stream.start + numel
@@ -204,7 +201,7 @@ def _normals_of(words: Tensor) -> Tensor:
     square = ((n >> 23) - 20).to(torch.float32) * LOG_2 + p * t
     # torch's float32 root is not correctly rounded on the CPU; the float64 one, rounded, is.
     radius = square.to(torch.float64).sqrt().to(torch.float32)
-    v = (((words >> 7) & 0x7FE000) | 0x3F800000).to(torch.int32).view(torch.float32) - ANGLE_CENTRE
+    v = (((words >> 7) & 0x7FE000) | 0x3F800000).to(torch.int32).view(torch.float32) - ANGLE_CENTER
     w = v * v
     x = w * w
     sine = ((w * SIN[3] + SIN[2]) * x + (w * SIN[1] + SIN[0])) * v

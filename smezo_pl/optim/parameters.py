@@ -103,10 +103,6 @@ def choose(params: Iterable[Any], scope: Mapping[str, tuple[str, ...]], given: l
     Returns:
         ``params``, ``names`` and ``numbers`` of the group, and ``param_names`` where names were given: apart from the
         tensors, because torch takes a group that the filters emptied for one without names.
-
-    Raises:
-        TypeError: If an item is neither a tensor nor a pair of name and tensor, or a tensor cannot be perturbed.
-        ValueError: If there are patterns and no names, or a tensor cannot be perturbed.
     """
     items = [params] if isinstance(params, Tensor) else list(params)
     with_names = any(isinstance(item, tuple) for item in items)

@@ -9,7 +9,7 @@ from smezo_pl.optim.noise import MASK, ROUNDING, Stream, normals, signs, words16
 
 
 def sorted_threshold(theta: Tensor, active: float) -> float | None:
-    """Midway between the two neighbouring magnitudes whose split is nearest to the active share; None: all weights."""
+    """Midway between the two neighboring magnitudes whose split is nearest to the active share; None: all weights."""
     values, counts = theta.double().abs().flatten().unique(return_counts=True)
     below = counts.cumsum(0)
     pick = int((below - max(1, round(active * theta.numel()))).abs().argmin())
@@ -32,7 +32,7 @@ def draw(noise: str, stream: Stream, theta: Tensor) -> Tensor:
 
 
 def stochastic_round(value: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
-    """The neighbour above in magnitude with the probability of the remainder, by float64 arithmetic and 16 bits."""
+    """The neighbor above in magnitude with the probability of the remainder, by float64 arithmetic and 16 bits."""
     toward_zero = torch.empty_like(value, dtype=dtype)
     nearest = value.to(dtype)
     too_big = nearest.double().abs() > value.double().abs()

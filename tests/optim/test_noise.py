@@ -223,6 +223,6 @@ def test_words16_are_uniform_and_fresh() -> None:
     counts = torch.bincount(word >> 6, minlength=1024).double()
     chi = float(((counts - 1024) ** 2 / 1024).sum())
     assert abs(chi - 1023) < 4.5 * math.sqrt(2 * 1023)
-    centred, apart = (w.double() / 65536 - 0.5 for w in (word, other))
-    assert abs(float((centred * apart).sum())) < 4.5 * math.sqrt(count) / 12
-    assert abs(float((centred[:-512] * centred[512:]).sum())) < 4.5 * math.sqrt(count) / 12
+    centered, apart = (w.double() / 65536 - 0.5 for w in (word, other))
+    assert abs(float((centered * apart).sum())) < 4.5 * math.sqrt(count) / 12
+    assert abs(float((centered[:-512] * centered[512:]).sum())) < 4.5 * math.sqrt(count) / 12

@@ -62,7 +62,7 @@ def test_leave_one_keeps_something_above():
     assert find_threshold(theta, 10, histogram, leave_one=True).at_most == 9
 
 
-def test_neighbouring_floats_are_parted_exactly():
+def test_neighboring_floats_are_parted_exactly():
     theta = torch.tensor([1.0, 1.0 + 2**-23, 1.0 + 2**-22])
     for rank in (1, 2):
         found = find_threshold(theta, rank, get_kernel("torch", CPU).histogram)

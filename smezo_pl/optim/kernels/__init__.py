@@ -1,7 +1,7 @@
 """The fused passes over the weights: numba on the CPU, Triton on CUDA, plain torch as reference and for the rest.
 
-All kernels give the same bits. Each works on one flat tensor at a time and generates the noise it needs from integers
-(`smezo_pl.optim.noise`); nothing of the size of the weights is stored.
+All give the same bits and generate the noise from integers (`smezo_pl.optim.noise`); nothing as large as the weights is
+stored.
 """
 
 from __future__ import annotations

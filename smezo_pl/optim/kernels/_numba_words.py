@@ -2,7 +2,7 @@
 # numba compiles this file: its functions have no Python types, and its intrinsics take one argument less than declared.
 """Compiled building blocks of the numba kernel: instructions that numba lacks, the noise of a block, formats.
 
-What keeps the loops vectorised: numba widens 32-bit arithmetic to 64 bits, so every result is cast back; arrays are
+What keeps the loops vectorized: numba widens 32-bit arithmetic to 64 bits, so every result is cast back; arrays are
 walked through slices that begin at 0, because an index that might be negative gets a wrap-around test; nothing branches
 on data. No fastmath: LLVM then keeps every rounding, and contracts nothing to FMA.
 """
@@ -33,7 +33,7 @@ GROUP_PART, WORD_PART = 128 // PARTS, 512 // PARTS
 _L0, _L1, _L2, _L3, _L4, _L5, _L6 = (np.float32(c) for c in noise.LOG)
 _S0, _S1, _S2, _S3 = (np.float32(c) for c in noise.SIN)
 _C0, _C1, _C2, _C3 = (np.float32(c) for c in noise.COS)
-_LOG_2, _ANGLE_CENTRE = np.float32(noise.LOG_2), np.float32(noise.ANGLE_CENTRE)
+_LOG_2, _ANGLE_CENTER = np.float32(noise.LOG_2), np.float32(noise.ANGLE_CENTER)
 _SQRT_HALF = np.uint32(noise.SQRT_HALF_BITS)
 _M0, _M1 = (np.uint64(m) for m in noise.PHILOX_MULTIPLIERS)
 _K0, _K1 = (np.uint64(k) for k in noise.PHILOX_KEY_STEPS)
@@ -162,7 +162,7 @@ def polar(word):
     s = t * t
     p = ((_L6 * s + (_L5 * t + _L4)) * s + (_L3 * t + _L2)) * s + (_L1 * t + _L0)
     radius = root(float32(int32(int32(int32(n) >> int32(23)) - int32(20))) * _LOG_2 + p * t)
-    v = float_of(uint32(uint32(uint32(word >> uint32(7)) & uint32(0x7FE000)) | uint32(0x3F800000))) - _ANGLE_CENTRE
+    v = float_of(uint32(uint32(uint32(word >> uint32(7)) & uint32(0x7FE000)) | uint32(0x3F800000))) - _ANGLE_CENTER
     w = v * v
     x = w * w
     sine = ((_S3 * w + _S2) * x + (_S1 * w + _S0)) * v

@@ -129,7 +129,7 @@ class NumbaKernel(TorchKernel):
         if mask.rule == "packed" and mask.bits is not None:
             return mask.bits.clone()
         bits = torch.empty(base.packed_size(theta.numel()), dtype=torch.uint8)
-        stream = mask.stream or _NO_STREAM
+        stream = mask.stream or Stream(0, 0, 0, 0)
         task = [theta.data_ptr(), 0, theta.numel(), stream.start, 0, 0, 0, 0, *_mask_fields(mask, theta.dtype)]
         task[BITS] = bits.data_ptr()
         _run("pack", theta, 0, -(-theta.numel() // BLOCK), task + _row(stream, MASK, 0.0))
@@ -147,7 +147,6 @@ class NumbaKernel(TorchKernel):
         return torch.from_numpy(counts.sum(0))
 
 
-_NO_STREAM = Stream(0, 0, 0, 0)
 _NO_ROW = [0] * ROW
 
 
@@ -163,17 +162,8 @@ def _task(update: Update, out: Tensor, noise: Distribution) -> list[int]:
     base.check_mask(theta, mask)
     base.check_streams(mask, streams, scales, rounding)
     stochastic = rounding is not None and theta.element_size() == 2
-    task = [
-        theta.data_ptr(),
-        out.data_ptr(),
-        theta.numel(),
-        streams[0].start,
-        0 if noise == "gaussian" else 1,
-        len(streams),
-        base.float_bits(decay),
-        int(stochastic),
-        *_mask_fields(mask, theta.dtype),
-    ]
+    task = [theta.data_ptr(), out.data_ptr(), theta.numel(), streams[0].start, int(noise != "gaussian"), len(streams)]
+    task += [base.float_bits(decay), int(stochastic), *_mask_fields(mask, theta.dtype)]
     for stream, scale in zip(streams, scales, strict=True):
         task += _row(stream, NOISE, scale)
     task += _NO_ROW if mask.stream is None else _row(mask.stream, MASK, 0.0)

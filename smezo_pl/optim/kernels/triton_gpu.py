@@ -42,7 +42,7 @@ _ROUNDS = tl.constexpr(scheme.PHILOX_ROUNDS)
 _L0, _L1, _L2, _L3, _L4, _L5, _L6 = (tl.constexpr(c) for c in scheme.LOG)
 _S0, _S1, _S2, _S3 = (tl.constexpr(c) for c in scheme.SIN)
 _C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in scheme.COS)
-_LOG_2, _CENTRE, _SQRT_HALF = (tl.constexpr(c) for c in (scheme.LOG_2, scheme.ANGLE_CENTRE, scheme.SQRT_HALF_BITS))
+_LOG_2, _CENTER, _SQRT_HALF = (tl.constexpr(c) for c in (scheme.LOG_2, scheme.ANGLE_CENTER, scheme.SQRT_HALF_BITS))
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _pair(word):
     p = ((s * _L6 + (t * _L5 + _L4)) * s + (t * _L3 + _L2)) * s + (t * _L1 + _L0)
     exponent = (n.to(tl.int32, bitcast=True) >> 23) - 20
     radius = tl.sqrt_rn(exponent.to(tl.float32) * _LOG_2 + p * t)
-    v = _f32(((word >> 7) & 0x7FE000) | 0x3F800000) - _CENTRE
+    v = _f32(((word >> 7) & 0x7FE000) | 0x3F800000) - _CENTER
     w = v * v
     x = w * w
     sine = ((w * _S3 + _S2) * x + (w * _S1 + _S0)) * v

@@ -228,21 +228,18 @@ class Layerwise:
         """Let an ancestor hold each weight that was read unperturbed.
 
         Returns:
-            Names of the weights that moved; the forward must run again. Empty when nothing was read unperturbed.
+            Names of these weights; unless there are none, the forward must run again.
 
         Raises:
             RuntimeError: If no running module can hold a weight.
         """
-        moved = []
+        names = []
         contained = set(self.module.modules())
         for reading in readings:
             name = self._names[id(reading.parameter)]
             slots = self._slots[id(reading.parameter)]
             holder = nearest_holder(reading, {slot.owner for slot in slots}, contained)
-            already = holder is not None and any(
-                s.parameter is reading.parameter for s in self._held_by.get(holder, ())
-            )
-            if holder is None or already:
+            if holder is None or any(s.parameter is reading.parameter for s in self._held_by.get(holder, ())):
                 raise RuntimeError(
                     f"parameter {name!r} is read by {reading.operator} outside the forward of any module that holds "
                     "it, so a layer-by-layer perturbation would miss it; use the in-place perturbation (do not call "
@@ -255,8 +252,8 @@ class Layerwise:
             self._reserved = False
             self._held_by.setdefault(holder, []).extend(slot for slot in slots if slot.owner in inside)
             self._hook(holder)
-            moved.append(name)
-        return moved
+            names.append(name)
+        return names
 
     def _hook(self, module: nn.Module) -> None:
         if module not in self._handles:

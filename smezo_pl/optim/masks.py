@@ -73,8 +73,7 @@ def count_ones(bits: Tensor) -> int:
 
 
 Histogram = Callable[[Tensor, int, "int | None"], Tensor]
-"""``histogram(theta, shift, prefix)``: counts of ``(code >> shift) & 0xffff`` over the elements with
-``code >> 16 == prefix``, or over all of them when ``prefix`` is None (see `smezo_pl.optim.kernels`)."""
+"""``histogram(theta, shift, prefix)`` of a kernel (see `smezo_pl.optim.kernels.base.Kernel`)."""
 
 _INFINITY_CODE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80}
 _FLOAT32_MAX = float(torch.finfo(torch.float32).max)

@@ -63,21 +63,16 @@ def generate(
     for rows in _parts(lengths):
         width = int(lengths[rows].max())
         ids, mask = input_ids[rows, -width:], attention_mask[rows, -width:]
-        output = None
-        if not has_virtual_tokens(model):
-            output = _call(model, ids, mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
-        past = getattr(output, "past_key_values", None)
-        if output is None or past is None:
+        part = None if has_virtual_tokens(model) else _read(model, rows, ids, mask)
+        if part is None:
             _decode_uncached(model, answers, rows, ids, lengths[rows], stops)
-            continue
-        part = _Part(rows, output.logits[:, -1].argmax(-1), mask, getattr(past, "layers", ()))
-        if not part.joinable:
-            _decode(model, answers, rows, part.token, mask, past, stops)
-            continue
-        joined = sum(len(other.rows) for other in waiting) + len(rows)
-        if waiting and joined * waiting[0].bytes_per_row(max_new_tokens) > ROOM_BYTES:
-            _decode_joined(model, answers, waiting, stops)
-        waiting.append(part)
+        elif not part.joinable:
+            _decode(model, answers, part, stops)
+        else:
+            joined = sum(len(other.rows) for other in waiting) + len(rows)
+            if waiting and joined * waiting[0].bytes_per_row(max_new_tokens) > ROOM_BYTES:
+                _decode_joined(model, answers, waiting, stops)
+            waiting.append(part)
     if waiting:
         _decode_joined(model, answers, waiting, stops)
     return answers
@@ -85,12 +80,17 @@ def generate(
 
 @dataclass
 class _Part:
-    """Prompts that were read: their row numbers, the token after each, their mask, the layers of their cache."""
+    """Prompts that were read: their row numbers, the token after each, their mask, their key-value cache."""
 
     rows: Tensor
     token: Tensor
     mask: Tensor
-    layers: Sequence[Any]
+    past: Any
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """The layers of the cache."""
+        return getattr(self.past, "layers", ())
 
     @property
     def joinable(self) -> bool:
@@ -113,6 +113,13 @@ def _parts(lengths: Tensor) -> Iterator[Tensor]:
         count = max(1, _CPU_PART // max(1, int(lengths[order[0]])))
         yield order[:count]
         order = order[count:]
+
+
+def _read(model: nn.Module, rows: Tensor, ids: Tensor, mask: Tensor) -> _Part | None:
+    """Read prompts that are padded on the left; None if the model keeps no cache."""
+    output = _call(model, ids, mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    past = getattr(output, "past_key_values", None)
+    return None if past is None else _Part(rows, output.logits[:, -1].argmax(-1), mask, past)
 
 
 def _call(model: nn.Module, ids: Tensor, mask: Tensor, **inputs: Any) -> Any:
@@ -168,26 +175,17 @@ def _decode_joined(model: nn.Module, answers: Tensor, parts: list[_Part], stops:
     past = DynamicCache()
     past.layers = list(layers)
     mask = torch.cat([nn.functional.pad(part.mask, (width - part.mask.shape[1], 0)) for part in parts])
-    rows, token = torch.cat([part.rows for part in parts]), torch.cat([part.token for part in parts])
-    # The caches of the parts are no longer needed.
+    joined = _Part(torch.cat([part.rows for part in parts]), torch.cat([part.token for part in parts]), mask, past)
+    for part in parts:
+        part.past = None  # frees the parts' caches
     parts.clear()
-    _decode(model, answers, rows, token, mask, past, stops, layers)
+    _decode(model, answers, joined, stops)
 
 
-def _decode(
-    model: nn.Module,
-    answers: Tensor,
-    rows: Tensor,
-    token: Tensor,
-    mask: Tensor,
-    past: Any,
-    stops: Tensor,
-    layers: Sequence[_Layer] = (),
-) -> None:
-    """Fill in the answers, whose first token is known, from a cache of the prompts.
-
-    Finished rows leave the cache where its layers are given.
-    """
+def _decode(model: nn.Module, answers: Tensor, part: _Part, stops: Tensor) -> None:
+    """Fill in the answers, whose first token is known, from the cache of the prompts."""
+    rows, token, mask, past = part.rows, part.token, part.mask, part.past
+    layers = [layer for layer in part.layers if isinstance(layer, _Layer)]
     answers[rows, 0] = token
     running = ~torch.isin(token, stops)
     for position in range(1, answers.shape[1]):

@@ -1,7 +1,5 @@
 """Linear probing: one linear layer on the frozen network's features of the last prompt position."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,8 +61,15 @@ class LinearProbe(nn.Module):
             raise ValueError("method 'linear-probe' needs labels: this task has texts of their own, or calibrates them")
         if batch.num_candidates > MOST_LABELS:
             raise ValueError(f"method 'linear-probe' takes up to {MOST_LABELS} labels, got {batch.num_candidates}")
-        with torch.no_grad(), self._captured() as captured:
-            model_logits(self.network, batch)
+        captured: list[Tensor] = []
+        output: nn.Module = self.network.get_output_embeddings()  # type: ignore[operator]
+        # After the forward, since `model_logits` selects the positions that are read before it.
+        hook = output.register_forward_hook(lambda _, inputs, __: captured.append(inputs[0]))
+        try:
+            with torch.no_grad():
+                model_logits(self.network, batch)
+        finally:
+            hook.remove()
         features = captured[-1][0]  # [P, H]
         first = batch.token_order == 0  # one token per candidate, in the order of candidates below
         at_prompt = features[batch.token_logit[first]].float()  # [K, H]
@@ -73,14 +78,3 @@ class LinearProbe(nn.Module):
         candidate = batch.token_candidate[first]
         scores = outputs.gather(1, batch.candidate_index[candidate].unsqueeze(1)).squeeze(1)
         return scores[candidate.argsort()]
-
-    @contextmanager
-    def _captured(self) -> Iterator[list[Tensor]]:
-        captured: list[Tensor] = []
-        output: nn.Module = self.network.get_output_embeddings()  # type: ignore[operator]
-        # After the forward, since `model_logits` selects the positions that are read before it.
-        hook = output.register_forward_hook(lambda _, inputs, __: captured.append(inputs[0]))
-        try:
-            yield captured
-        finally:
-            hook.remove()

@@ -1,10 +1,9 @@
 """A user's own task, from the keys of a YAML file."""
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
-from smezo_pl.tasks.task import GeneratedAnswer, ListCandidates, Loss, Task, Template
+from smezo_pl.tasks.task import GeneratedAnswer, ListCandidates, Loss, Task, Template, unknown
 
 KEYS = {
     "prompt": "text with columns in braces",
@@ -48,9 +47,7 @@ def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
     """
     for key in keys:
         if key not in KEYS:
-            near = get_close_matches(str(key), KEYS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"task has no key {key!r}{hint} There are {', '.join(KEYS)}")
+            raise unknown("task has no key", str(key), KEYS)
     prompt = _text(keys, "prompt")
     if ("candidates" in keys) == ("target" in keys):
         raise ValueError(

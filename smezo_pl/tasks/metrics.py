@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from typing import Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torchmetrics.functional import mean_absolute_error, pearson_corrcoef, spearman_corrcoef
 from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score
 
-from smezo_pl.tasks.task import ListCandidates, Task
+from smezo_pl.tasks.task import ListCandidates, Task, unknown
 from smezo_pl.tasks.text_metrics import drop_em, drop_f1, number_in, rouge, squad_em, squad_f1
 
 
@@ -192,9 +191,7 @@ def get_metric(name: str, task: Task, what: str = "metric") -> Metric:
         ValueError: If there is none, or it does not fit the task.
     """
     if name not in METRICS:
-        near = get_close_matches(name, METRICS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"unknown {what} {name!r}{hint} There are {', '.join(METRICS)}")
+        raise unknown(f"unknown {what}", name, METRICS)
     if (reason := METRICS[name].misfit(task)) is not None:
         fit = ", ".join(other for other, metric in METRICS.items() if metric.misfit(task) is None)
         raise ValueError(f"{what} {name!r} does not fit: {reason}. Those that fit are {fit}")

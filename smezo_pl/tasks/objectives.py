@@ -6,12 +6,11 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
 from smezo_pl.tasks.metrics import METRICS, Answer, get_metric
-from smezo_pl.tasks.task import LOSSES, Task
+from smezo_pl.tasks.task import LOSSES, Task, unknown
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +33,8 @@ def check_objective(objective: str, task: Task) -> None:
     elif objective in METRICS:
         get_metric(objective, task, "objective")
     else:
-        names = (*LOSSES, *METRICS)
-        near = get_close_matches(objective, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(
-            f"unknown objective {objective!r}{hint} There are {', '.join(names)}, and any function by its import path,"
-            " module.function"
-        )
+        functions = ", and any function by its import path, module.function"
+        raise unknown("unknown objective", objective, (*LOSSES, *METRICS), functions)
 
 
 @lru_cache(maxsize=16)

@@ -1,8 +1,9 @@
 """A task as data: templates of the prompt and of the answers, the label's column, the metrics, the dataset's name."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -41,6 +42,14 @@ FILTERS: Mapping[str, Callable[[str], str]] = {
 space and one period off the end. ``bullets``: ReCoRD's ``@highlight`` lines as ``- `` lines. ``option``: AQuA's
 ``A)`` off the front. ``[:-1]``: without the last character. ``lc``: first character in lower case.
 """
+
+
+def unknown(what: str, name: str, known: Collection[str], more: str = "") -> ValueError:
+    """The error for a name that is none of those known: similar ones, then all of them."""
+    near = get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return ValueError(f"{what} {name!r}{hint} There are {', '.join(known)}{more}")
+
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 

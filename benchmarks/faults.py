@@ -17,7 +17,6 @@ Trainer with `SeedCheckpoint`:
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -35,7 +34,7 @@ from typing import Any
 
 import campaigns
 import torch
-from common import machine, write_json
+from common import machine, parser_of, write_json
 
 from smezo_pl.commands import show
 from smezo_pl.trajectory.exports import export, read_export
@@ -183,14 +182,16 @@ def headers(numbers: range, folder: Path) -> dict[str, Any]:
     return {"headers": len(numbers), "outcomes": dict(outcomes), "most_bytes_allocated": most, "failures": failures}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(args: list[str] | None = None) -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--corruptions", type=int, default=500)
     parser.add_argument("--headers", type=int, default=10_000)
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", type=Path, default=None, help="file to write")
-    given = parser.parse_args()
+    given = parser.parse_args(args)
+    if given.small:
+        given.kills, given.corruptions, given.headers, given.jobs = 1, 2, 20, 1
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

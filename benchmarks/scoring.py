@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,10 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import machine, parser_of, print_table, smollm2, smollm2_file, write_json
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-from common import machine, print_table, smollm2, smollm2_file, write_json
 
 from smezo_pl import PromptDataModule
 from smezo_pl.data import Collate, Encoded
@@ -214,9 +211,9 @@ def generating(task: str, model: nn.Module, data: PromptDataModule, arguments: a
     }
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--examples", type=int, default=200)
@@ -227,7 +224,9 @@ def main() -> None:
         "--generation-tokens", type=int, default=CPU_GENERATION_TOKENS, help="prompt tokens generated after together"
     )
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(args)
+    if arguments.small:
+        arguments.examples, arguments.plain_forwards, arguments.plain_generations = 6, 4, 3
 
     started = time.perf_counter()
     name = arguments.model or str(smollm2_file())

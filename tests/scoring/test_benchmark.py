@@ -1,15 +1,12 @@
 """`benchmarks/scoring.py` measures every kind of task, and its two ways agree."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scoring.py"
+from scoring import main
 
 
 @pytest.fixture
@@ -29,14 +26,11 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 def test_a_small_run_prints_and_writes_its_figures(
-    data_dir: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data_dir: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = data_dir / "scoring.json"
     words = f"--data-dir {data_dir} --model {tiny_folder} --tasks sst2 squad --json {file}"
-    words += " --examples 6 --plain-forwards 4 --plain-generations 3"
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    monkeypatch.setattr(sys, "argv", ["scoring.py", *words.split()])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    main(["--small", *words.split()])
     written = json.loads(file.read_text())
     scored, generated = written["rows"]
     assert (scored["task"], scored["examples"], scored["plain_examples"]) == ("sst2", 6, 2)

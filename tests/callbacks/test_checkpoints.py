@@ -35,7 +35,7 @@ from tests.trajectory.runs import (
     same,
 )
 
-LAST, BEST, RECORD = "checkpoints/last.ckpt", "checkpoints/best.ckpt", "trajectory.smezo"
+LAST, BEST, TRAJECTORY = "checkpoints/last.ckpt", "checkpoints/best.ckpt", "trajectory.smezo"
 
 
 def interrupted(folder: Path, module: LightningModule, step: int, *callbacks: Any, **settings: Any) -> None:
@@ -59,10 +59,10 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Classifier
     return folder, module, fit(folder, module)
 
 
-def test_a_run_leaves_its_record_and_two_small_checkpoints(straight: tuple[Path, Classifier, Watch]) -> None:
+def test_a_run_leaves_its_trajectory_and_two_small_checkpoints(straight: tuple[Path, Classifier, Watch]) -> None:
     folder, trained, watch = straight
-    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [BEST, LAST, RECORD]
-    assert all((folder / name).stat().st_size < 20_000 for name in (LAST, BEST, RECORD))
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [BEST, LAST, TRAJECTORY]
+    assert all((folder / name).stat().st_size < 20_000 for name in (LAST, BEST, TRAJECTORY))
     trajectory = Trajectory.read(folder)
     assert [row.loss for row in trajectory.records] == pytest.approx([watch.train[s + 1] for s in range(20)], rel=1e-6)
     again = network()
@@ -123,7 +123,7 @@ CONFIGURATIONS: dict[str, tuple[Callable[[], Classifier], Callable[[], list[Any]
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_so_it_is_in_every_configuration(tmp_path: Path, name: str) -> None:
+def test_a_resume_is_exact_in_every_configuration(tmp_path: Path, name: str) -> None:
     build, callbacks = CONFIGURATIONS[name]
     trained, resumed = build(), build()
     seen = fit(tmp_path / "straight", trained, *callbacks())
@@ -136,12 +136,12 @@ def test_so_it_is_in_every_configuration(tmp_path: Path, name: str) -> None:
     assert same(again, trained.model)
 
 
-def anchored(**settings: Any) -> SeedCheckpoint:
+def with_snapshots(**settings: Any) -> SeedCheckpoint:
     return SeedCheckpoint(every_n_steps=3, anchor_every_n_steps=6, **settings)
 
 
-class TestAnchors:
-    """Whole weights now and then."""
+class TestSnapshots:
+    """Full-weight snapshots."""
 
     @pytest.mark.parametrize("name", ["bfloat16", "constant masks, refreshed", "random constant masks, refreshed"])
     def test_a_resume_begins_at_the_last_one(
@@ -150,12 +150,14 @@ class TestAnchors:
         build, callbacks = CONFIGURATIONS[name]
         trained, resumed = build(), build()
         seen = fit(tmp_path / "straight", trained, *callbacks())
-        interrupted(tmp_path / "killed", build(), 16, *callbacks(), anchored())
+        interrupted(tmp_path / "killed", build(), 16, *callbacks(), with_snapshots())
         assert [p.name for p in (tmp_path / "killed" / "anchors").iterdir()] == ["step-12.safetensors"]
         with torch.no_grad():
-            resumed.model[3].bias.add_(1.0)  # whatever takes part may be anything
+            resumed.model[3].bias.add_(1.0)  # whatever is optimized may be anything
         with caplog.at_level(logging.INFO):
-            watch = fit(tmp_path / "killed", resumed, *callbacks(), anchored(), ckpt_path=tmp_path / "killed" / LAST)
+            watch = fit(
+                tmp_path / "killed", resumed, *callbacks(), with_snapshots(), ckpt_path=tmp_path / "killed" / LAST
+            )
         assert "replayed 4 steps from the full-weight snapshot" in caplog.text
         assert equal_after(watch, seen)
         assert same(resumed.model, trained.model)
@@ -167,30 +169,30 @@ class TestAnchors:
     def test_without_it_the_weights_come_from_the_start(
         self, straight: tuple[Path, Classifier, Watch], tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        interrupted(tmp_path, Classifier(), 16, anchored())
-        [anchor] = (tmp_path / "anchors").iterdir()
+        interrupted(tmp_path, Classifier(), 16, with_snapshots())
+        [snapshot] = (tmp_path / "anchors").iterdir()
         if harm == "gone":
-            anchor.unlink()
+            snapshot.unlink()
         else:
-            data = bytearray(anchor.read_bytes())
+            data = bytearray(snapshot.read_bytes())
             data[-5] ^= 1
-            anchor.write_bytes(data)
+            snapshot.write_bytes(data)
         resumed = Classifier()
-        fit(tmp_path, resumed, anchored(), ckpt_path=tmp_path / LAST)
+        fit(tmp_path, resumed, with_snapshots(), ckpt_path=tmp_path / LAST)
         assert same(resumed.model, straight[1].model)
         assert ("is corrupted; the weights are made without it" in caplog.text) == (harm == "damaged")
 
-    def test_weights_that_are_left_alone_must_still_be_the_runs(self, tmp_path: Path) -> None:
-        interrupted(tmp_path, Classifier(exclude="2"), 16, anchored())
+    def test_weights_that_are_not_optimized_must_still_be_those_of_the_run(self, tmp_path: Path) -> None:
+        interrupted(tmp_path, Classifier(exclude="2"), 16, with_snapshots())
         resumed = Classifier(exclude="2")
         with torch.no_grad():
             resumed.model[2].bias.add_(1.0)
         with pytest.raises(TrajectoryError, match="are not those that the run had"):
-            fit(tmp_path, resumed, anchored(), ckpt_path=tmp_path / LAST)
+            fit(tmp_path, resumed, with_snapshots(), ckpt_path=tmp_path / LAST)
 
 
 @pytest.mark.slow
-def test_so_it_is_with_workers(tmp_path: Path) -> None:
+def test_a_resume_is_exact_with_workers(tmp_path: Path) -> None:
     trained, resumed = Classifier(), Classifier()
     seen = fit(tmp_path / "straight", trained, data=Examples(workers=1))
     interrupted(tmp_path / "killed", Classifier(), 13, data=Examples(workers=2))
@@ -199,7 +201,7 @@ def test_so_it_is_with_workers(tmp_path: Path) -> None:
     assert same(resumed.model, trained.model)
 
 
-def test_a_run_that_ended_goes_on(straight: tuple[Path, Classifier, Watch], tmp_path: Path) -> None:
+def test_a_run_that_ended_resumes(straight: tuple[Path, Classifier, Watch], tmp_path: Path) -> None:
     fit(tmp_path, Classifier(), max_steps=12)
     resumed = Classifier()
     watch = fit(tmp_path, resumed, ckpt_path=tmp_path / LAST)
@@ -219,7 +221,7 @@ def test_it_may_be_killed_more_than_once(straight: tuple[Path, Classifier, Watch
 
 @pytest.mark.parametrize("with_callback", [True, False])
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_every_verb_gets_the_weights_of_the_checkpoint(
+def test_every_subcommand_gets_the_weights_of_the_checkpoint(
     straight: tuple[Path, Classifier, Watch], verb: str, with_callback: bool, recwarn: pytest.WarningsRecorder
 ) -> None:
     folder, trained, watch = straight
@@ -339,7 +341,7 @@ def test_early_stopping_and_fast_dev_run(tmp_path: Path) -> None:
 def test_the_loggers_folder_is_the_runs(tmp_path: Path) -> None:
     fit(tmp_path, Classifier(), logger=CSVLogger(tmp_path, name="name"), log_every_n_steps=1, max_steps=3)
     assert (tmp_path / "name" / "version_0" / LAST).is_file()
-    assert (tmp_path / "name" / "version_0" / RECORD).is_file()
+    assert (tmp_path / "name" / "version_0" / TRAJECTORY).is_file()
 
 
 def test_a_resume_into_another_folder_leaves_the_first_alone(
@@ -352,11 +354,11 @@ def test_a_resume_into_another_folder_leaves_the_first_alone(
     assert same(resumed.model, straight[1].model)
     assert {p: p.read_bytes() for p in before} == before
     again = network()
-    replay(tmp_path / "two", again)  # the new record is whole: it does not need the old one
+    replay(tmp_path / "two", again)  # the new trajectory is whole: it does not need the old one
     assert same(again, resumed.model)
 
 
-def test_going_on_from_an_earlier_checkpoint_keeps_the_later_steps(
+def test_a_resume_from_an_earlier_checkpoint_keeps_the_later_steps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fit(tmp_path, Classifier(), max_steps=12)
@@ -376,7 +378,7 @@ def test_a_run_that_ended_before_its_first_step_is_replaced(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("pages", [False, True])
-def test_damage_after_a_checkpoint_does_not_keep_the_run_from_going_on(
+def test_a_run_resumes_whose_trajectory_is_corrupted_after_the_checkpoint(
     straight: tuple[Path, Classifier, Watch], tmp_path: Path, pages: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     interrupted(tmp_path, Classifier(), 14)
@@ -385,11 +387,11 @@ def test_damage_after_a_checkpoint_does_not_keep_the_run_from_going_on(
     resumed = Classifier()
     fit(tmp_path, resumed, ckpt_path=tmp_path / LAST)
     if pages:
-        data = bytearray((tmp_path / RECORD).read_bytes())
+        data = bytearray((tmp_path / TRAJECTORY).read_bytes())
         data[-1024:] = bytes(1024)
-        (tmp_path / RECORD).write_bytes(data)
+        (tmp_path / TRAJECTORY).write_bytes(data)
     else:
-        connection = sqlite3.connect(tmp_path / RECORD)
+        connection = sqlite3.connect(tmp_path / TRAJECTORY)
         connection.execute("UPDATE steps SET data = zeroblob(9) WHERE step = 17")
         connection.commit()
         connection.close()
@@ -435,7 +437,7 @@ class TestRefused:
         with pytest.raises(TrajectoryError, match="starts from other weights"):
             fit(self.folder, Classifier(seed=1), ckpt_path=self.folder / LAST, max_steps=30)
 
-    def test_damaged_anywhere(self) -> None:
+    def test_corrupted_anywhere(self) -> None:
         data = (self.folder / LAST).read_bytes()
         for place in range(0, len(data), 211):
             wrong = bytearray(data)
@@ -445,56 +447,56 @@ class TestRefused:
                 self.validate(Classifier())
 
     @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-    def test_cut_short(self, share: float) -> None:
+    def test_truncated(self, share: float) -> None:
         size = (self.folder / LAST).stat().st_size
         os.truncate(self.folder / LAST, int(share * size))
         with pytest.raises(TrajectoryError, match="it is corrupted or truncated"):
             self.validate(Classifier())
 
-    def test_without_its_record(self) -> None:
-        (self.folder / RECORD).unlink()
+    def test_without_its_trajectory(self) -> None:
+        (self.folder / TRAJECTORY).unlink()
         with pytest.raises(
             TrajectoryError, match="no weights; they come back from the run's trajectory, which is not at"
         ):
             self.validate(Classifier())
 
-    def test_with_its_record_beside_it(self) -> None:
-        (self.folder / RECORD).rename(self.folder / "checkpoints" / RECORD)
+    def test_with_its_trajectory_beside_it(self) -> None:
+        (self.folder / TRAJECTORY).rename(self.folder / "checkpoints" / TRAJECTORY)
         self.validate(Classifier())
 
-    def test_with_the_record_of_another_run(self, tmp_path: Path) -> None:
+    def test_with_the_trajectory_of_another_run(self, tmp_path: Path) -> None:
         fit(tmp_path / "other", Classifier())
-        shutil.copy(tmp_path / "other" / RECORD, self.folder / RECORD)
+        shutil.copy(tmp_path / "other" / TRAJECTORY, self.folder / TRAJECTORY)
         with pytest.raises(TrajectoryError, match="belongs to another run"):
             self.validate(Classifier())
 
-    def test_with_a_record_that_lost_its_end(self, tmp_path: Path) -> None:
-        whole = (self.folder / RECORD).read_bytes()
+    def test_with_a_trajectory_that_lost_its_end(self, tmp_path: Path) -> None:
+        whole = (self.folder / TRAJECTORY).read_bytes()
         for change, message in (
             ("DELETE FROM steps WHERE step >= 7", "holds only 7: .*--step 7` gives the weights so far"),
             ("DELETE FROM steps", "holds only 0: .*No step is left"),
             ("UPDATE steps SET data = zeroblob(9) WHERE step = 3", "holds only 3: step 3 is corrupted: .*--step 3`"),
         ):
-            (self.folder / RECORD).write_bytes(whole)
-            with sqlite3.connect(self.folder / RECORD) as connection:
+            (self.folder / TRAJECTORY).write_bytes(whole)
+            with sqlite3.connect(self.folder / TRAJECTORY) as connection:
                 connection.execute(change)
                 connection.execute("DELETE FROM marks")
             connection.close()
             with pytest.raises(TrajectoryError, match=f"is the checkpoint after 20 steps, and .* {message}"):
                 self.validate(Classifier())
 
-    def test_with_a_record_that_went_another_way(self) -> None:
+    def test_with_a_trajectory_that_went_another_way(self) -> None:
         early = self.folder / "checkpoints" / "early.ckpt"
         other = self.folder.parent / "other"
         interrupted(other, Classifier(), 13)
         shutil.copy(other / LAST, early)
-        shutil.copy(other / RECORD, self.folder / RECORD)
+        shutil.copy(other / TRAJECTORY, self.folder / TRAJECTORY)
         fit(self.folder, Classifier(), ckpt_path=early, data=Examples(order=4))
         later = (self.folder / LAST).read_bytes()
         (self.folder / LAST).write_bytes(early.read_bytes())
         self.validate(Classifier())
         fit(other, Classifier(), ckpt_path=other / LAST)
-        shutil.copy(other / RECORD, self.folder / RECORD)
+        shutil.copy(other / TRAJECTORY, self.folder / TRAJECTORY)
         (self.folder / LAST).write_bytes(later)
         with pytest.raises(TrajectoryError, match="the run was resumed from an earlier one and went another way"):
             self.validate(Classifier())
@@ -559,15 +561,17 @@ def test_model_checkpoint_beside_it_keeps_working(straight: tuple[Path, Classifi
     assert sorted(watch.train) == list(range(13, 21))
     assert same(resumed.model, straight[1].model)
     again = network()
-    replay(tmp_path / "two", again)  # the record went along, from the first step on
+    replay(tmp_path / "two", again)  # the trajectory went along, from the first step on
     assert same(again, resumed.model)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_whole_weights_without_their_record_begin_a_new_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_whole_weights_without_their_trajectory_begin_a_new_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = ModelCheckpoint(tmp_path / "whole", every_n_train_steps=12, save_top_k=-1, filename="{step}")
     fit(tmp_path / "one", Classifier(), whole, max_steps=13)
-    (tmp_path / "one" / RECORD).unlink()
+    (tmp_path / "one" / TRAJECTORY).unlink()
     [file] = (tmp_path / "whole").iterdir()
     resumed, start = Classifier(), Classifier()
     fit(tmp_path / "two", resumed, whole_weights(tmp_path / "two"), ckpt_path=file)
@@ -641,7 +645,7 @@ def test_a_run_that_had_ended_has_its_weights(straight: tuple[Path, Classifier, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (1, 2)])
-def test_so_it_is_with_another_number_of_workers(
+def test_a_resume_is_exact_with_another_number_of_workers(
     straight: tuple[Path, Classifier, Watch], tmp_path: Path, before: int, after: int
 ) -> None:
     interrupted(tmp_path, Classifier(), 13, data=Examples(workers=before))  # the 6th batch of the second epoch
@@ -673,7 +677,7 @@ def test_epochs_are_counted_through_any_resumes(tmp_path: Path, killed: tuple[in
     assert same(resumed.model, trained.model)
 
 
-def test_so_it_is_where_epochs_end_the_run(tmp_path: Path) -> None:
+def test_epochs_are_counted_where_they_end_the_run(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_steps": -1, "max_epochs": 4}
     trained, resumed = Classifier(), Classifier()
     seen = fit(tmp_path / "straight", trained, MaskRefresh(every_n_epochs=2), **settings)

@@ -49,7 +49,7 @@ def test_processes_take_equally_many_steps(caplog: pytest.LogCaptureFixture) -> 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("epoch", [0, 3])
 @pytest.mark.parametrize("taken", [1, 3])
-def test_a_loader_goes_on_where_it_was(num_workers: int, epoch: int, taken: int) -> None:
+def test_a_loader_resumes_where_it_was(num_workers: int, epoch: int, taken: int) -> None:
     def loader() -> Any:
         return train_loader(make(30), Collate(0), 8, 5, num_workers)
 

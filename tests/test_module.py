@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -101,6 +101,18 @@ def test_val_loss_keeps_its_digits_in_16_bits(tiny_folder: Path) -> None:
     module, trainer = SparseMeZOModule(str(tiny_folder), fast), Trainer(**QUIET, precision="bf16-true")
     loss = trainer.validate(module, demo(), verbose=False)[0]["val/loss"]
     assert loss != torch.tensor(loss, dtype=torch.bfloat16).item()
+
+
+def test_an_interrupted_evaluation_leaves_nothing_to_the_next(tiny_folder: Path) -> None:
+    class Interrupt(Callback):
+        def on_validation_batch_end(self, *_: Any) -> None:
+            raise InterruptedError
+
+    module, data = SparseMeZOModule(str(tiny_folder), fast), demo(eval_batch_size=4)
+    with pytest.raises(InterruptedError):
+        Trainer(**QUIET, callbacks=[Interrupt()]).validate(module, data, verbose=False)
+    fresh = Trainer(**QUIET).test(SparseMeZOModule(str(tiny_folder), fast), data, verbose=False)
+    assert Trainer(**QUIET).test(module, data, verbose=False) == fresh
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8, 100])

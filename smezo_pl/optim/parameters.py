@@ -57,7 +57,8 @@ class OptimizedTensor:
     @property
     def kernel(self) -> Kernel:
         """The kernel for its device, which may change."""
-        return get_kernel("torch" if self.double else self.kernel_name, self.parameter.device)
+        parameter = self.parameter
+        return get_kernel("torch" if parameter.dtype == torch.float64 else self.kernel_name, parameter.device)
 
     @property
     def threshold(self) -> float | None:

@@ -32,7 +32,7 @@ def get_kernel(name: KernelName = "auto", device: torch.device | str = "cpu") ->
         ValueError: If the name is unknown.
         RuntimeError: If the kernel cannot run on the device or is not installed; says which can.
     """
-    return _get_kernel(name, torch.device(device).type)
+    return _get_kernel(name, device.type if isinstance(device, torch.device) else torch.device(device).type)
 
 
 def available_kernels(device: torch.device | str = "cpu") -> list[str]:

@@ -253,19 +253,18 @@ class SeedCheckpoint(WeightCheckpoint):
         return super()._is_due(trainer) or trainer.is_last_batch
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        if self._recorder is not None and self._marked_step != trainer.global_step:
-            self._marked_step = trainer.global_step
-            if self.anchor_every_n_steps is not None and self._marked_step % self.anchor_every_n_steps == 0:
-                self._write_full_weights(self._recorder)
+        step, every = trainer.global_step, self.anchor_every_n_steps
+        if self._recorder is not None and self._marked_step != step:
+            self._marked_step = step
+            if every is not None and step > 0 and step % every == 0:
+                self._write_snapshot(self._recorder)
             if self.fingerprints:
                 self._recorder.mark_weights()
         super()._save_checkpoint(trainer, filepath)
 
-    def _write_full_weights(self, recorder: Recorder) -> None:
-        """Write a full-weight snapshot of a run that has begun, and delete those before it."""
+    def _write_snapshot(self, recorder: Recorder) -> None:
+        """Write a full-weight snapshot, and delete those before it."""
         writer = recorder.writer
-        if writer.steps == 0:
-            return
         path = self._folder / "anchors" / f"step-{writer.steps}.safetensors"
         tensors = tensors_of(writer.header, named_tensors(recorder.optimizer, recorder.model), str(writer.path))
         digest = write_snapshot(path, recorder.optimizer, writer.header, tensors)

@@ -181,11 +181,7 @@ def refuse_unrestored(module: LightningModule, checkpoint: Mapping[str, Any]) ->
 
 
 def find_trajectory(path: Path, seed: Mapping[str, Any]) -> Trajectory:
-    """The trajectory of a checkpoint, up to the checkpoint.
-
-    Args:
-        path: The checkpoint's file.
-        seed: Its entry `SEED_KEY`.
+    """The trajectory of the checkpoint ``path``, up to it; ``seed`` is its entry `SEED_KEY`.
 
     Raises:
         TrajectoryError: If the trajectory is missing, of another run or too short, or the checkpoint is corrupted.
@@ -293,12 +289,11 @@ def earlier_trajectory(trainer: Trainer, place: Mapping[str, Any]) -> Trajectory
         return restored
     # a checkpoint of ModelCheckpoint: the weights were in it, the trajectory is where it was
     path, steps = Path(place["record"]), place["steps"]
-    if path.is_file():
-        trajectory = Trajectory.read(path, damaged=True)
-        if trajectory.header.run == place["run"] and trajectory.next_step >= steps:
-            trajectory = trajectory.upto(steps)
-            if trajectory.check.hex() == place["check"]:
-                return trajectory
+    trajectory = Trajectory.read(path, damaged=True) if path.is_file() else None
+    if trajectory is not None and trajectory.header.run == place["run"] and trajectory.next_step >= steps:
+        trajectory = trajectory.upto(steps)
+        if trajectory.check.hex() == place["check"]:
+            return trajectory
     log.warning(
         "the trajectory of the run's first %d steps is not in %s: a new one begins with the weights of the "
         "checkpoint, and can be replayed on those alone",

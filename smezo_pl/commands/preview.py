@@ -60,7 +60,7 @@ def preview(data: PromptDataModule, split: SplitName = "train", examples: int = 
         cut = f", {example.cut} tokens cut" if example.cut else ""
         yield f"\n--- {split}, {where} of {data.origin(split)}{cut}"
         yield _marked(data, example)
-    yield "\n⟦ ⟧ scored tokens, a bar between two of them; * the right answer\n"
+    yield "\n⟦ ⟧ scored tokens, a bar between two of them; * the gold candidate\n"
     yield from _lengths(data, ("train", "dev") if split != "test" else ("test",))
     yield from _labels(data, split)
     yield from _candidates(data, encoded)

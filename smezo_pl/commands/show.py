@@ -119,7 +119,7 @@ def as_text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
     lines = {
         "model": f"{_model(facts)}: {facts['weights']:,} weights in {facts['tensors']} tensors, "
         + ", ".join(facts["dtypes"]),
-        "made": f"{facts['created']} by smezo_pl {facts['versions'].get('smezo_pl')}, kernel {machine('kernel')}, "
+        "created": f"{facts['created']} by smezo_pl {facts['versions'].get('smezo_pl')}, kernel {machine('kernel')}, "
         f"{machine('threads')} {'thread' if machine('threads') == 1 else 'threads'} of {machine('processor')}",
         "optimizer": f"mask {setting('mask')} ({setting('mask_update')}), sparsity {setting('sparsity')}, "
         f"lr {setting('lr')}, eps {setting('eps')}, noise {facts['noise']}, seed {facts['seed']}, "
@@ -135,9 +135,9 @@ def as_text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
     if len(trajectory.records) >= 1000:  # nearly all of a short run is its header
         lines["size"] += f", {facts['bytes'] / len(trajectory.records):.1f} per step"
     if facts["sound"]:
-        lines["sound"] = "yes, every step" + (", with a hash of the last weights" if facts["final_weights"] else "")
+        lines["valid"] = "yes, every step" + (", with a hash of the last weights" if facts["final_weights"] else "")
     else:
-        lines["sound"] = f"up to step {facts['steps']}, which `smezo replay --step` can make; then {facts['damage']}"
+        lines["valid"] = f"up to step {facts['steps']}, which `smezo replay --step` can make; then {facts['damage']}"
     # A line break in a name that the file holds would look like a line of this summary.
     return "\n".join([facts["path"], *(f"  {name:<12} {line.replace(chr(10), '?')}" for name, line in lines.items())])
 

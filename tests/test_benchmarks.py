@@ -45,7 +45,7 @@ def data_dir(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("script", "arguments", "figures"),
     [
-        ("kernels", "--kernels numba", ["| perturb gaussian", "| update 2 samples, decay", "numba fp32"]),
+        ("passes", "--kernels numba", ["| perturb gaussian", "| update 2 samples, decay", "numba fp32"]),
         ("memory", "", ["| forward", "| in_place, dense", "share_of_weights"]),
         ("scaling", "", ["by model", "by length", "by batch"]),
         ("step", "", ["| two_forwards", "| sparse_reference", "faster than the MeZO loop: "]),

@@ -1,6 +1,6 @@
 """Speed of every pass over the weights, compared with plain torch.
 
-    python benchmarks/kernels.py [--json FILE] [--dtypes fp32 bf16 fp16] [--numel 16777216] [--device cpu]
+    python benchmarks/passes.py [--json FILE] [--dtypes fp32 bf16 fp16] [--numel 16777216] [--device cpu]
 
 Prints G weights/s, the median over interleaved rounds. ``add_`` and ``copy_`` show the memory's speed, ``normal + add``
 is the pass of the official MeZO code. About a minute on 2 cores that nothing else uses.

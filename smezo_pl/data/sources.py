@@ -46,13 +46,6 @@ class Rows:
         taken: list[dict[str, Any]] = self.table.take(pa.array(indices, pa.int64())).to_pylist()
         return taken
 
-    def column(self, name: str) -> list[Any]:
-        """The values of a column, None in rows that lack it."""
-        if isinstance(self.table, list):
-            return [row.get(name) for row in self.table]
-        values: list[Any] = self.table.column(name).to_pylist()
-        return values
-
     def line(self, index: int) -> str:
         """Where a row is, for messages."""
         return f"line {self.lines[index]}" if self.lines else f"row {index}"

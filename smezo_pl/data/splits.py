@@ -1,6 +1,5 @@
 """Which examples a split holds: sampling, checks, few-shot demonstrations."""
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,6 @@ SplitName = Literal["train", "dev", "test"]
 
 SEPARATOR = "\n\n"
 """What separates demonstrations from each other and from the example, as in MeZO."""
-
-ID_COLUMNS = ("id", "idx", "uid", "guid", "query_id", "question_id", "example_id")
-"""Columns that number the rows of a dataset, wherever one has such a name."""
 
 
 def permutation(count: int, *seeds: int) -> list[int]:
@@ -201,16 +197,13 @@ class Splits:
         }[name]
         given = [f"{other}_file" for other, file in self.files.items() if file]
         if (file := self.files[name]) is not None:
-            data = load_file(file, self.task, hub_split, labelled)
-        elif given or source is None:
+            return load_file(file, self.task, hub_split, labelled)
+        if given or source is None:
             raise ValueError(
                 f"{name} examples of task {self.task.name!r} need {name}_file: give one"
                 + (f" ({', '.join(given)} is given)" if given else "")
             )
-        else:
-            data = load_split(self.task, hub_split, self.data_dir)
-        log_repeated_ids(data)
-        return data
+        return load_split(self.task, hub_split, self.data_dir)
 
     def _usable(self, data: Rows, labelled: bool = True) -> list[int]:
         """The rows that examples are drawn from; with ``bad_rows: skip`` those that can be made into one."""
@@ -297,30 +290,6 @@ def make_examples(task: Task, data: Rows, numbers: Sequence[int]) -> list[Exampl
     names = data.names.get(task.label)
     rows = zip(numbers, data.rows(numbers), strict=True)
     return [make_example(task, row, n, data.origin, names, data.line(n)) for n, row in rows]
-
-
-def log_repeated_ids(data: Rows) -> None:
-    """Log which ids are on several rows of a file, and on which rows the first of them is.
-
-    Nothing uses ids: rows are known by their index, also in ``predictions.jsonl``. So a repeated id is harmless by
-    itself, but it mostly means that rows were copied, and copies may be in both train and dev.
-    """
-    for column in ID_COLUMNS:
-        if column not in data.column_names:
-            continue
-        first: dict[str, int] = {}
-        repeated: list[tuple[str, int]] = []
-        for row, value in enumerate(data.column(column)):
-            key = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-            if value is not None and key.strip() and first.setdefault(key, row) != row:
-                repeated.append((key, row))
-        if repeated:
-            key, row = repeated[0]
-            logger.warning(
-                "%s: %d of %d rows repeat the %s of an earlier row; the first: %s on %s and %s. Every row counts as an"
-                " example of its own; copies may be in train and dev alike",
-                data.origin, len(repeated), len(data), column, key, data.line(first[key]), data.line(row),
-            )  # fmt: skip
 
 
 def log_leaked_examples(train: Split, dev: Split) -> None:

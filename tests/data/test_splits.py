@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl.data import PromptDataModule
-from smezo_pl.data.sources import Rows
-from smezo_pl.data.splits import log_repeated_ids, permutation, sample, sample_k_per_class, sample_train_dev
+from smezo_pl.data.splits import permutation, sample, sample_k_per_class, sample_train_dev
 from smezo_pl.scoring.evaluation import calibrated, candidate_scores, score_table
 from smezo_pl.scoring.logits import model_logits
 from smezo_pl.tasks import Task, make_task
@@ -287,48 +285,17 @@ def test_sample(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [
-        r.getMessage()
-        for r in caplog.records
-        if r.levelno >= logging.WARNING and r.funcName in ("log_repeated_ids", "log_leaked_examples")
-    ]
+    return [r.getMessage() for r in caplog.records if r.funcName == "log_leaked_examples"]
 
 
-def test_repeated_ids_of_a_file(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+def test_rows_that_repeat_an_id_are_examples_of_their_own(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     ids = ["a", "b", "a", None, None, "", "", "c", "b", "a"]
     rows = [{"id": name, "text": f"story {i}", "label": i % 2} for i, name in enumerate(ids)]
-    file = write(tmp_path / "mine.jsonl", rows)
-    data = PromptDataModule(KEYS, tokenizer=tiny_tokenizer, train_file=file)
-    data.setup("fit")
-    assert logged(caplog) == [
-        f"{file}: 3 of 10 rows repeat the id of an earlier row; the first: a on line 1 and line 3. Every row counts as"
-        " an example of its own; copies may be in train and dev alike"
-    ]
+    data = PromptDataModule(KEYS, tokenizer=tiny_tokenizer, train_file=write(tmp_path / "mine.jsonl", rows))
     rows_drawn = [example.index for split in ("train", "dev") for example in data.examples(split)]  # type: ignore[arg-type]
     assert sorted(rows_drawn) == list(range(10))
-
-
-@pytest.mark.parametrize(
-    ("values", "first"),
-    [
-        ([0, 1, 0], "0 on row 0 and row 2"),
-        ([{"paragraph": 0, "question": 1}, {"paragraph": 0, "question": 2}, {"paragraph": 0, "question": 2}], "row 1"),
-        ([0, 1, 2], None),
-        ([{"paragraph": 0, "question": 1}, {"paragraph": 0, "question": 2}], None),
-        (["", "", " "], None),
-        ([None, None], None),
-    ],
-)
-def test_ids_of_a_table(values: list[Any], first: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    log_repeated_ids(Rows(pa.table({"idx": values}), "somewhere"))
-    assert bool(logged(caplog)) is (first is not None)
-    if first is not None:
-        assert (
-            "somewhere: 1 of 3 rows repeat the idx of an earlier row" in logged(caplog)[0]
-            and first in logged(caplog)[0]
-        )
 
 
 def test_dev_examples_that_are_trained_on(

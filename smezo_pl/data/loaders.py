@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +15,17 @@ from smezo_pl.data.collate import Collate, group_examples
 from smezo_pl.data.encoding import Encoded
 from smezo_pl.data.packing import tree_size
 from smezo_pl.data.splits import permutation
+
+logger = logging.getLogger(__name__)
+
+CPU_TOKENS = 1024
+"""Tokens per forward on a CPU: the matrices are large enough to be efficient, and a layer's activations still fit in
+the caches. Half or twice as many take about as long per token; memory is no concern."""
+
+CPU_GENERATION_TOKENS = 16384
+"""The same where answers are generated: all rows together read the weights once for every further token."""
+
+_FIRST, _MOST = 2048, 1 << 18  # tokens per forward that are tried on a GPU
 
 
 @dataclass(frozen=True)
@@ -67,24 +77,6 @@ def _row_length(members: list[Encoded]) -> int:
     return tree_size([*texts, *(example.prompt for example in members)])
 
 
-logger = logging.getLogger(__name__)
-
-
-class EncodedDataset(Dataset[Any]):
-    """Encoded examples by index, or a list of them by a list of indices."""
-
-    def __init__(self, examples: Sequence[Encoded]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, key: int | list[int]) -> Encoded | list[Encoded]:
-        if isinstance(key, list):
-            return [self.examples[number] for number in key]
-        return self.examples[key]
-
-
 # Both samplers are DistributedSamplers by name: that is how Lightning knows to leave them alone
 # (`_requires_distributed_sampler`), whatever the Trainer's `use_distributed_sampler`.
 
@@ -95,12 +87,6 @@ class EpochSampler(DistributedSampler[Any]):
     Process r of W takes the positions r, r + W, r + 2W, ... of that order, so W processes with batches of B together
     read, step by step, what one process with batches of W B reads. If the number of examples does not divide by W, the
     first ones of the epoch come again at its end, at most W - 1 of them, so that all processes take equally many steps.
-
-    Args:
-        count: Number of examples.
-        seed: The data seed, in [0, 2^32).
-        world_size: Number of processes.
-        rank: This process.
     """
 
     def __init__(self, count: int, seed: int, world_size: int = 1, rank: int = 0) -> None:
@@ -122,28 +108,21 @@ class EpochSampler(DistributedSampler[Any]):
         """Begin the next pass after ``read`` examples of an epoch; the end of an epoch is the start of the next."""
         self._earliest, self._start = (epoch, read) if read < len(self) else (epoch + 1, 0), None
 
-    def order(self, epoch: int) -> list[int]:
-        """What this process reads in an epoch."""
-        count = len(self.dataset)  # type: ignore[arg-type]
-        everything = permutation(count, self.seed, epoch)
-        return [everything[position % count] for position in range(self.rank, self.total_size, self.num_replicas)]
-
     def __iter__(self) -> Iterator[int]:
         # A later epoch than that of the checkpoint: `limit_train_batches` ended it, or it was saved after its end.
         epoch, read = self._start = max((self.epoch, 0), self._earliest)
         if self._earliest != (0, 0):
             # Lightning 2.6 counts an epoch too few after two resumes that each began at an epoch's last batch.
             self._earliest = (epoch + 1, 0)
-        return iter(self.order(epoch)[read:])
+        order = permutation(len(self.dataset), self.seed, epoch)  # type: ignore[arg-type]
+        own = range(self.rank, self.total_size, self.num_replicas)
+        return iter([order[position % len(order)] for position in own[read:]])
 
 
 class LengthSampler(DistributedSampler[Any]):
     """Batches of example indices, the longest rows first, filled up to a limit (`fill`).
 
     Each example is in one batch of one process; all processes have equally many batches.
-
-    Raises:
-        ValueError: If there are fewer examples than processes.
     """
 
     def __init__(self, examples: Sequence[Encoded], limit: BatchLimit, world_size: int = 1, rank: int = 0) -> None:
@@ -223,8 +202,25 @@ def train_loader(
     """A shuffled loader that resumes in the middle of an epoch."""
     order = EpochSampler(len(examples), seed, world_size, rank)
     return TrainLoader(
-        EncodedDataset(examples), sampler=order, batch_size=batch_size, collate_fn=collate, num_workers=num_workers
+        examples,  # type: ignore[arg-type]
+        sampler=order,
+        batch_size=batch_size,
+        collate_fn=collate,
+        num_workers=num_workers,
     )
+
+
+class _Lists(Dataset[Any]):
+    """Lists of examples by lists of indices, or by one index where Lightning puts in a sampler of its own."""
+
+    def __init__(self, examples: Sequence[Encoded]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, indices: int | list[int]) -> list[Encoded]:
+        return [self.examples[index] for index in (indices if isinstance(indices, list) else [indices])]
 
 
 def evaluation_loader(
@@ -237,28 +233,13 @@ def evaluation_loader(
 ) -> DataLoader[PromptBatch]:
     """A loader of batches of similar length. ``PromptBatch.index`` has their rows of the dataset."""
     return DataLoader(
-        EncodedDataset(examples),
+        _Lists(examples),
         # The sampler gives whole batches, of different sizes.
         batch_size=None,
         sampler=LengthSampler(examples, limit, world_size, rank),
-        collate_fn=partial(_collate_any, collate),
+        collate_fn=collate,
         num_workers=num_workers,
     )
-
-
-def _collate_any(collate: Collate, examples: Encoded | list[Encoded]) -> PromptBatch:
-    """A batch of a list, or of one example where a sampler of Lightning's own yields them singly."""
-    return collate([examples] if isinstance(examples, Encoded) else examples)
-
-
-CPU_TOKENS = 1024
-"""Tokens per forward on a CPU: the matrices are large enough to be efficient, and a layer's activations still fit in
-the caches. Half or twice as many take about as long per token; memory is no concern."""
-
-CPU_GENERATION_TOKENS = 16384
-"""The same where answers are generated: all rows together read the weights once for every further token."""
-
-_FIRST, _MOST = 2048, 1 << 18
 
 
 def found_budget(trainer: pl.Trainer | None, examples: Sequence[Encoded], collate: Collate) -> int:
@@ -284,18 +265,11 @@ def found_budget(trainer: pl.Trainer | None, examples: Sequence[Encoded], collat
 
 
 def token_budget(device: torch.device, trial: Callable[[int], int], on_cpu: int = CPU_TOKENS) -> int:
-    """The most tokens per forward for `device`; how it was chosen is logged.
+    """The most tokens per forward for a device; how it was chosen is logged.
 
     On a CPU it is a fixed number. Elsewhere forwards of twice as many tokens each are tried until memory runs out or
-    the data does.
-
-    Args:
-        device: Where the model is.
-        trial: Runs the batch that needs most under a limit of so many tokens, and returns the tokens it held.
-        on_cpu: The number for a CPU.
-
-    Raises:
-        torch.OutOfMemoryError: If not even the first trial fits.
+    the data does. ``trial`` runs the batch that needs most under a limit of so many tokens, and returns the tokens it
+    held.
     """
     if device.type == "cpu":
         logger.info("eval_batch_size auto: %d tokens per forward, which suits a CPU's caches", on_cpu)

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from smezo_pl.data.sources import Rows, load_file, load_split
-from smezo_pl.tasks import Example, ExampleError, GeneratedAnswer, Task, make_example
+from smezo_pl.tasks import Example, ExampleError, GeneratedAnswer, Source, Task, make_example
 
 logger = logging.getLogger(__name__)
 
@@ -189,16 +189,12 @@ class Splits:
 
     def _load(self, name: SplitName, labelled: bool = True) -> Rows:
         """The rows that a split is drawn from: the user's own file, else the task's dataset."""
-        source = self.task.source
-        hub_split = {
-            "train": source.train if source else "train",
-            "dev": (source.dev if source else None) or "validation",
-            "test": source.test if source else "test",
-        }[name]
+        source = self.task.source or Source(test="test")
+        hub_split = {"train": source.train, "dev": source.dev or "validation", "test": source.test}[name]
         given = [f"{other}_file" for other, file in self.files.items() if file]
         if (file := self.files[name]) is not None:
             return load_file(file, self.task, hub_split, labelled)
-        if given or source is None:
+        if given or self.task.source is None:
             raise ValueError(
                 f"{name} examples of task {self.task.name!r} need {name}_file: give one"
                 + (f" ({', '.join(given)} is given)" if given else "")
@@ -235,10 +231,9 @@ class Splits:
         examples = make_examples(self.task, data, numbers)
         unknown = [example for example in examples if example.label < 0]
         if unknown and labelled:
-            answer = self.task.candidates
-            column, kind = (
-                (answer.column, "answer") if isinstance(answer, GeneratedAnswer) else (self.task.label, "label")
-            )
+            column, kind = self.task.label, "label"
+            if isinstance(self.task.candidates, GeneratedAnswer):
+                column, kind = self.task.candidates.column, "answer"
             raise ValueError(
                 f"{data.origin}, {unknown[0].where}: column {column!r} holds no {kind} ({len(unknown)} such rows of"
                 f" {len(numbers)}), but {name} examples need one; bad_rows: skip leaves such rows out"
@@ -270,14 +265,14 @@ class Splits:
         for example, seed in zip(split.examples, seeds, strict=True):
             itself = example.index if split.origin == data.origin else None
             chosen.append([row for row in permutation(len(data), seed)[: count + 1] if row != itself][:count])
-        solved = {}
+        demonstrations = {}
         for shown in make_examples(self.task, data, sorted({row for rows in chosen for row in rows})):
             if shown.label < 0:
                 raise ValueError(f"{data.origin}, {shown.where}: a demonstration needs a label, and this row has none")
-            solved[shown.index] = (shown.prompt + shown.candidates[shown.label]).strip()
+            demonstrations[shown.index] = (shown.prompt + shown.candidates[shown.label]).strip()
         examples = []
         for example, rows in zip(split.examples, chosen, strict=True):
-            before = SEPARATOR.join(solved[row] for row in rows) + SEPARATOR
+            before = SEPARATOR.join(demonstrations[row] for row in rows) + SEPARATOR
             content_free = example.calibration
             if self.demonstrate_calibration and content_free is not None:
                 content_free = before + content_free

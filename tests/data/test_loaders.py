@@ -1,11 +1,26 @@
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from smezo_pl import PromptDataModule, SparseMeZOModule
 from smezo_pl.data import Collate, Encoded
-from smezo_pl.data.loaders import BatchLimit, EpochSampler, LengthSampler, evaluation_loader, train_loader
+from smezo_pl.data.loaders import (
+    CPU_GENERATION_TOKENS,
+    CPU_TOKENS,
+    BatchLimit,
+    EpochSampler,
+    LengthSampler,
+    evaluation_loader,
+    found_budget,
+    token_budget,
+    train_loader,
+)
 from smezo_pl.data.splits import permutation
 
 
@@ -156,3 +171,84 @@ def test_an_example_alone_is_a_batch() -> None:
     loader = evaluation_loader(make(3), Collate(0), BatchLimit(rows=8))
     assert loader.collate_fn is not None
     assert len(loader.collate_fn(loader.dataset[1])) == 1
+
+
+GPU = torch.device("meta")
+
+
+def memory_for(most: int, there: int, asked: list[int]) -> Callable[[int], int]:
+    """A trial on a device whose memory holds ``most`` tokens, with ``there`` tokens of data; it notes what is asked."""
+
+    def trial(tokens: int) -> int:
+        asked.append(tokens)
+        held = min(tokens, there)
+        if held > most:
+            raise torch.OutOfMemoryError("too many")
+        return held
+
+    return trial
+
+
+def test_tokens_per_forward_are_doubled_until_a_gpus_memory_is_full(caplog: pytest.LogCaptureFixture) -> None:
+    asked: list[int] = []
+    with caplog.at_level(logging.INFO, "smezo_pl"):
+        assert token_budget(GPU, memory_for(10_000, 1 << 20, asked)) == 8192
+    assert asked == [2048, 4096, 8192, 16384]
+    assert [r.message for r in caplog.records] == [
+        "eval_batch_size auto: 8192 tokens per forward; 16384 did not fit on meta"
+    ]
+
+
+def test_tokens_per_forward_are_doubled_until_all_data_fits(caplog: pytest.LogCaptureFixture) -> None:
+    asked: list[int] = []
+    with caplog.at_level(logging.INFO, "smezo_pl"):
+        assert token_budget(GPU, memory_for(1 << 30, 5000, asked)) == 16384
+    assert asked == [2048, 4096, 8192, 16384]
+    assert "16384 tokens per forward on meta, all that was tried fits" in caplog.text
+
+
+def test_an_error_if_the_first_trial_does_not_fit() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="too many"):
+        token_budget(GPU, memory_for(100, 5000, []))
+
+
+def test_tokens_per_forward_on_a_cpu_are_a_fixed_number(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "smezo_pl"):
+        assert token_budget(torch.device("cpu"), memory_for(0, 1, [])) == CPU_TOKENS
+        assert found_budget(None, [], Collate(0)) == CPU_TOKENS
+        assert found_budget(None, [], Collate(0, "lm", max_new_tokens=5)) == CPU_GENERATION_TOKENS
+    assert f"eval_batch_size auto: {CPU_TOKENS} tokens per forward, which suits a CPU's caches" in caplog.text
+
+
+def test_trials_run_the_modules_own_evaluation(
+    make_tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As on a GPU with room for 300 tokens: found once, for all splits; then a run's batches keep to it."""
+    module = SparseMeZOModule(make_tiny_model("llama"))
+    module.tokenizer = tiny_tokenizer
+    data = PromptDataModule("demo", num_train=8, num_dev=40, num_test=40)
+    real, sizes = SparseMeZOModule.evaluate_batch, []
+
+    def evaluate_batch(self: SparseMeZOModule, batch: object) -> object:
+        sizes.append(batch.input_ids.numel())  # type: ignore[attr-defined]
+        if sizes[-1] > 300:
+            raise torch.OutOfMemoryError("too many")
+        return real(self, batch)
+
+    def budget(device: torch.device, trial: Callable[[int], int], on_cpu: int) -> int:
+        return token_budget(GPU, trial)
+
+    monkeypatch.setattr(SparseMeZOModule, "evaluate_batch", evaluate_batch)
+    monkeypatch.setattr("smezo_pl.data.loaders.token_budget", budget)
+    monkeypatch.setattr("smezo_pl.data.loaders._FIRST", 128)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with caplog.at_level(logging.INFO, "smezo_pl.data.loaders"):
+        trainer.validate(module, data, verbose=False)
+        tried = len(sizes)
+        trainer.test(module, data, verbose=False)
+    said = [record.message for record in caplog.records if record.name == "smezo_pl.data.loaders"]
+    assert said == ["eval_batch_size auto: 256 tokens per forward; 512 did not fit on meta"]
+    assert len([size for size in sizes if size > 256]) == 1 and len(sizes) > tried

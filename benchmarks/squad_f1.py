@@ -30,7 +30,7 @@ from lightning.pytorch import Callback, Trainer
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.callbacks import SeedCheckpoint
 from smezo_pl.scoring.evaluation import answers_of
-from smezo_pl.tasks.text_metrics import squad_em, squad_f1
+from smezo_pl.tasks.metrics import squad_em, squad_f1
 from smezo_pl.trajectory.fingerprint import machine, versions
 
 DRAWS = 10_000

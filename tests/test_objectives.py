@@ -15,8 +15,7 @@ from smezo_pl.callbacks import PredictionWriter
 from smezo_pl.data.batch import split_batch
 from smezo_pl.optim.sparse_mezo import NonFiniteLossError
 from smezo_pl.scoring.evaluation import answers_of
-from smezo_pl.tasks.metrics import METRICS
-from smezo_pl.tasks.text_metrics import squad_em, squad_f1
+from smezo_pl.tasks.metrics import METRICS, squad_em, squad_f1
 
 QUIET = {
     "accelerator": "cpu",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from smezo_pl.tasks.task import GeneratedAnswer, ListCandidates, Loss, Task, Template, unknown
+from smezo_pl.tasks.task import GeneratedAnswer, ListCandidates, Loss, Task, columns_in, unknown
 
 KEYS = {
     "prompt": "text with columns in braces",
@@ -59,7 +59,7 @@ def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
         raise ValueError(f"task: {extra[0]!r} is for answers that the model generates, and this task has candidates")
     candidates = _target(keys) if generation else _candidates(keys["candidates"])
     # As in the papers: labels are classified, multiple choice and generation are trained on the gold text.
-    labels = isinstance(candidates, Mapping) and not any(Template(text).columns for text in candidates.values())
+    labels = isinstance(candidates, Mapping) and not any(map(columns_in, candidates.values()))
     objective: Loss = "classification" if labels else "lm"
     return Task(
         name=str(keys.get("name", name)),
@@ -77,9 +77,9 @@ def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
 
 def _candidates(value: Any) -> Mapping[str, str] | ListCandidates:
     if isinstance(value, Mapping) and "column" in value:
-        if unknown := [key for key in value if key not in _LIST_KEYS]:
-            known = ", ".join(_LIST_KEYS)
-            raise ValueError(f"task: candidates from a column have no key {unknown[0]!r}; there are {known}")
+        for key in value:
+            if key not in _LIST_KEYS:
+                raise unknown("task: candidates from a column have no key", str(key), _LIST_KEYS)
         return ListCandidates(
             str(value["column"]),
             text=str(value.get("text", " {option}")).replace("{option}", _SLOT),

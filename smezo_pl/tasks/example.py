@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from smezo_pl.tasks.task import FILTERS, GeneratedAnswer, ListCandidates, Task, Template
+from smezo_pl.tasks.task import FILTERS, GeneratedAnswer, ListCandidates, Task, render
 
 UNKNOWN = -1
 """An unknown label: hidden test sets carry it."""
@@ -49,14 +49,6 @@ class Example:
         """Its line or row in its file."""
         return self.line or f"row {self.index}"
 
-    def __str__(self) -> str:
-        """The prompt with every candidate in brackets, the correct ones with a star."""
-        answers = (
-            f"⟦{text}⟧{'*' if index in self.correct else ''}".replace("\n", "⏎")
-            for index, text in enumerate(self.candidates)
-        )
-        return self.prompt + " ".join(answers)
-
 
 def make_example(
     task: Task,
@@ -82,15 +74,15 @@ def make_example(
     where = f"{origin}, {line or f'row {index}'}"
     values = {column: _text(task, column, row.get(column), where) for column in task.text_columns}
     # MeZO strips the same: a prompt neither starts with white space nor ends in a space.
-    prompt = task.prompt_template.render(values).lstrip().rstrip(" ")
+    prompt = render(task.prompt, values).lstrip().rstrip(" ")
     if isinstance(task.candidates, GeneratedAnswer):
         references = _references(task.candidates.column, row, where)
         if not references:
             return Example(prompt, (), UNKNOWN, (), index, line=line)
-        text = Template(task.candidates.text).render({"answer": references[0]})
+        text = render(task.candidates.text, {"answer": references[0]})
         return Example(prompt, (text,), 0, (0,), index, references[:1], references, line=line)
     items: tuple[str, ...] = ()
-    texts = [template.render(values) for template in task.candidate_templates]
+    texts = [render(template, values) for template in task.candidate_templates]
     if isinstance(task.candidates, ListCandidates):
         items = _items(task.candidates, row.get(task.candidates.column), where)
         texts = [texts[0].replace(task.candidates.slot, item) for item in items]
@@ -103,7 +95,6 @@ def make_example(
     answers = items or tuple(text.strip() for text in texts)
     gold = gold_candidates(task, row.get(task.label), answers, label_names, where)
     correct = tuple(sorted(gold))
-    template = task.calibration_template
     return Example(
         prompt,
         tuple(texts),
@@ -113,7 +104,7 @@ def make_example(
         answers=answers,
         references=tuple(answers[candidate] for candidate in correct),
         group=_group(task, values, row),
-        calibration=None if template is None else template.render(values).strip(" "),
+        calibration=None if task.calibration is None else render(task.calibration, values).strip(" "),
         line=line,
     )
 
@@ -124,17 +115,8 @@ def gold_candidates(
     """Indices of the correct candidates, the one that is trained on first; none if the label is unknown.
 
     A label may be a name of the task's, an index as an integer or in digits, a boolean, the text of a candidate, or a
-    list of texts. Null, NaN, an empty text and -1 are unknown.
-
-    Args:
-        task: The task.
-        value: The cell in the label's column.
-        answers: Name of each candidate.
-        label_names: The dataset's names for the integers of its label column, if it declares them.
-        where: File and row, for errors.
-
-    Raises:
-        ExampleError: For a label that is none of these.
+    list of texts. Null, NaN, an empty text and -1 are unknown; for anything else an `ExampleError` is raised.
+    ``answers`` are the candidates' names, ``label_names`` what the dataset calls the integers of its label column.
     """
     labels = task.labels[: len(answers)]
     if isinstance(value, float) and value.is_integer():

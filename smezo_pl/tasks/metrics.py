@@ -1,6 +1,8 @@
-"""Answers of a model, and the metrics that a set of them gets."""
+"""Answers of a model, and their metrics; those on texts by the definitions of SQuAD, DROP and ROUGE."""
 
-from collections import defaultdict
+import re
+import string
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +14,10 @@ from torchmetrics.functional import mean_absolute_error, pearson_corrcoef, spear
 from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score
 
 from smezo_pl.tasks.task import ListCandidates, Task, unknown
-from smezo_pl.tasks.text_metrics import drop_em, drop_f1, number_in, rouge, squad_em, squad_f1
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,98 @@ def gathered(answers: list[Answer]) -> list[Answer]:
         torch.distributed.all_gather_object(parts, answers)
         answers = [answer for part in parts for answer in part]
     return list({answer.index: answer for answer in sorted(answers, key=lambda answer: answer.index)}.values())
+
+
+def normalized(text: str) -> str:
+    """A text as SQuAD compares it: lower case, no ASCII punctuation, no articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def squad_em(answer: str, references: Sequence[str]) -> float:
+    """1 if the answer, normalized, is one of the references, else 0."""
+    return float(normalized(answer) in map(normalized, references))
+
+
+def squad_f1(answer: str, references: Sequence[str]) -> float:
+    """Harmonic mean of precision and recall in words, normalized, with the most similar reference, in [0, 1]."""
+    words, best = Counter(normalized(answer).split()), 0.0
+    for reference in references:
+        expected = Counter(normalized(reference).split())
+        if common := (words & expected).total():
+            precision, recall = common / words.total(), common / expected.total()
+            best = max(best, 2 * precision * recall / (precision + recall))
+    return best
+
+
+def drop_normalized(text: str) -> str:
+    """A text as DROP compares it: word by word (also at hyphens), and numbers as floats."""
+    words = (_drop_word(word) for word in re.split(r"[ -]", text))
+    return " ".join(word for word in words if word)
+
+
+def _drop_word(word: str) -> str:
+    word = word.lower()
+    # Punctuation is part of a number: its point, its sign.
+    if not _is_number(word):
+        word = word.translate(_PUNCTUATION)
+    if _is_number(word):
+        word = str(float(word))
+    return " ".join(_ARTICLES.sub(" ", word).split())
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def drop_em(answer: str, spans: Sequence[str]) -> float:
+    """1 if there is one span and the answer is equal to it, both normalized, else 0.
+
+    An answer is one text and so never equal to several spans, which together are the reference.
+    """
+    return float([drop_normalized(answer)] == [drop_normalized(span) for span in spans])
+
+
+def drop_f1(answer: str, spans: Sequence[str]) -> float:
+    """F1 of the answer's words with the best span's, over the number of spans, to two digits; in [0, 1].
+
+    All spans together are the reference, and the answer is one text, so it can match one of them. A span with numbers
+    scores 0 unless the answer has one of them. Words count once.
+    """
+    if not spans:
+        return 0.0
+    words = set(drop_normalized(answer).split())
+    best = max(_drop_span(words, set(drop_normalized(span).split())) for span in spans)
+    return round(best / len(spans), 2)
+
+
+def _drop_span(words: set[str], span: set[str]) -> float:
+    numbers = {word for word in span if _is_number(word)}
+    if numbers and not numbers & words:
+        return 0.0
+    common = len(words & span)
+    # The official definition: an empty side holds no error.
+    precision = common / len(words) if words else 1.0
+    recall = common / len(span) if span else 1.0
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def rouge(answer: str, references: Sequence[str], key: str) -> float:
+    """F-measure of ``rouge1``, ``rouge2`` or ``rougeL`` with the most similar reference, by torchmetrics."""
+    # Imported late: torchmetrics' text metrics bring a good deal with them.
+    from torchmetrics.functional.text import rouge_score
+
+    values = rouge_score(answer, [list(references)], accumulate="best", rouge_keys=key)
+    return float(values[f"{key}_fmeasure"])
+
+
+def number_in(text: str) -> float | None:
+    """The first number in a text (``-3``, ``2.5``, ``1,000``, ``1e3``), None if there is none."""
+    match = _NUMBER.search(text)
+    return None if match is None else float(match[0].replace(",", ""))
 
 
 Kind = Literal["labels", "listed", "text"]
@@ -91,16 +188,12 @@ class Metric:
         return None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _text_mean(score: Callable[[str, Sequence[str]], float], answers: Sequence[Answer], labels: int) -> float:
-    return _mean([score(answer.text, answer.references) for answer in answers])
+    return sum(score(answer.text, answer.references) for answer in answers) / len(answers)
 
 
 def _accuracy(answers: Sequence[Answer], labels: int) -> float:
-    return _mean([float(answer.correct) for answer in answers])
+    return sum(answer.correct for answer in answers) / len(answers)
 
 
 def _choices(answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
@@ -129,7 +222,7 @@ def _em(answers: Sequence[Answer], labels: int) -> float:
     questions: dict[int, list[bool]] = defaultdict(list)
     for answer in answers:
         questions[answer.group].append(answer.correct)
-    return _mean([float(all(correct)) for correct in questions.values()])
+    return sum(map(all, questions.values())) / len(questions)
 
 
 def _numbers(compare: Callable[[Tensor, Tensor], Tensor], answers: Sequence[Answer], labels: int) -> float:
@@ -146,7 +239,7 @@ def _correlation(compare: Callable[[Tensor, Tensor], Tensor], generated: Tensor,
 
 
 def _readable(answers: Sequence[Answer], labels: int) -> float:
-    return _mean([float(number_in(answer.text) is not None) for answer in answers])
+    return sum(number_in(answer.text) is not None for answer in answers) / len(answers)
 
 
 _EVERY: tuple[Kind, ...] = ("labels", "listed", "text")
@@ -163,9 +256,9 @@ METRICS: dict[str, Metric] = {
         Metric("em", _em, _EVERY, grouped=True),
         Metric("drop_f1", partial(_text_mean, drop_f1), ("text",)),
         Metric("drop_em", partial(_text_mean, drop_em), ("text",)),
-        Metric("rouge1", partial(_text_mean, rouge("rouge1")), ("text",)),
-        Metric("rouge2", partial(_text_mean, rouge("rouge2")), ("text",)),
-        Metric("rougeL", partial(_text_mean, rouge("rougeL")), ("text",)),
+        Metric("rouge1", partial(_text_mean, partial(rouge, key="rouge1")), ("text",)),
+        Metric("rouge2", partial(_text_mean, partial(rouge, key="rouge2")), ("text",)),
+        Metric("rougeL", partial(_text_mean, partial(rouge, key="rougeL")), ("text",)),
         Metric("mae", partial(_numbers, mean_absolute_error), ("text",), lower_is_better=True),
         Metric("pearson", partial(_numbers, partial(_correlation, pearson_corrcoef)), ("text",)),
         Metric("spearman", partial(_numbers, partial(_correlation, spearman_corrcoef)), ("text",)),

@@ -54,48 +54,44 @@ def unknown(what: str, name: str, known: Collection[str], more: str = "") -> Val
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
-class Template:
-    r"""Text with columns in braces, each followed by its filters after bars.
+def columns_in(template: str) -> tuple[str, ...]:
+    r"""The columns of a template, each once, in their order.
 
-    ``{{`` and ``}}`` stand for braces. Braces in a column's own text are text.
-
-    Args:
-        text: The template, for instance ``"{premise}\nQuestion: {question|strip}\n"``.
+    A template is text with columns in braces, each followed by its filters after bars, for instance
+    ``"{premise}\nQuestion: {question|strip}\n"``. ``{{`` and ``}}`` stand for braces.
 
     Raises:
         ValueError: For a lone brace, empty braces, or a filter that is not one of `FILTERS`.
     """
+    columns = []
+    for match in _FIELD.finditer(template):
+        if match[0] in ("{{", "}}"):
+            continue
+        if match[1] is None:
+            raise ValueError(f"template {template!r} has a lone {match[0]!r} at {match.start()}; write it twice")
+        column, *filters = _field(match[1])
+        if not column:
+            raise ValueError(f"template {template!r} has braces without a column name; write {{{{ for a brace")
+        for name in filters:
+            if name not in FILTERS:
+                raise ValueError(f"template {template!r}: unknown filter {name!r}; there are {', '.join(FILTERS)}")
+        columns.append(column)
+    return tuple(dict.fromkeys(columns))
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-        columns = []
-        for match in _FIELD.finditer(text):
-            if match[0] in ("{{", "}}"):
-                continue
-            if match[1] is None:
-                raise ValueError(f"template {text!r} has a lone {match[0]!r} at {match.start()}; write it twice")
-            column, *filters = _field(match[1])
-            if not column:
-                raise ValueError(f"template {text!r} has braces without a column name; write {{{{ for a brace")
-            for name in filters:
-                if name not in FILTERS:
-                    raise ValueError(f"template {text!r}: unknown filter {name!r}; there are {', '.join(FILTERS)}")
-            columns.append(column)
-        self.columns = tuple(dict.fromkeys(columns))
 
-    def render(self, values: Mapping[str, str]) -> str:
-        """The text with every column's value filled in."""
+def render(template: str, values: Mapping[str, str]) -> str:
+    """The template with every column's value filled in; braces in a value are text."""
 
-        def fill(match: re.Match[str]) -> str:
-            if match[1] is None:
-                return match[0][0]
-            column, *filters = _field(match[1])
-            value = values[column]
-            for name in filters:
-                value = FILTERS[name](value)
-            return value
+    def fill(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0][0]
+        column, *filters = _field(match[1])
+        value = values[column]
+        for name in filters:
+            value = FILTERS[name](value)
+        return value
 
-        return _FIELD.sub(fill, self.text)
+    return _FIELD.sub(fill, template)
 
 
 def _field(inside: str) -> list[str]:
@@ -170,7 +166,7 @@ class GeneratedAnswer:
     def __post_init__(self) -> None:
         if not self.max_new_tokens >= 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if Template(self.text).columns != ("answer",):
+        if columns_in(self.text) != ("answer",):
             raise ValueError(f"text of a generated answer must hold {{answer}} and no other column, got {self.text!r}")
         if not self.stop or not all(self.stop):
             raise ValueError(f"stop must name at least one text, none of them empty, got {self.stop!r}")
@@ -240,12 +236,12 @@ class Task:
                 f" objective 'classification', got {self.objective!r}"
             )
         # Parsed now, so that a misspelled template is refused where it is written.
-        _ = self.prompt_template, self.candidate_templates, self.calibration_template
+        _ = self.text_columns
         if self.is_generation and self.objective == "classification":
             raise ValueError(f"task {self.name!r} has no candidates to classify: objective must be 'lm'")
         if not isinstance(self.candidates, Mapping):
             return
-        texts = list(self.candidates.values())
+        texts = list(self.candidate_templates)
         if len(texts) < 2:
             raise ValueError(f"candidates must be at least two, got {texts}")
         for text in texts:
@@ -254,22 +250,12 @@ class Task:
             if texts.count(text) > 1:
                 raise ValueError(f"candidates must differ, got {text!r} more than once")
 
-    @cached_property
-    def prompt_template(self) -> Template:
-        """The prompt, parsed."""
-        return Template(self.prompt)
-
-    @cached_property
-    def candidate_templates(self) -> tuple[Template, ...]:
-        """The candidates' texts, parsed: one for each label, or the one of a `ListCandidates`."""
+    @property
+    def candidate_templates(self) -> tuple[str, ...]:
+        """The candidates' templates: one for each label, or the one of a `ListCandidates`."""
         if isinstance(self.candidates, Mapping):
-            return tuple(Template(text) for text in self.candidates.values())
-        return (Template(self.candidates.text),) if isinstance(self.candidates, ListCandidates) else ()
-
-    @cached_property
-    def calibration_template(self) -> Template | None:
-        """The content-free prompt, parsed; None where there is none."""
-        return None if self.calibration is None else Template(self.calibration)
+            return tuple(self.candidates.values())
+        return (self.candidates.text,) if isinstance(self.candidates, ListCandidates) else ()
 
     @property
     def is_masked(self) -> bool:
@@ -291,8 +277,8 @@ class Task:
     @cached_property
     def text_columns(self) -> tuple[str, ...]:
         """The columns whose text the prompts and the candidates show."""
-        templates = (self.prompt_template, *self.candidate_templates, self.calibration_template)
-        return tuple(dict.fromkeys(column for template in templates if template for column in template.columns))
+        templates = (self.prompt, *self.candidate_templates, self.calibration or "")
+        return tuple(dict.fromkeys(column for template in templates for column in columns_in(template)))
 
     @cached_property
     def columns(self) -> tuple[str, ...]:

@@ -213,6 +213,7 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_real_files(name: str, data_folder: Path) -> None:
     from smezo_pl.tasks import make_example
+    from smezo_pl.tasks.task import render
 
     task = get_task(name)
     assert task.source is not None
@@ -222,7 +223,7 @@ def test_real_files(name: str, data_folder: Path) -> None:
         for i, row in zip(taken, data.rows(taken), strict=True):
             example = make_example(task, row, i, data.origin, data.names.get(task.label))
             assert example.label >= 0
-            assert "{" not in task.prompt_template.render(dict.fromkeys(task.text_columns, ""))
+            assert "{" not in render(task.prompt, dict.fromkeys(task.text_columns, ""))
 
 
 Write = Callable[[str, str | bytes], Path]

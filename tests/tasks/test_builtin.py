@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from smezo_pl import PromptDataModule
 from smezo_pl.tasks import TASKS, get_task, make_example
+from smezo_pl.tasks.task import columns_in
 
 
 class Case(NamedTuple):
@@ -256,7 +257,7 @@ def test_every_task_is_written_out() -> None:
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 def test_labels_are_classified_and_texts_are_trained_on(task: Any) -> None:
-    labels = isinstance(task.candidates, Mapping) and not any(text.columns for text in task.candidate_templates)
+    labels = isinstance(task.candidates, Mapping) and not any(map(columns_in, task.candidate_templates))
     assert task.objective == ("classification" if labels else "lm")
 
 

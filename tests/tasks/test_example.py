@@ -108,8 +108,3 @@ def test_fewer_options_than_letters() -> None:
 def test_the_prompt_neither_starts_with_white_space_nor_ends_in_a_space() -> None:
     task = Task("mine", " \n{a} {b}", {"0": " no", "1": " yes"}, may_be_empty=("b",))
     assert make_example(task, {"a": " x", "b": "", "label": 0}).prompt == "x"
-
-
-def test_text_shows_the_candidates() -> None:
-    example = make_example(SST2, {"sentence": "fine", "label": 1})
-    assert str(example) == "fine It was⟦ terrible⟧ ⟦ great⟧*"

@@ -41,9 +41,7 @@ _STEPS_PER_ENTRY = 6
 def pack_columns(values: Sequence[tuple[float, ...]]) -> tuple[list[list[Any]], bytes]:
     """Encode one value per step and parameter group.
 
-    Returns:
-        The run-length encoding, ``[first step, value of each group]`` for each run, and no bytes; or an empty list and
-        a column.
+    Either as runs, each ``[first step, value of each group]``, and no bytes; or as no runs and a column.
     """
     runs: list[list[Any]] = []
     for index, value in enumerate(values):
@@ -55,11 +53,7 @@ def pack_columns(values: Sequence[tuple[float, ...]]) -> tuple[list[list[Any]], 
 
 
 def unpack_columns(runs: object, column: bytes, steps: int, groups: int) -> list[tuple[float, ...]]:
-    """Decode what `pack_columns` gave.
-
-    Raises:
-        ValueError: If these are not the values of so many steps and groups.
-    """
+    """Decode what `pack_columns` gave; a `ValueError` if these are not the values of so many steps and groups."""
     if steps * groups > MAX_VALUES:
         raise ValueError(f"{steps} steps of {groups} groups are too many")
     if runs == []:
@@ -186,9 +180,6 @@ def read_export(path: Path) -> Trajectory:
 
     Its steps have no losses, and no thresholds where masks were refreshed. An event of kind ``weights`` holds the hash
     of the final weights if it is known.
-
-    Raises:
-        TrajectoryError: If it is none, of a later format, or corrupted.
     """
     if path.stat().st_size > MAX_FILE_BYTES:
         raise TrajectoryError(f"{path} is no exported run: it has {path.stat().st_size:,} bytes, those a few per step")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from smezo_pl.trajectory.header import TrajectoryError
@@ -26,10 +23,8 @@ else:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name to write a file under; on leaving the context the file is on the disk and takes its own name.
 
-    At every moment ``path`` is absent, the old file, or the whole new one. Its folder is made.
-
-    Raises:
-        TrajectoryError: If the file cannot be written; what was there before is intact.
+    At every moment ``path`` is absent, the old file, or the whole new one. Its folder is made. A `TrajectoryError`
+    says why it cannot be written.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -58,26 +53,19 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Wait until a folder's entries are on the disk, so that a renamed file keeps its new name in a power cut."""
-    if os.name == "nt":  # Windows has no handle for a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if os.name != "nt":  # Windows has no handle for a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def lock_file(path: Path) -> int | None:
-    """Lock a file, which is made where there is none, without waiting.
+    """Lock a file, made where there is none, without waiting; None if it is locked already.
 
-    The lock ends when the handle is closed, or with the process however it ends. A child process that inherits
-    the handle keeps the lock.
-
-    Returns:
-        A handle to close with `os.close`; None if the file is locked already.
-
-    Raises:
-        OSError: If the file cannot be opened, or its file system has no locks.
+    The lock ends when the handle is closed (`os.close`), or with the process however it ends. A child process that
+    inherits the handle keeps the lock. An `OSError` says that the file system has no locks.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -95,25 +83,3 @@ def _lock(handle: int) -> None:
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
     else:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def serialised(checkpoint: dict[str, Any]) -> bytes:
-    """A checkpoint as the bytes of its file."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    return buffer.getvalue()
-
-
-def check_readable(checkpoint: dict[str, Any]) -> None:
-    """Find out before training what could not be read back after it.
-
-    Raises:
-        TrajectoryError: If something in the checkpoint is of a type that a safe load refuses.
-    """
-    try:
-        torch.load(io.BytesIO(serialised(checkpoint)), weights_only=True)
-    except Exception as error:
-        raise TrajectoryError(
-            "a checkpoint of this run could not be read back: a hyperparameter, or the state of a callback, scheduler "
-            f"or data loader is of no plain type; in the module, self.save_hyperparameters(ignore=[...]) ({error})"
-        ) from error

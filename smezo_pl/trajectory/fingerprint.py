@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,13 +45,23 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """SHA-256 of each tensor's dtype, shape and elements, whatever its device and strides, in the order given.
 
-    Chunks of `CHUNK` bytes are hashed at the same time, which releases the interpreter's lock.
+    Chunks of `CHUNK` bytes are hashed at the same time, which releases the interpreter's lock. Only dense tensors have
+    a fingerprint.
     """
+
+    def hash_chunk(chunk: Tensor) -> bytes:
+        return sha256(chunk.cpu().numpy().data).digest()
+
     digests: dict[str, bytes] = {}
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         for name, tensor in tensors.items():
+            if tensor.layout is not torch.strided:
+                raise TypeError(f"only dense tensors have a fingerprint, got one of layout {tensor.layout}")
             head = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".encode()
-            digests[name] = sha256(head + b"".join(pool.map(_hash_chunk, _chunks(tensor)))).digest()
+            flat = tensor.detach().reshape(-1)
+            # a view as bytes needs an element: an empty tensor has no chunk
+            chunks = torch.split(flat.view(torch.uint8), CHUNK) if flat.numel() else ()
+            digests[name] = sha256(head + b"".join(pool.map(hash_chunk, chunks))).digest()
     return digests
 
 
@@ -63,30 +74,12 @@ def root_digest(digests: Mapping[str, bytes]) -> bytes:
     return root.digest()
 
 
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Parts of at most `CHUNK` bytes, as bytes on their device."""
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"only dense tensors have a fingerprint, got one of layout {tensor.layout}")
-    flat = tensor.detach().reshape(-1)
-    # a view as bytes needs an element: an empty tensor has no chunk
-    return iter(torch.split(flat.view(torch.uint8), CHUNK)) if flat.numel() else iter(())
-
-
-def _hash_chunk(chunk: Tensor) -> bytes:
-    return sha256(chunk.cpu().numpy().data).digest()
-
-
-_PACKAGES = ("torch", "lightning", "transformers", "datasets", "peft", "numba", "triton", "numpy")
-
-
 def versions() -> dict[str, str]:
     """Versions of this package, of Python and of what a run depends on, where it is installed."""
     found = {"smezo_pl": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
+    for package in ("torch", "lightning", "transformers", "datasets", "peft", "numba", "triton", "numpy"):
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

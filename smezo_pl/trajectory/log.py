@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
-from types import TracebackType
 from typing import Any
 
 from smezo_pl.optim import StepRecord
@@ -17,8 +16,6 @@ from smezo_pl.trajectory.records import Event, check_of, pack_event, pack_step, 
 
 FILE_NAME = "trajectory.smezo"
 """Name of the trajectory in a run's folder."""
-
-_SQLITE = b"SQLite format 3\x00"
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def locate(path: str | Path) -> Path:
 def is_record(path: Path) -> bool:
     """Whether a file is an SQLite file, by its first bytes: a trajectory and no exported run."""
     with open(path, "rb") as file:
-        return file.read(len(_SQLITE)) == _SQLITE
+        return file.read(16) == b"SQLite format 3\x00"
 
 
 def _read_header(connection: sqlite3.Connection, path: Path) -> tuple[Header, bytes]:
@@ -189,24 +186,23 @@ class TrajectoryWriter:
     lost in a power cut, and the trajectory is valid up to there.
 
     Use `create` or `resume`; close it, or use it as a context.
+
+    Attributes:
+        steps: Steps of the optimizer that are recorded: the index of the next one.
+        check: Checksum of the last step, which depends on all before it.
     """
 
     def __init__(self, trajectory: Trajectory, connection: sqlite3.Connection, lock: database.WriterLock) -> None:
         self.path, self.header = trajectory.path, trajectory.header
         self._connection, self._lock = connection, lock
-        self._check = trajectory.check
+        self.steps, self.check = trajectory.next_step, trajectory.check
         self._last = trajectory.records[-1] if trajectory.records else None
-        self._next = trajectory.next_step
         self._closed = False
-        self._synced_step, self._synced_at = self._next, monotonic()
+        self._synced_step, self._synced_at = self.steps, monotonic()
 
     @classmethod
     def create(cls, path: str | Path, header: Header) -> TrajectoryWriter:
-        """Begin a trajectory in a folder that exists. One that ended before its first step is replaced.
-
-        Raises:
-            TrajectoryError: If the file exists, is being written, or cannot be.
-        """
+        """Begin a trajectory in a folder that exists. One that ended before its first step is replaced."""
         path = Path(path)
         lock = database.WriterLock(path)
         try:
@@ -223,11 +219,7 @@ class TrajectoryWriter:
 
     @classmethod
     def resume(cls, path: str | Path, steps: int | None = None) -> TrajectoryWriter:
-        """Resume a trajectory after so many steps of the optimizer, None for the last; later steps are removed.
-
-        Raises:
-            TrajectoryError: If it is being written, cannot be, or is not valid up to that step.
-        """
+        """Resume a trajectory after so many steps of the optimizer, None for the last; later steps are removed."""
         path = Path(path)
         lock = database.WriterLock(path)
         try:
@@ -243,34 +235,24 @@ class TrajectoryWriter:
             raise
         return cls(trajectory, connection, lock)
 
-    @property
-    def steps(self) -> int:
-        """Steps of the optimizer that are recorded: the index of the next one."""
-        return self._next
-
-    @property
-    def check(self) -> bytes:
-        """Checksum of the last step, which depends on all before it."""
-        return self._check
-
     def append(self, record: StepRecord) -> None:
         """Add the next step. If it cannot be written the trajectory is what it was."""
-        if record.step != self._next:
-            raise TrajectoryError(f"{self.path}: step {record.step} cannot be recorded: the next one is {self._next}")
-        data = pack_step(record, self._last, self._check)
+        if record.step != self.steps:
+            raise TrajectoryError(f"{self.path}: step {record.step} cannot be recorded: the next one is {self.steps}")
+        data = pack_step(record, self._last, self.check)
         with database.explained(self.path, "write"), self._connection:
             self._connection.execute("BEGIN")
             self._connection.execute("INSERT INTO steps VALUES (?, ?)", (record.step, data))
             if record.refreshed:
                 self._connection.execute("INSERT INTO refreshes VALUES (?, ?)", (record.step, record.thresholds))
-        self._next, self._last, self._check = record.step + 1, record, check_of(data)
-        if self._next - self._synced_step >= SYNC_STEPS or monotonic() - self._synced_at >= SYNC_SECONDS:
+        self.steps, self._last, self.check = record.step + 1, record, check_of(data)
+        if self.steps - self._synced_step >= SYNC_STEPS or monotonic() - self._synced_at >= SYNC_SECONDS:
             self.sync()
 
     def add_event(self, kind: str, /, **facts: Any) -> None:
         """Note an event at the present step (see `Event`); survives a power cut."""
-        data = pack_event(Event(self._next, kind, facts), self._check)
-        self._commit_to_disk("INSERT INTO marks (steps, data) VALUES (?, ?)", self._next, data)
+        data = pack_event(Event(self.steps, kind, facts), self.check)
+        self._commit_to_disk("INSERT INTO marks (steps, data) VALUES (?, ?)", self.steps, data)
 
     def sync(self) -> None:
         """Wait until all that was appended is on the disk."""
@@ -286,7 +268,7 @@ class TrajectoryWriter:
                     self._connection.execute(statement, values)
             finally:
                 self._connection.execute("PRAGMA synchronous = NORMAL")
-        self._synced_step, self._synced_at = self._next, monotonic()
+        self._synced_step, self._synced_at = self.steps, monotonic()
 
     def close(self) -> None:
         """Leave one file that is complete in itself; harmless when closed already."""
@@ -301,9 +283,7 @@ class TrajectoryWriter:
     def __enter__(self) -> TrajectoryWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from smezo_pl.optim.kernels import get_kernel
@@ -145,9 +144,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -160,15 +157,10 @@ def describe(
     adapter: Mapping[str, Any] | None = None,
     adapter_seed: int = 0,
 ) -> Header:
-    """The header of a trajectory that begins now, see `record`.
+    """The header of a trajectory that begins now. The first arguments are those of `record`.
 
-    Args:
-        optimizer: The optimizer.
-        model: The network.
-        pretrained: Name of the starting weights.
-        revision: Their revision.
-        adapter: The PEFT adapter that was put on them, as `smezo_pl.SparseMeZOModule` takes it.
-        adapter_seed: Seed of the adapter's own starting weights.
+    ``adapter`` is the PEFT adapter on the starting weights, as `smezo_pl.SparseMeZOModule` takes it, ``adapter_seed``
+    the seed of its own.
     """
     tensors = named_tensors(optimizer, model)
     names = {_identity(tensor): name for name, tensor in tensors.items()}

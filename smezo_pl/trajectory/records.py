@@ -58,8 +58,7 @@ def unpack_step(
 ) -> StepRecord:
     """The inverse of `pack_step`; ``thresholds`` are packed, and None where no mask was refreshed.
 
-    Raises:
-        ValueError: If the bytes are not those that were written.
+    A `ValueError` says why the bytes are not those that were written.
     """
     body, found = data[:-CHECK_SIZE], data[-CHECK_SIZE:]
     if found != _step_check(check, step, body, thresholds or b""):
@@ -129,11 +128,7 @@ def pack_event(event: Event, check: bytes) -> bytes:
 
 
 def unpack_event(steps: int, data: bytes, check: bytes) -> Event:
-    """The inverse of `pack_event`.
-
-    Raises:
-        ValueError: If the bytes are not those that were written.
-    """
+    """The inverse of `pack_event`, as `unpack_step` is of `pack_step`."""
     body = data[:-CHECK_SIZE]
     if data[-CHECK_SIZE:] != _event_check(steps, body, check):
         raise ValueError("its checksum does not match")
@@ -155,11 +150,7 @@ def pack_thresholds(thresholds: Sequence[float]) -> bytes:
 
 
 def unpack_thresholds(data: bytes, tensors: int) -> tuple[float, ...]:
-    """The inverse of `pack_thresholds` for so many optimized tensors.
-
-    Raises:
-        ValueError: If they are not that many.
-    """
+    """The inverse of `pack_thresholds` for so many optimized tensors; a `ValueError` if they are not that many."""
     plain = inflate(data, 8 * tensors)
     if len(plain) not in (4 * tensors, 8 * tensors):
         raise ValueError(f"{len(plain)} bytes of thresholds for {tensors} tensors")

@@ -7,6 +7,7 @@ When Lightning reads a checkpoint the weights may still be on another device and
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory.database import copy, move
-from smezo_pl.trajectory.files import check_readable, serialised, write_atomically
+from smezo_pl.trajectory.files import write_atomically
 from smezo_pl.trajectory.fingerprint import fingerprint, machine, root_digest
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, TrajectoryWriter, rewrite
@@ -83,9 +84,16 @@ class SeedCheckpointIO(CheckpointIO):
                 if "smezo" in state:
                     state["smezo"]["bits"] = {}  # constant masks: the replay makes them again
         if not self._is_checked:
-            check_readable(without)
+            try:  # before training, what could not be read back after it
+                torch.load(io.BytesIO(_serialized(without)), weights_only=True)
+            except Exception as error:
+                raise TrajectoryError(
+                    "a checkpoint of this run could not be read back: a hyperparameter, or the state of a callback, "
+                    "scheduler or data loader is of no plain type; in the module, "
+                    f"self.save_hyperparameters(ignore=[...]) ({error})"
+                ) from error
             self._is_checked = True
-        data = serialised(checkpoint)
+        data = _serialized(checkpoint)
         if writer is not None:
             # before the file is there: without the event it would be taken for corrupted
             writer.add_event("checkpoint", file=path.name, sha256=sha256(data).hexdigest())
@@ -94,8 +102,7 @@ class SeedCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; one without weights gets the present ones in their place until `restore`.
 
-        Raises:
-            TrajectoryError: If it is corrupted, or belongs to another model or to a trajectory that is not there.
+        Refused if it is corrupted, or belongs to another model or to a trajectory that is not there.
         """
         self.trajectory = None
         try:
@@ -128,6 +135,12 @@ class SeedCheckpointIO(CheckpointIO):
         self.inner.remove_checkpoint(path)
 
 
+def _serialized(checkpoint: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getvalue()
+
+
 def install(trainer: Trainer) -> SeedCheckpointIO:
     """Let the Trainer write and read checkpoints without weights. Call it in ``setup``; again, it does nothing."""
     present = trainer.strategy.checkpoint_io
@@ -138,11 +151,7 @@ def install(trainer: Trainer) -> SeedCheckpointIO:
 
 
 def restore(trainer: Trainer) -> None:
-    """Bring the weights of a checkpoint without weights back by replay; does nothing if none was read.
-
-    Raises:
-        TrajectoryError: If they cannot be brought back.
-    """
+    """Bring the weights of a checkpoint without weights back by replay; does nothing if none was read."""
     checkpoints, module, began = install(trainer), trainer.lightning_module, perf_counter()
     trajectory = checkpoints.trajectory
     if trajectory is None or checkpoints.is_restored:
@@ -168,10 +177,9 @@ def restore(trainer: Trainer) -> None:
 
 
 def refuse_unrestored(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint without weights where nobody would bring them back. For ``on_load_checkpoint``.
+    """Refuse a checkpoint without weights outside a Trainer, where nobody would bring them back.
 
-    Raises:
-        TrajectoryError: If the module is not in a Trainer.
+    For ``on_load_checkpoint``.
     """
     if SEED_KEY in checkpoint and module._trainer is None:
         raise TrajectoryError(
@@ -181,11 +189,7 @@ def refuse_unrestored(module: LightningModule, checkpoint: Mapping[str, Any]) ->
 
 
 def find_trajectory(path: Path, seed: Mapping[str, Any]) -> Trajectory:
-    """The trajectory of the checkpoint ``path``, up to it; ``seed`` is its entry `SEED_KEY`.
-
-    Raises:
-        TrajectoryError: If the trajectory is missing, of another run or too short, or the checkpoint is corrupted.
-    """
+    """The trajectory of the checkpoint ``path``, up to it; ``seed`` is its entry `SEED_KEY`."""
     try:
         run, steps, check = seed["run"], int(seed["steps"]), str(seed["check"])
         named = Path(os.path.normpath(path.parent / str(seed["record"])))
@@ -304,11 +308,7 @@ def earlier_trajectory(trainer: Trainer, place: Mapping[str, Any]) -> Trajectory
 
 
 def open_trajectory(optimizer: SparseMeZO, module: LightningModule, path: Path, earlier: Trajectory | None) -> Recorder:
-    """Begin a trajectory, or continue an earlier one in this run's folder.
-
-    Raises:
-        TrajectoryError: If the folder holds the trajectory of another run, or cannot be written.
-    """
+    """Begin a trajectory, or continue an earlier one in this run's folder, which may hold no other run's."""
     if earlier is not None:
         writer = _continue(earlier, path)
         log.info("the run resumes after %d steps, recorded in %s", writer.steps, path)

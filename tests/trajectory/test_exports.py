@@ -174,6 +174,8 @@ def content_of(path: Path) -> dict[str, Any]:
         ({"columns": [-1, 1, 0, 0]}, "columns do not have the lengths"),
         ({"pieces": {}}, "lr"),
         ({"pieces": []}, "corrupted"),
+        ({"pieces": {"lr": [[0, 10**400]]}}, "corrupted: int too large"),
+        ({"columns": [1 << 80, 0, 0, 0]}, "columns do not have the lengths"),
         ({"final": "00"}, "wrong length"),
         ({"header": {}}, "header is corrupted"),
         ({"header": None}, "header is corrupted"),

@@ -1,5 +1,6 @@
 import json
 import random
+import tracemalloc
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory import header as module
-from smezo_pl.trajectory.header import Header, TrajectoryError, recorded_adapter
+from smezo_pl.trajectory.header import Header, TrajectoryError, inflate, recorded_adapter
 from smezo_pl.trajectory.recorder import describe
 from tests.trajectory.runs import network
 
@@ -135,6 +136,19 @@ def test_a_bomb_is_refused_before_it_goes_off(header: Header, monkeypatch: pytes
     monkeypatch.setattr(module, "MAX_HEADER_BYTES", 1 << 12)
     with pytest.raises(TrajectoryError, match="inflates to more than 4096 bytes"):
         Header.from_bytes(zlib.compress(b" " * (1 << 20)), "FILE")
+
+
+@pytest.mark.parametrize("limit", [0, 1, 1 << 10])
+def test_no_more_than_the_limit_is_inflated(limit: int) -> None:
+    bomb = zlib.compress(bytes(1 << 24))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"inflates to more than {limit} bytes"):
+            inflate(bomb, limit)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert inflate(zlib.compress(bytes(limit)), limit) == bytes(limit)
 
 
 def test_mutated_headers_are_read_or_refused_cleanly(header: Header) -> None:

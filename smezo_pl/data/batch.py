@@ -163,41 +163,29 @@ class PromptBatch:
         kept_logits, token_logit = torch.unique(self.token_logit[tokens], return_inverse=True)
         rows, example_row = torch.unique(self.example_row[examples], return_inverse=True)
 
-        mask = self.attention_mask[rows]
-        lengths = mask.sum(1)
+        lengths = self.attention_mask[rows].sum(1)
         kept = slice(0, int(lengths.max()))
-        mask, subtree_end = mask[:, kept], self.subtree_end[rows, kept]
-        labels = self.labels[examples]
-        candidate_example = rank[self.candidate_example[candidates]]
-        candidate_index = self.candidate_index[candidates]
-        candidate_tokens = self.candidate_tokens[candidates]
-        gold = candidate_index == labels[candidate_example]
         numbers = examples.tolist()
-        return replace(
+        part = replace(
             self,
             input_ids=self.input_ids[rows, kept],
-            attention_mask=mask,
+            attention_mask=self.attention_mask[rows, kept],
             position_ids=self.position_ids[rows, kept],
-            subtree_end=subtree_end,
+            subtree_end=self.subtree_end[rows, kept],
             logit_row=_inverse(rows, self.num_rows)[self.logit_row[kept_logits]],
             logit_pos=self.logit_pos[kept_logits],
             token_logit=token_logit,
             token_id=self.token_id[tokens],
             token_candidate=_inverse(candidates, len(self.candidate_example))[self.token_candidate[tokens]],
             token_order=self.token_order[tokens],
-            candidate_example=candidate_example,
-            candidate_index=candidate_index,
-            candidate_tokens=candidate_tokens,
+            candidate_example=rank[self.candidate_example[candidates]],
+            candidate_index=self.candidate_index[candidates],
+            candidate_tokens=self.candidate_tokens[candidates],
             candidate_correct=self.candidate_correct[candidates],
             example_row=example_row,
             example_pos=self.example_pos[examples],
-            labels=labels,
+            labels=self.labels[examples],
             index=self.index[examples],
-            # In a row of one text all that is no padding ends where the row does.
-            branching=not bool(((subtree_end == lengths.unsqueeze(1)) | (mask == 0)).all()),
-            longest_candidate=int(candidate_tokens.max()) if len(candidates) else 0,
-            num_candidates=int(candidate_index.max()) + 1 if len(candidates) else 0,
-            answer_tokens=int(candidate_tokens[gold].sum()) if bool((labels >= 0).all()) else 0,
             group=None if self.group is None else self.group[examples],
             answers=tuple(self.answers[n] for n in numbers) if self.answers else (),
             references=tuple(self.references[n] for n in numbers) if self.references else (),
@@ -208,6 +196,14 @@ class PromptBatch:
                 else replace(self.calibration, candidate=self.calibration.candidate[candidates])
             ),
         )
+        # In a row of one text all that is no padding ends where the row does.
+        ends = (part.subtree_end == lengths.unsqueeze(1)) | (part.attention_mask == 0)
+        part.branching = not bool(ends.all())
+        part.longest_candidate = int(part.candidate_tokens.max()) if len(candidates) else 0
+        part.num_candidates = int(part.candidate_index.max()) + 1 if len(candidates) else 0
+        gold = part.candidate_index == part.labels[part.candidate_example]
+        part.answer_tokens = int(part.candidate_tokens[gold].sum()) if bool((part.labels >= 0).all()) else 0
+        return part
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,11 +73,7 @@ class Collate:
             for k in chosen[n]:
                 pairs = zip(candidate_logits[n, k], example.candidates[k], strict=True)
                 tokens += [(logit, token, len(candidates), order) for order, (logit, token) in enumerate(pairs)]
-                candidates.append((n, k, len(example.candidates[k]), k in example.correct))
-        logit_row, logit_pos = _columns(list(logits), 2)
-        token_logit, token_id, token_candidate, token_order = _columns(tokens, 4)
-        candidate_example, candidate_index, candidate_tokens, candidate_correct = _columns(candidates, 4)
-        example_row, example_pos = _columns(prompt_ends, 2)
+                candidates.append((n, k, len(example.candidates[k])))
         width = max(len(row.tokens) for row in rows)
         texts_of = [example.example for example in examples]
         return PromptBatch(
@@ -85,24 +82,17 @@ class Collate:
             position_ids=_padded([row.depth for row in rows], width),
             # Padding follows from itself alone.
             subtree_end=torch.tensor([row.end + list(range(len(row.end) + 1, width + 1)) for row in rows]),
-            logit_row=logit_row,
-            logit_pos=logit_pos,
-            token_logit=token_logit,
-            token_id=token_id,
-            token_candidate=token_candidate,
-            token_order=token_order,
-            candidate_example=candidate_example,
-            candidate_index=candidate_index,
-            candidate_tokens=candidate_tokens,
-            candidate_correct=candidate_correct.bool(),
-            example_row=example_row,
-            example_pos=example_pos,
+            **_columns(list(logits), "logit_row", "logit_pos"),
+            **_columns(tokens, "token_logit", "token_id", "token_candidate", "token_order"),
+            **_columns(candidates, "candidate_example", "candidate_index", "candidate_tokens"),
+            candidate_correct=torch.tensor([k in examples[n].correct for n, k, _ in candidates], dtype=torch.bool),
+            **_columns(prompt_ends, "example_row", "example_pos"),
             labels=torch.tensor([example.label for example in examples]),
             index=torch.tensor([example.index for example in examples]),
             branching=any(row.depth[-1] + 1 < len(row.tokens) for row in rows),
             bidirectional=bidirectional,
-            longest_candidate=max((length for _, _, length, _ in candidates), default=0),
-            num_candidates=max((k + 1 for _, k, _, _ in candidates), default=0),
+            longest_candidate=max((length for _, _, length in candidates), default=0),
+            num_candidates=max((k + 1 for _, k, _ in candidates), default=0),
             answer_tokens=(
                 sum(len(example.candidates[example.label]) for example in examples)
                 if all(example.label >= 0 for example in examples)
@@ -151,5 +141,7 @@ def _padded(rows: list[list[int]], width: int, value: int = 0) -> Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-def _columns(rows: Sequence[tuple[int, ...]], count: int) -> tuple[Tensor, ...]:
-    return torch.tensor(rows, dtype=torch.long).reshape(len(rows), count).unbind(1)
+def _columns(rows: Sequence[tuple[int, ...]], *names: str) -> dict[str, Any]:
+    """The columns of a table as tensors by name."""
+    columns = torch.tensor(rows, dtype=torch.long).reshape(len(rows), len(names)).unbind(1)
+    return dict(zip(names, columns, strict=True))

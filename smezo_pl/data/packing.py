@@ -32,13 +32,8 @@ def group_by_prefix(
     ``T^2 / A`` for attention, and carries ``T - P`` tokens of branches. The cost per branch is least at
     ``T = P + sqrt(P^2 + P A)``, where a row ends and the next begins.
 
-    Args:
-        prompts: Token sequences in any order; a group keeps their sorted order.
-        sizes: Tokens that each prompt takes in a row of its own, what follows it included.
-        max_tokens: No group grows beyond it.
-
-    Returns:
-        Groups by their smallest index; most hold one prompt.
+    ``sizes`` are the tokens that each prompt takes in a row of its own, what follows it included; no group grows beyond
+    ``max_tokens``. Groups come by their smallest index; most hold one prompt.
     """
     groups: list[list[int]] = []
     size, limit = 0, 0.0
@@ -69,13 +64,9 @@ class PackedRow:
 
 
 def pack(sequences: Iterable[tuple[int, ...]]) -> tuple[PackedRow, dict[tuple[int, ...], list[int]]]:
-    """Lay sequences out as one row.
+    """Sequences, none of them empty, as one row, and for each one the indices of its tokens in the row.
 
-    Args:
-        sequences: Not empty; equal ones count once, and a prefix of another adds no tokens.
-
-    Returns:
-        The row, and for each sequence the indices of its tokens in the row.
+    Equal ones count once, and a prefix of another adds no tokens.
     """
     row, paths = PackedRow(), {}
     previous: tuple[int, ...] = ()

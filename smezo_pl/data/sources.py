@@ -32,13 +32,6 @@ class Rows:
         """The number of rows."""
         return len(self.table)
 
-    @property
-    def column_names(self) -> list[str]:
-        """The columns, of all rows together."""
-        if isinstance(self.table, list):
-            return list(dict.fromkeys(name for row in self.table for name in row))
-        return list(self.table.column_names)
-
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows at these indices."""
         if isinstance(self.table, list):
@@ -54,16 +47,8 @@ class Rows:
 def load_file(name: str | Path, task: Task, split: str, labelled: bool = True) -> Rows:
     """The rows of a user's own file, or of a dataset on the hub: ``owner/name``, with ``@config``, ``:split`` or both.
 
-    Args:
-        name: The file or dataset.
-        task: The task, whose columns it must have.
-        split: The hub's split where the name has none.
-        labelled: Whether the label's column must be there too.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, has no rows, or lacks columns; it names the file and the line.
-        ConnectionError: If the hub does not provide the dataset.
+    The rows must have the task's columns, the label's only if ``labelled``. ``split`` is the hub's where the name has
+    none. Errors name the file and the line.
     """
     path = Path(name).expanduser()
     if path.suffix in READERS or path.suffix == ".parquet":
@@ -91,25 +76,16 @@ _HUB_NAME = re.compile(r"(?P<name>[\w-]+/[\w.-]+)(?:@(?P<config>[\w.-]+))?(?::(?
 
 
 def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> Rows:
-    """One split of a task's dataset, with the columns that the task needs.
+    """One split of a task's dataset (``train``, ``validation_matched``, ...), with the columns that the task needs.
 
-    Args:
-        task: The task.
-        split: Name of the split in the dataset (``train``, ``validation_matched``, ...).
-        data_dir: Local folder with ``{task}/{split}*.parquet``; ``None`` for the hub.
-
-    Raises:
-        FileNotFoundError: If the folder does not hold the split.
-        ValueError: If the split is ambiguous, empty, or lacks columns.
-        ConnectionError: If the hub does not provide the dataset.
+    It is in a local folder as ``{task}/{split}*.parquet``, or on the hub if ``data_dir`` is None.
     """
     source = task.source
     if source is None:
         raise ValueError(f"task {task.name!r} names no data source")
     if task.name == "demo" and source.path is None:
-        rows = demo_rows(split)
-        logger.info("demo: %d bundled synthetic sentences (%s)", len(rows), split)
-        found = Rows(rows, f"demo ({split}, synthetic)", {"label": ("negative", "positive")})
+        found = Rows(demo_rows(split), f"demo ({split}, synthetic)", {"label": ("negative", "positive")})
+        logger.info("demo: %d bundled synthetic sentences (%s)", len(found), split)
     elif data_dir is not None:
         found = _from_folder(task, split, Path(data_dir), source.folder or task.name)
     elif source.path is not None:
@@ -123,7 +99,9 @@ def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> Ro
 def _check(found: Rows, task: Task, needed: Sequence[str]) -> None:
     if not len(found):
         raise ValueError(f"{found.origin} holds no rows")
-    present = found.column_names
+    table = found.table
+    names = (name for row in table for name in row) if isinstance(table, list) else table.column_names
+    present = list(dict.fromkeys(names))
     missing = [column for column in needed if column not in present]
     if missing:
         near = get_close_matches(missing[0], present, n=1)
@@ -142,9 +120,8 @@ def _from_folder(task: Task, split: str, data_dir: Path, name: str) -> Rows:
         raise FileNotFoundError(f"data_dir {str(data_dir)!r} has no folder {name!r} for task {task.name!r}: {has}")
     files = _split_files(folder, split)
     tables = [_read_parquet(path) for path in files]
-    other = [
-        str(path) for path, table in zip(files, tables, strict=True) if table.schema.names != tables[0].schema.names
-    ]
+    columns = tables[0].column_names
+    other = [str(path) for path, table in zip(files, tables, strict=True) if table.column_names != columns]
     if other:
         raise ValueError(f"{', '.join(other)} and {files[0]} have different columns")
     table = pa.concat_tables(tables, promote_options="permissive")
@@ -223,14 +200,12 @@ def _from_hub(source: Source, split: str) -> Rows:
 Record = tuple[int, dict[str, Any]]
 """The line that a row begins on, from 1, and the row."""
 
-# The errors of the readers are ValueErrors that name the file and the line.
-
 
 def read_json_lines(path: Path) -> list[Record]:
     """One JSON object per line; blank lines are left out."""
     records = []
     # Only line feeds end a line: JSON texts may hold the other characters that `splitlines` splits at.
-    for line, text in enumerate(decoded(path).split("\n"), start=1):
+    for line, text in enumerate(_decoded(path).split("\n"), start=1):
         if not text.strip():
             continue
         try:
@@ -249,7 +224,7 @@ def read_csv(path: Path) -> list[Record]:
     # The default of 128 KiB per field refuses long documents. It is a setting of the whole process.
     before = csv.field_size_limit(2**31 - 1)
     rows, line = [], 1
-    reader = csv.reader(decoded(path).splitlines(keepends=True), strict=True)
+    reader = csv.reader(_decoded(path).splitlines(keepends=True), strict=True)
     try:
         for fields in reader:
             rows.append((line, fields))
@@ -263,7 +238,7 @@ def read_csv(path: Path) -> list[Record]:
 
 def read_tsv(path: Path) -> list[Record]:
     """Tab-separated values with a header; one row per line, and quotes are text like any other."""
-    lines = enumerate(decoded(path).split("\n"), start=1)
+    lines = enumerate(_decoded(path).split("\n"), start=1)
     return _with_header(path, [(line, text.removesuffix("\r").split("\t")) for line, text in lines])
 
 
@@ -283,7 +258,7 @@ def _with_header(path: Path, rows: list[tuple[int, list[str]]]) -> list[Record]:
     return [(line, dict(zip(header, fields, strict=True))) for line, fields in rows[1:]]
 
 
-def decoded(path: Path) -> str:
+def _decoded(path: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark."""
     data = path.read_bytes()
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):

@@ -41,7 +41,7 @@ def main(args: Sequence[str]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     run = build(None, *rest, "--trainer.logger=false", "--trainer.accelerator=cpu")
     data: PromptDataModule = run.datamodule
-    if data._given_tokenizer is None:
+    if data._tokenizer is None:
         if run.model.tokenizer is None:
             raise ValueError("preview needs a tokenizer: pass --model.pretrained or --data.tokenizer")
         data.set_tokenizer(run.model.tokenizer)

@@ -228,11 +228,7 @@ def _sorted_members(rank: Tensor) -> Tensor:
 
 
 def batch_size(batch: Any) -> int:
-    """Number of examples: of prompts, or the first dimension of the first tensor in nested containers.
-
-    Raises:
-        TypeError: If the batch holds no tensor.
-    """
+    """Number of examples: of prompts, or the first dimension of the first tensor in nested containers."""
     if isinstance(batch, PromptBatch):
         return len(batch)
     if sizes := _sizes(batch):
@@ -252,23 +248,18 @@ def split_batch(batch: Any, micro_batch_size: int | None) -> list[Any]:
 
     Prompts are sorted by length. Of other batches every tensor in (nested) tuples, lists and dicts is cut along its
     first dimension; what is not a tensor, or has no dimension, is in every part.
-
-    Raises:
-        TypeError: If the batch holds no tensor.
-        ValueError: If its tensors do not agree in their first dimension.
     """
     if micro_batch_size is None:
         return [batch]
     if isinstance(batch, PromptBatch):
         return list(batch.split(micro_batch_size))
-    size = batch_size(batch)
     sizes = sorted(set(_sizes(batch)))
     if len(sizes) > 1:
         raise ValueError(
             f"micro_batch_size={micro_batch_size}: the batch's tensors differ in their first dimension "
             f"({sizes}), so it cannot be split by example"
         )
-    return [_cut(batch, start, start + micro_batch_size) for start in range(0, size, micro_batch_size)]
+    return [_cut(batch, start, start + micro_batch_size) for start in range(0, batch_size(batch), micro_batch_size)]
 
 
 def _sizes(batch: Any) -> list[int]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from smezo_pl.data.batch import PromptBatch
 from smezo_pl.data.collate import Collate
 from smezo_pl.data.encoding import Encoded, Encoder, MaskedLMEncoder, padding_id, stop_tokens
-from smezo_pl.data.loaders import BatchLimit, evaluation_loader, found_budget, train_loader
+from smezo_pl.data.loaders import BatchLimit, evaluation_loader, find_token_budget, train_loader
 from smezo_pl.data.sources import load_split
 from smezo_pl.data.splits import Split, SplitName, Splits, at_least
 from smezo_pl.models import load_tokenizer
@@ -162,8 +162,7 @@ class PromptDataModule(pl.LightningDataModule):
         if calibration != "none" and task.calibration is None:
             raise ValueError(f"task {task.name!r} has no content-free prompt, so it cannot be calibrated")
         self.calibration = calibration
-        self._given_tokenizer = tokenizer
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokenizer = tokenizer
         self._encoded: dict[SplitName, list[Encoded]] = {}
         self._limit: BatchLimit | None = None
 
@@ -176,19 +175,18 @@ class PromptDataModule(pl.LightningDataModule):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer: the one given, or the module's."""
-        if self._tokenizer is None:
-            given = self._given_tokenizer
-            if isinstance(given, str):
-                given = load_tokenizer(given)
-            elif given is None:
-                given = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
-            if given is None:
-                raise RuntimeError(
-                    "the data module has no tokenizer: give PromptDataModule(tokenizer=...), call set_tokenizer, or use"
-                    " a module with an attribute `tokenizer`"
-                )
-            self._tokenizer = given
-        return self._tokenizer
+        tokenizer = self._tokenizer
+        if isinstance(tokenizer, str):
+            tokenizer = load_tokenizer(tokenizer)
+        elif tokenizer is None:
+            tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+        if tokenizer is None:
+            raise RuntimeError(
+                "the data module has no tokenizer: give PromptDataModule(tokenizer=...), call set_tokenizer, or use"
+                " a module with an attribute `tokenizer`"
+            )
+        self._tokenizer = tokenizer
+        return tokenizer
 
     def prepare_data(self) -> None:
         """Download what comes from the hub, in one process only."""
@@ -248,7 +246,6 @@ class PromptDataModule(pl.LightningDataModule):
         collate = Collate(
             padding_id(self.tokenizer),
             loss,
-            # A step of the lm objective reads no candidate but the gold one.
             gold_only=training and loss == "lm" and (is_loss or self.task.is_generation),
             metrics=self.task.metrics,
             num_labels=len(self.task.labels) if isinstance(self.task.candidates, Mapping) else 0,
@@ -289,7 +286,7 @@ class PromptDataModule(pl.LightningDataModule):
         collate = self.collate()
         if self._limit is None:
             if self.eval_batch_size == "auto":
-                self._limit = BatchLimit(tokens=found_budget(self.trainer, encoded, collate))
+                self._limit = BatchLimit(tokens=find_token_budget(self.trainer, encoded, collate))
             else:
                 self._limit = BatchLimit(rows=self.eval_batch_size)
         return evaluation_loader(encoded, collate, self._limit, self.num_workers, *self._processes())

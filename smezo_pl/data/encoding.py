@@ -16,8 +16,7 @@ logger = logging.getLogger(__name__)
 
 Tokens = tuple[int, ...]
 
-# Examples that are tokenized at once: bounds the memory of the tokenizer's own records.
-_CHUNK = 256
+_CHUNK = 256  # examples that are tokenized at once: bounds the memory of the tokenizer's own records
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,12 @@ def fed_rows(candidates: Sequence[Tokens]) -> list[Tokens]:
 
 def special_token(tokenizer: PreTrainedTokenizerBase, *names: str) -> int | None:
     """The first of the special tokens ``"bos"``, ``"eos"``, ``"pad"``, ... that the tokenizer has."""
-    found = (getattr(tokenizer, f"{name}_token_id") for name in names)
-    return next((token for token in found if isinstance(token, int)), None)
+    tokens = (getattr(tokenizer, f"{name}_token_id") for name in names)
+    return next((token for token in tokens if isinstance(token, int)), None)
 
 
 def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
-    """The special tokens that the tokenizer puts before and after a text.
-
-    Raises:
-        ValueError: If it changes the text's own tokens as well.
-    """
+    """The special tokens that the tokenizer puts before and after a text."""
     probe = "It was"
     (plain,) = _ids(tokenizer, [probe])
     full: list[int] = tokenizer(probe, verbose=False)["input_ids"]
@@ -253,14 +248,7 @@ class MaskedLMEncoder:
 
     The tokenizer's own mask token replaces ``<mask>``, and its special tokens are at both ends. A candidate is one
     token: that of the word after a space. A text longer than ``max_length`` loses tokens at its start, and, if the mask
-    is near it, at its end; never special tokens, and never the mask.
-
-    Args:
-        tokenizer: A tokenizer with a mask token.
-        max_length: Most tokens of a text, special ones included.
-
-    Raises:
-        ValueError: If the tokenizer has no mask token, or ``max_length`` leaves no room for a text.
+    is near it, at its end; never special tokens, which ``max_length`` counts too, and never the mask.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:
@@ -276,11 +264,7 @@ class MaskedLMEncoder:
             raise ValueError(f"max_length {max_length} leaves no room for a mask and a token beside it")
 
     def encode(self, examples: Sequence[Example], origin: str = "example") -> list[Encoded]:
-        """Tokens of the examples, in their order; how many had to be cut is logged.
-
-        Raises:
-            ValueError: If a text does not hold exactly one mask, a label word is not one token, or two are the same.
-        """
+        """Tokens of the examples, in their order; how many had to be cut is logged."""
         words: dict[tuple[str, ...], tuple[Tokens, ...]] = {}
         encoded = []
         for example in examples:
@@ -333,10 +317,10 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Toke
     nothing; the answer is cut at it all the same.
     """
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    found = {token for token, text in enumerate(texts) if any(end in text for end in stop)}
+    tokens = {token for token, text in enumerate(texts) if any(end in text for end in stop)}
     if (eos := special_token(tokenizer, "eos")) is not None:
-        found.add(eos)
-    return tuple(sorted(found))
+        tokens.add(eos)
+    return tuple(sorted(tokens))
 
 
 def answer_texts(

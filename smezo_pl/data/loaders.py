@@ -242,7 +242,7 @@ def evaluation_loader(
     )
 
 
-def found_budget(trainer: pl.Trainer | None, examples: Sequence[Encoded], collate: Collate) -> int:
+def find_token_budget(trainer: pl.Trainer | None, examples: Sequence[Encoded], collate: Collate) -> int:
     """The most tokens per forward for the Trainer's module, by trying it on these examples; the same on every process.
 
     Without a Trainer, whose module is on its device, it is the CPU's number.

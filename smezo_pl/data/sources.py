@@ -56,20 +56,20 @@ def load_file(name: str | Path, task: Task, split: str, labelled: bool = True) -
             raise FileNotFoundError(f"there is no file {str(path)!r}")
         if path.suffix == ".parquet":
             table = _read_parquet(path)
-            found = Rows(table, str(path), _class_names(table.schema))
+            rows = Rows(table, str(path), _class_names(table.schema))
         else:
             records = READERS[path.suffix](path)
-            found = Rows([row for _, row in records], str(path), lines=[line for line, _ in records])
+            rows = Rows([row for _, row in records], str(path), lines=[line for line, _ in records])
     elif (hub := _HUB_NAME.match(str(name))) and not path.exists():
-        found = _from_hub(Source(hub["name"], hub["config"]), hub["split"] or split)
+        rows = _from_hub(Source(hub["name"], hub["config"]), hub["split"] or split)
     else:
         raise ValueError(
             f"{str(name)!r} is neither a file that ends in {', '.join((*READERS, '.parquet'))} nor a dataset on the"
             " hub (owner/name, owner/name@config:split)"
         )
-    _check(found, task, task.columns if labelled else task.columns[:-1])
-    logger.info("%s: %d rows of %s", task.name, len(found), found.origin)
-    return found
+    _check(rows, task, task.columns if labelled else task.columns[:-1])
+    logger.info("%s: %d rows of %s", task.name, len(rows), rows.origin)
+    return rows
 
 
 _HUB_NAME = re.compile(r"(?P<name>[\w-]+/[\w.-]+)(?:@(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?$")
@@ -84,29 +84,29 @@ def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> Ro
     if source is None:
         raise ValueError(f"task {task.name!r} names no data source")
     if task.name == "demo" and source.path is None:
-        found = Rows(demo_rows(split), f"demo ({split}, synthetic)", {"label": ("negative", "positive")})
-        logger.info("demo: %d bundled synthetic sentences (%s)", len(found), split)
+        rows = Rows(demo_rows(split), f"demo ({split}, synthetic)", {"label": ("negative", "positive")})
+        logger.info("demo: %d bundled synthetic sentences (%s)", len(rows), split)
     elif data_dir is not None:
-        found = _from_folder(task, split, Path(data_dir), source.folder or task.name)
+        rows = _from_folder(task, split, Path(data_dir), source.folder or task.name)
     elif source.path is not None:
-        found = _from_hub(source, split)
+        rows = _from_hub(source, split)
     else:
         raise ValueError(f"task {task.name!r} has no dataset on the hub: give data_dir")
-    _check(found, task, task.columns)
-    return found
+    _check(rows, task, task.columns)
+    return rows
 
 
-def _check(found: Rows, task: Task, needed: Sequence[str]) -> None:
-    if not len(found):
-        raise ValueError(f"{found.origin} holds no rows")
-    table = found.table
+def _check(rows: Rows, task: Task, needed: Sequence[str]) -> None:
+    if not len(rows):
+        raise ValueError(f"{rows.origin} holds no rows")
+    table = rows.table
     names = (name for row in table for name in row) if isinstance(table, list) else table.column_names
     present = list(dict.fromkeys(names))
     missing = [column for column in needed if column not in present]
     if missing:
         near = get_close_matches(missing[0], present, n=1)
         raise ValueError(
-            f"{found.origin} lacks {'column' if len(missing) == 1 else 'columns'} {', '.join(map(repr, missing))} of"
+            f"{rows.origin} lacks {'column' if len(missing) == 1 else 'columns'} {', '.join(map(repr, missing))} of"
             f" task {task.name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; it has"
             f" {', '.join(map(repr, present))}"
         )

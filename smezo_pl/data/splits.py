@@ -43,9 +43,6 @@ def sample_train_dev(count: int, num_train: int, num_dev: int, seed: int, origin
 
     The split is shuffled by the seed and ``num_train + num_dev`` rows are taken, the last ``num_dev`` of them for dev.
     A smaller split is used whole and divided in the same proportion, which is logged.
-
-    Raises:
-        ValueError: If one of the two was asked for and gets no row.
     """
     if num_train + num_dev > count:
         dev = round(count * num_dev / (num_train + num_dev))
@@ -69,9 +66,6 @@ def sample_k_per_class(
     """``k`` rows of every class for training and, if they come from the same split, ``k`` others for dev.
 
     The rows are shuffled by the seed; of each class the first ``k`` train, the next ``k`` are dev.
-
-    Raises:
-        ValueError: If a class has too few; it says how many there are.
     """
     order = permutation(len(labels), seed)
     by_class: dict[int, list[int]] = defaultdict(list)
@@ -109,9 +103,6 @@ class Splits:
     """The three splits of a task, each drawn when it is asked for: a pure function of these settings and the data.
 
     The settings are those of `smezo_pl.PromptDataModule`.
-
-    Raises:
-        ValueError: For a number out of range, or settings that do not go together.
     """
 
     task: Task
@@ -147,11 +138,7 @@ class Splits:
             self.sizes[name] = at_least(f"num_{name}", default if asked is None else asked, least)
 
     def get(self, name: SplitName, predicting: bool = False) -> Split:
-        """A split; with ``predicting`` the labels of the test set may be unknown.
-
-        Raises:
-            ValueError: If there are too few rows, or one cannot be made into an example.
-        """
+        """A split; with ``predicting`` the labels of the test set may be unknown."""
         if name not in ("train", "dev", "test"):
             raise ValueError(f"split must be one of train, dev, test, got {name!r}")
         if name not in self.drawn:

@@ -17,7 +17,7 @@ from smezo_pl.data.loaders import (
     EpochSampler,
     LengthSampler,
     evaluation_loader,
-    found_budget,
+    find_token_budget,
     token_budget,
     train_loader,
 )
@@ -176,12 +176,12 @@ def test_an_example_alone_is_a_batch() -> None:
 GPU = torch.device("meta")
 
 
-def memory_for(most: int, there: int, asked: list[int]) -> Callable[[int], int]:
-    """A trial on a device whose memory holds ``most`` tokens, with ``there`` tokens of data; it notes what is asked."""
+def memory_for(most: int, available: int, asked: list[int]) -> Callable[[int], int]:
+    """Trials on a device whose memory holds ``most`` tokens, with ``available`` tokens of data; notes what is asked."""
 
     def trial(tokens: int) -> int:
         asked.append(tokens)
-        held = min(tokens, there)
+        held = min(tokens, available)
         if held > most:
             raise torch.OutOfMemoryError("too many")
         return held
@@ -215,8 +215,8 @@ def test_an_error_if_the_first_trial_does_not_fit() -> None:
 def test_tokens_per_forward_on_a_cpu_are_a_fixed_number(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "smezo_pl"):
         assert token_budget(torch.device("cpu"), memory_for(0, 1, [])) == CPU_TOKENS
-        assert found_budget(None, [], Collate(0)) == CPU_TOKENS
-        assert found_budget(None, [], Collate(0, "lm", max_new_tokens=5)) == CPU_GENERATION_TOKENS
+        assert find_token_budget(None, [], Collate(0)) == CPU_TOKENS
+        assert find_token_budget(None, [], Collate(0, "lm", max_new_tokens=5)) == CPU_GENERATION_TOKENS
     assert f"eval_batch_size auto: {CPU_TOKENS} tokens per forward, which suits a CPU's caches" in caplog.text
 
 

@@ -27,8 +27,8 @@ from smezo_pl.optim.parameters import (
     matches,
     require_matches,
 )
-from smezo_pl.optim.perturbation import Closure, Forwards, deferred_interrupt
-from smezo_pl.optim.perturbation.layerwise import Layerwise
+from smezo_pl.optim.perturbation import deferred_interrupt, run_forwards
+from smezo_pl.optim.perturbation.layerwise import Closure, Layerwise
 from smezo_pl.optim.selection import MaskStat, Selection
 from smezo_pl.optim.step import StepPerturbation, StepRecord, check_record
 
@@ -365,9 +365,10 @@ class SparseMeZO(Optimizer):
             raise TypeError("SparseMeZO.step needs a closure that runs the forward and returns the loss")
         started = perf_counter()
         self.prepare_masks()
-        forwards = Forwards(self._perturbation(self._steps_done), self._layerwise, self._log_once)
-        losses = forwards.losses(closure, self.num_samples)
-        self._copied_bytes = forwards.copied_bytes
+        step = self._perturbation(self._steps_done)
+        losses, forward_seconds, self._copied_bytes = run_forwards(
+            closure, self.num_samples, step, self._layerwise, self._log_once
+        )
         eps = self.param_groups[0]["eps"]
         gradients = tuple(float32((plus - minus) / (2.0 * eps)) for plus, minus in losses)
         skipped = not all(math.isfinite(value) for value in (*gradients, *(v for pair in losses for v in pair)))
@@ -378,9 +379,9 @@ class SparseMeZO(Optimizer):
             **self._rates(),
             skipped=skipped,
             refreshed=self._refreshed,
-            forward_seconds=forwards.seconds,
+            forward_seconds=forward_seconds,
         )
-        self.replay_steps([record])
+        self._apply(record, step)
         self._last_step = replace(record, total_seconds=perf_counter() - started)
         if self._skipped_in_row >= self.max_skipped:
             raise NonFiniteLossError(
@@ -426,16 +427,20 @@ class SparseMeZO(Optimizer):
             check_record(record, index, len(self.param_groups), self.num_samples)
         self.prepare_masks()
         for record in steps:
-            with deferred_interrupt():
-                if not record.skipped:
-                    self._perturbation(record.step).update(record, self.param_groups)
-                self._steps_done += 1
-                self._skipped += record.skipped
-                self._skipped_in_row = self._skipped_in_row + 1 if record.skipped else 0
-                self._refreshed = False
+            self._apply(record, self._perturbation(record.step))
 
     def _perturbation(self, step: int) -> StepPerturbation:
-        return StepPerturbation(self._tensors(), self._selection, self.noise, self.seed, step)
+        return StepPerturbation(self._tensors(), self._selection, self.noise, self.seed, step, self.num_samples)
+
+    def _apply(self, record: StepRecord, step: StepPerturbation) -> None:
+        """Make the update of a step and count it, whole or not at all."""
+        with deferred_interrupt():
+            if not record.skipped:
+                step.update(record, self.param_groups)
+            self._steps_done += 1
+            self._skipped += record.skipped
+            self._skipped_in_row = self._skipped_in_row + 1 if record.skipped else 0
+            self._refreshed = False
 
     def _rates(self) -> dict[str, Any]:
         """What a record has for each parameter group."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from smezo_pl.optim.kernels import Kernel, Update
@@ -56,11 +57,7 @@ class StepRecord:
 
 
 def check_record(record: StepRecord, step: int, groups: int, samples: int) -> None:
-    """Refuse a record that does not fit an optimizer at step ``step``, of so many groups and samples per step.
-
-    Raises:
-        ValueError: If it is not the next one, or numbers are missing.
-    """
+    """Refuse a record that does not fit an optimizer at step ``step``, of so many groups and samples per step."""
     if record.step != step:
         raise ValueError(f"step {record.step} cannot be made now: the next step is {step}")
     if not len(record.lr) == len(record.weight_decay) == groups:
@@ -69,6 +66,15 @@ def check_record(record: StepRecord, step: int, groups: int, samples: int) -> No
         raise ValueError(
             f"step {record.step} has {len(record.projected_gradients)} projected gradients, expected {samples}"
         )
+
+
+class TensorPasses(NamedTuple):
+    """What the passes over one tensor take in one step."""
+
+    tensor: OptimizedTensor
+    kernel: Kernel
+    mask: Mask
+    streams: list[Stream]
 
 
 class StepPerturbation:
@@ -80,31 +86,27 @@ class StepPerturbation:
         noise: Distribution of the noise.
         seed: Base seed.
         step: Index of the step.
+        samples: Number of samples.
+
+    Attributes:
+        passes: Kernel, mask and noise of each parameter, by its id; the same for all passes of the step.
     """
 
     def __init__(
-        self, tensors: Sequence[OptimizedTensor], selection: Selection, noise: Distribution, seed: int, step: int
+        self,
+        tensors: Sequence[OptimizedTensor],
+        selection: Selection,
+        noise: Distribution,
+        seed: int,
+        step: int,
+        samples: int,
     ) -> None:
-        self.tensors, self.noise = tensors, noise
-        self._selection, self._seed, self._step = selection, seed, step
-        self._by_id = {id(tensor.parameter): tensor for tensor in tensors}
-        self._masks: dict[int, Mask] = {}
-
-    def tensor(self, parameter: nn.Parameter) -> OptimizedTensor:
-        """The entry of a parameter."""
-        return self._by_id[id(parameter)]
-
-    def mask(self, parameter: nn.Parameter) -> Mask:
-        """The mask of a parameter at this step."""
-        mask = self._masks.get(id(parameter))
-        if mask is None:
-            mask = self._selection.mask(self.tensor(parameter), self._seed, self._step)
-            self._masks[id(parameter)] = mask
-        return mask
-
-    def stream(self, tensor: OptimizedTensor, sample: int) -> Stream:
-        """Where the noise of a tensor comes from."""
-        return Stream(self._seed, self._step, sample, tensor.number)
+        self.noise = noise
+        self.passes: dict[int, TensorPasses] = {}
+        for tensor in tensors:
+            streams = [Stream(seed, step, sample, tensor.number) for sample in range(samples)]
+            mask = selection.mask(tensor, seed, step)
+            self.passes[id(tensor.parameter)] = TensorPasses(tensor, tensor.kernel, mask, streams)
 
     def update(self, record: StepRecord, groups: Sequence[dict[str, Any]]) -> None:
         """Subtract ``lr * (g * m * z + decay * m * theta)`` from the weights, averaged over the samples.
@@ -113,32 +115,20 @@ class StepPerturbation:
             record: The step.
             groups: The parameter groups.
         """
-        coefficients = {id(g): each for g, each in zip(groups, _coefficients(groups, record), strict=True)}
+        first_eps, gradients = groups[0]["eps"], record.projected_gradients
+        exact, rounded = {}, {}
+        for group, lr, weight_decay in zip(groups, record.lr, record.weight_decay, strict=True):
+            rate, ratio = -lr if group["maximize"] else lr, first_eps / group["eps"]
+            scales, decay = [rate * g / len(gradients) * ratio for g in gradients], lr * weight_decay
+            exact[id(group)] = scales, decay
+            rounded[id(group)] = [float32(scale) for scale in scales], float32(decay)
         updates: dict[Kernel, list[Update]] = {}
-        for tensor in self.tensors:
-            scales, decay = coefficients[id(tensor.group)]
-            parameter = tensor.parameter
-            if not tensor.double:
-                scales, decay = [float32(scale) for scale in scales], float32(decay)
-            if not any(scales) and not decay:
-                continue  # nothing to add: adding a zero could still turn the sign of a zero
-            streams = [self.stream(tensor, sample) for sample in range(len(scales))]
-            rounding = streams[0] if parameter.element_size() == 2 else None
-            update = Update(tensor.flat, self.mask(parameter), streams, scales, decay, rounding)
-            updates.setdefault(tensor.kernel, []).append(update)
+        for tensor, kernel, mask, streams in self.passes.values():
+            theta = tensor.flat
+            scales, decay = (exact if theta.dtype == torch.float64 else rounded)[id(tensor.group)]
+            updates.setdefault(kernel, []).append(Update(theta, mask, streams, scales, decay, streams[0]))
         for kernel, of_kernel in updates.items():
             kernel.update_all(of_kernel, self.noise)
-
-
-def _coefficients(groups: Sequence[dict[str, Any]], record: StepRecord) -> list[tuple[list[float], float]]:
-    """For each group the factor of each sample's noise, and the decay, in float64."""
-    first_eps, gradients = groups[0]["eps"], record.projected_gradients
-    coefficients = []
-    for group, rate, decay in zip(groups, record.lr, record.weight_decay, strict=True):
-        sign = -1.0 if group["maximize"] else 1.0
-        scales = [sign * rate * g / len(gradients) * (first_eps / group["eps"]) for g in gradients]
-        coefficients.append((scales, rate * decay))
-    return coefficients
 
 
 class Direction:
@@ -154,25 +144,19 @@ class Direction:
         self._step, self._sample, self._sign = step, sample, sign
 
     def whole(self, parameter: nn.Parameter, out: Tensor) -> None:
-        """Put a parameter's perturbed weights into ``out``, which has its shape."""
-        self._perturb(parameter, out, self._step.mask(parameter))
+        """Put a parameter's perturbed weights into ``out``, which is flat."""
+        tensor, kernel, mask, streams = self._step.passes[id(parameter)]
+        scale = self._sign * float(tensor.group["eps"])
+        kernel.perturb(tensor.flat, out, mask, self._step.noise, streams[self._sample], scale)
 
     def in_place(self, parameter: nn.Parameter, mask: Mask) -> None:
         """Perturb the parameter itself under a packed mask of its unperturbed weights."""
-        self._perturb(parameter, parameter.detach(), mask)
+        tensor, kernel, _, streams = self._step.passes[id(parameter)]
+        theta, scale = tensor.flat, self._sign * float(tensor.group["eps"])
+        kernel.perturb(theta, theta, mask, self._step.noise, streams[self._sample], scale)
 
     def rows(self, parameter: nn.Parameter, rows: Tensor, out: Tensor) -> None:
         """Put the perturbed rows of these numbers into ``out``."""
-        tensor, step = self._step.tensor(parameter), self._step
-        stream, scale = step.stream(tensor, self._sample), self._scale(tensor)
-        tensor.kernel.perturb_rows(parameter.detach(), out, rows, step.mask(parameter), step.noise, stream, scale)
-
-    def _perturb(self, parameter: nn.Parameter, out: Tensor, mask: Mask) -> None:
-        tensor, step = self._step.tensor(parameter), self._step
-        stream, scale = step.stream(tensor, self._sample), self._scale(tensor)
-        tensor.kernel.perturb(tensor.flat, out.view(-1), mask, step.noise, stream, scale)
-
-    def _scale(self, tensor: OptimizedTensor) -> float:
-        """``sign * eps``, in the precision that the noise is added in."""
-        value = self._sign * float(tensor.group["eps"])
-        return value if tensor.double else float32(value)
+        tensor, kernel, mask, streams = self._step.passes[id(parameter)]
+        scale = self._sign * float(tensor.group["eps"])
+        kernel.perturb_rows(parameter.detach(), out, rows, mask, self._step.noise, streams[self._sample], scale)

@@ -14,71 +14,45 @@ import torch
 from torch import Tensor
 
 from smezo_pl.optim.masks import Mask
-from smezo_pl.optim.parameters import some
-from smezo_pl.optim.perturbation.layerwise import Layerwise
+from smezo_pl.optim.perturbation.layerwise import Closure, Layerwise
 from smezo_pl.optim.step import Direction, StepPerturbation
 
-Closure = Callable[[], "Tensor | float"]
 
+def run_forwards(
+    closure: Closure,
+    samples: int,
+    step: StepPerturbation,
+    layerwise: Layerwise | None,
+    log_once: Callable[[str], None],
+) -> tuple[tuple[tuple[float, float], ...], float, int]:
+    """Run a closure on both perturbations of every sample, in place where there is no ``layerwise``.
 
-class Forwards:
-    """Runs a closure on both perturbations of every sample.
+    Returns:
+        ``(l+, l-)`` of each sample, the seconds spent in the closure, and the bytes of copies of the active weights.
 
-    Args:
-        step: Perturbs the weights of this step.
-        layerwise: Perturbs inside the forward; None for in place.
-        log_once: Takes lines for the log.
-
-    Attributes:
-        seconds: Time spent in the closure.
-        copied_bytes: Size of the copies of the active weights; 0 layer by layer.
+    Raises:
+        TypeError: If the closure does not return a number.
     """
-
-    def __init__(self, step: StepPerturbation, layerwise: Layerwise | None, log_once: Callable[[str], None]) -> None:
-        self._step, self._layerwise, self._log_once = step, layerwise, log_once
-        self.seconds = 0.0
-        self.copied_bytes = 0
-
-    def losses(self, closure: Closure, samples: int) -> tuple[tuple[float, float], ...]:
-        """``(l+, l-)`` of each sample.
-
-        Raises:
-            TypeError: If the closure does not return a number.
-        """
-        raw: list[Tensor | float] = []
-        way: Layerwise | InPlace
-        if self._layerwise is not None:
-            way = self._layerwise
-        else:
-            way = InPlace(self._step)
-            self.copied_bytes = way.nbytes()
-            self._log_once(
-                f"in place: {self.copied_bytes / 2**20:.1f} MiB of copies of the active weights; attach(module) "
-                "needs only the largest layer"
-            )
-        for sample in range(samples):
-            for sign in (1.0, -1.0):
-                with way.perturbed(Direction(self._step, sample, sign)):
-                    started = perf_counter()
-                    raw.append(_check_loss(self._call(closure)))
-                    self.seconds += perf_counter() - started - way.write_seconds
-        values = _read_losses(raw)
-        return tuple(zip(values[::2], values[1::2], strict=True))
-
-    def _call(self, closure: Closure) -> Tensor | float:
-        layerwise = self._layerwise
-        if layerwise is None or layerwise.watched_once:
-            return closure()
-        while True:
-            with layerwise.watched() as readings:
-                loss = closure()
-            held = layerwise.settle(readings)
-            if not held:
-                layerwise.watched_once = True
-                return loss
-            self._log_once(
-                f"attach: weights used outside their module's forward, held by an enclosing module: {some(held)}"
-            )
+    raw: list[Tensor | float] = []
+    seconds, copied_bytes = 0.0, 0
+    way: Layerwise | InPlace
+    if layerwise is not None:
+        way = layerwise
+    else:
+        way = InPlace(step)
+        copied_bytes = way.nbytes()
+        log_once(
+            f"in place: {copied_bytes / 2**20:.1f} MiB of copies of the active weights; attach(module) "
+            "needs only the largest layer"
+        )
+    for sample in range(samples):
+        for sign in (1.0, -1.0):
+            with way.perturbed(Direction(step, sample, sign)):
+                started = perf_counter()
+                raw.append(_check_loss(closure() if layerwise is None else layerwise.run(closure, log_once)))
+                seconds += perf_counter() - started - way.write_seconds
+    values = _read_losses(raw)
+    return tuple(zip(values[::2], values[1::2], strict=True)), seconds, copied_bytes
 
 
 class InPlace:
@@ -92,22 +66,22 @@ class InPlace:
     """Seconds of perturbing within the closure: none."""
 
     def __init__(self, step: StepPerturbation) -> None:
-        self._saved = [(t, *t.kernel.select(t.flat, step.mask(t.parameter))) for t in step.tensors]
+        self._saved = [(t, kernel, *kernel.select(t.flat, mask)) for t, kernel, mask, _ in step.passes.values()]
 
     def nbytes(self) -> int:
         """Bytes of the copies and of their packed masks."""
-        return sum(t.numel() * t.element_size() for _, bits, saved in self._saved for t in (bits, saved))
+        return sum(part.nbytes for _, _, *parts in self._saved for part in parts)
 
     @contextmanager
     def perturbed(self, direction: Direction) -> Iterator[None]:
         """Inside the block the parameters are perturbed."""
         try:
-            for tensor, bits, _ in self._saved:
+            for tensor, _, bits, _ in self._saved:
                 direction.in_place(tensor.parameter, Mask("packed", bits=bits))
             yield
         finally:
-            for tensor, bits, saved in self._saved:
-                tensor.kernel.restore(tensor.flat, bits, saved)
+            for tensor, kernel, bits, saved in self._saved:
+                kernel.restore(tensor.flat, bits, saved)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from smezo_pl.optim.perturbation.reads import Reading, ReadWatch, is_compiled, nearest_holder
+from smezo_pl.optim.parameters import some
+from smezo_pl.optim.perturbation.reads import Reading, ReadWatch
 from smezo_pl.optim.step import Direction
+
+Closure = Callable[[], "Tensor | float"]
 
 _ALIGNMENT = 64
 """Elements. Keeps every copy on the 64-byte boundary that torch's own allocations have."""
@@ -32,7 +35,7 @@ class ScratchStack:
     def __init__(self) -> None:
         self._chunks: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         self._used: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        self._views: dict[tuple[torch.dtype, torch.device, int, int, torch.Size], Tensor] = {}
+        self._views: dict[tuple[torch.dtype, torch.device, int, int, torch.Size], tuple[Tensor, Tensor]] = {}
         self._storages: set[int] = set()
 
     def reserve(self, dtype: torch.dtype, device: torch.device, numel: int) -> None:
@@ -45,8 +48,8 @@ class ScratchStack:
             self._views.clear()
             self._storages = self._addresses()
 
-    def take(self, like: Tensor) -> tuple[Tensor, int]:
-        """A contiguous buffer of the shape of ``like``, and the number of its chunk for `release`."""
+    def take(self, like: Tensor) -> tuple[Tensor, Tensor, int]:
+        """A contiguous buffer, flat and in the shape of ``like``, and the number of its chunk for `release`."""
         key = (like.dtype, like.device)
         chunks, used = self._chunks.setdefault(key, []), self._used.setdefault(key, [])
         size = padded(like.numel())
@@ -61,11 +64,12 @@ class ScratchStack:
         start = used[number]
         used[number] += size
         view_key = (*key, number, start, like.shape)
-        view = self._views.get(view_key)
-        if view is None:  # kept: a model has few shapes, and making a view takes as long as perturbing a small tensor
+        views = self._views.get(view_key)
+        if views is None:  # kept: a model has few shapes, and making a view takes as long as perturbing a small tensor
             with torch.inference_mode(False):
-                view = self._views[view_key] = chunks[number][start : start + like.numel()].view(like.shape)
-        return view, number
+                flat = chunks[number][start : start + like.numel()]
+                views = self._views[view_key] = flat, flat.view(like.shape)
+        return *views, number
 
     def release(self, buffer: Tensor, number: int) -> None:
         """Take back the buffer that was taken last from chunk ``number``."""
@@ -159,7 +163,7 @@ class Layerwise:
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._slots: dict[int, list[_Slot]] = {}
         for path, owner in module.named_modules():
-            if is_compiled(owner):
+            if type(owner).__name__ == "OptimizedModule" or owner._compiled_call_impl is not None:
                 raise ValueError(
                     f"attach: module {path or type(owner).__name__!r} is compiled by torch.compile, whose graph keeps "
                     "the weights it was traced with; attach the module that was compiled, or do not attach (in place)"
@@ -185,7 +189,7 @@ class Layerwise:
         self._direction: Direction | None = None
         self._watch: ReadWatch | None = None
         self._handles: dict[nn.Module, tuple[RemovableHandle, RemovableHandle]] = {}
-        self.watched_once = False
+        self._watched_once = False
         self.write_seconds = 0.0
         for owner in self._held_by:
             self._hook(owner)
@@ -213,47 +217,46 @@ class Layerwise:
             self._direction = None
             self._put_all_back()
 
-    @contextmanager
-    def watched(self) -> Iterator[list[Reading]]:
-        """Inside `perturbed`, notice weights that are read unperturbed; `settle` takes the result."""
-        watch = ReadWatch(slot.parameter for slots in self._slots.values() for slot in slots[:1])
-        self._watch = watch
-        try:
-            with watch.active():
-                yield watch.readings
-        finally:
-            self._watch = None
-
-    def settle(self, readings: Iterable[Reading]) -> list[str]:
-        """Let an ancestor hold each weight that was read unperturbed.
-
-        Returns:
-            Names of these weights; unless there are none, the forward must run again.
+    def run(self, closure: Closure, log_once: Callable[[str], None]) -> Tensor | float:
+        """Run the closure inside `perturbed`: the first time again and again, until no weight is read unperturbed.
 
         Raises:
-            RuntimeError: If no running module can hold a weight.
+            RuntimeError: If no running module can hold a weight that is read.
         """
-        names = []
-        contained = set(self.module.modules())
-        for reading in readings:
-            name = self._names[id(reading.parameter)]
-            slots = self._slots[id(reading.parameter)]
-            holder = nearest_holder(reading, {slot.owner for slot in slots}, contained)
-            if holder is None or any(s.parameter is reading.parameter for s in self._held_by.get(holder, ())):
-                raise RuntimeError(
-                    f"parameter {name!r} is read by {reading.operator} outside the forward of any module that holds "
-                    "it, so a layer-by-layer perturbation would miss it; use the in-place perturbation (do not call "
-                    "attach) or leave the parameter out with exclude"
-                )
-            inside = set(holder.modules())
-            for slot in slots:
-                if slot.owner in inside:
-                    self._held_by[slot.owner] = [s for s in self._held_by.get(slot.owner, []) if s is not slot]
-            self._reserved = False
-            self._held_by.setdefault(holder, []).extend(slot for slot in slots if slot.owner in inside)
-            self._hook(holder)
-            names.append(name)
-        return names
+        while not self._watched_once:
+            self._watch = ReadWatch(slots[0].parameter for slots in self._slots.values())
+            try:
+                with self._watch.active():
+                    loss = closure()
+            finally:
+                readings, self._watch = self._watch.readings, None
+            if not readings:
+                self._watched_once = True
+                return loss
+            held = some([self._hold(reading) for reading in readings])
+            log_once(f"attach: weights used outside their module's forward, held by an enclosing module: {held}")
+        return closure()
+
+    def _hold(self, reading: Reading) -> str:
+        """Let an ancestor hold a weight that was read unperturbed, from now on; its name."""
+        name, slots = self._names[id(reading.parameter)], self._slots[id(reading.parameter)]
+        owners, contained = {slot.owner for slot in slots}, set(self.module.modules())
+        running = (module for module in reversed(reading.running) if module in contained)
+        holder = next((module for module in running if not owners.isdisjoint(module.modules())), None)
+        if holder is None or any(s.parameter is reading.parameter for s in self._held_by.get(holder, ())):
+            raise RuntimeError(
+                f"parameter {name!r} is read by {reading.operator} outside the forward of any module that holds "
+                "it, so a layer-by-layer perturbation would miss it; use the in-place perturbation (do not call "
+                "attach) or leave the parameter out with exclude"
+            )
+        inside = set(holder.modules())
+        for slot in slots:
+            if slot.owner in inside:
+                self._held_by[slot.owner] = [s for s in self._held_by.get(slot.owner, []) if s is not slot]
+        self._reserved = False
+        self._held_by.setdefault(holder, []).extend(slot for slot in slots if slot.owner in inside)
+        self._hook(holder)
+        return name
 
     def _hook(self, module: nn.Module) -> None:
         if module not in self._handles:
@@ -342,8 +345,8 @@ class Layerwise:
             copy = copies.get(id(slot.parameter))
             number = -1
             if copy is None:
-                buffer, number = self._scratch.take(slot.parameter)
-                direction.whole(slot.parameter, buffer)
+                flat, buffer, number = self._scratch.take(slot.parameter)
+                direction.whole(slot.parameter, flat)
                 # torch.matmul folds or not by requires_grad, also under no_grad: the copy must look like the original
                 copy = nn.Parameter(buffer, requires_grad=slot.parameter.requires_grad)
                 copies[id(slot.parameter)] = copy

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,16 +92,3 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     first = int(tensor.storage_offset()) * tensor.element_size()
     reach = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return first, first + (reach + 1) * tensor.element_size()
-
-
-def nearest_holder(reading: Reading, owners: set[nn.Module], inside: set[nn.Module]) -> nn.Module | None:
-    """The innermost running module that contains an owner of the weight and is one of ``inside``."""
-    holders = (m for m in reversed(reading.running) if m in inside and not owners.isdisjoint(m.modules()))
-    return next(holders, None)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` has wrapped the module: its graph holds the parameters it was traced with."""
-    optimized = getattr(getattr(torch, "_dynamo", None), "eval_frame", None)
-    kind = getattr(optimized, "OptimizedModule", ())
-    return isinstance(module, kind) or getattr(module, "_compiled_call_impl", None) is not None

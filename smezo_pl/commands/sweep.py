@@ -7,24 +7,27 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from time import perf_counter
-from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+import yaml
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from torch import nn
 
 from smezo_pl.cli import SmezoCLI, known_keys, suggestion
-from smezo_pl.commands.sweep_plan import CONFIG, Run, dumped, plan, read_grid, read_yaml
+from smezo_pl.commands.sweep_plan import CONFIG, Run, plan, read_grid, read_yaml
 from smezo_pl.commands.tables import write_summary
 from smezo_pl.trajectory.files import lock_file
 
 LOG = "log.txt"
+
+say = partial(print, flush=True)  # also where standard output is a file
 
 
 class _ParserOnly(SmezoCLI):
@@ -45,31 +48,23 @@ def check_runs(runs: Iterable[Run]) -> None:
     parser = _ParserOnly(parser_kwargs={"prog": "smezo", "exit_on_error": False}, run=False).parser
     for run in runs:
         try:
-            _check_optimizer(parser.instantiate_classes(parser.parse_object(run.config)).model)
+            module = parser.instantiate_classes(parser.parse_object(run.config)).model
+            if module.zeroth_order:
+                module.build_optimizer([("weight", nn.Parameter(torch.zeros(2, 2)))])
         except (argparse.ArgumentError, TypeError, ValueError) as error:
             message = " ".join(str(error).split())
-            raise ValueError(f"run {run.name!r}: {message}{suggestion(message, known_keys(parser))}") from error
+            # Patterns of parameters are for the model's own, which has not been loaded.
+            if "matches no parameter" not in message and "no parameter is optimized" not in message:
+                raise ValueError(f"run {run.name!r}: {message}{suggestion(message, known_keys(parser))}") from error
 
 
-def _check_optimizer(module: Any) -> None:
-    """Check the optimizer's arguments, which otherwise waits until the model is loaded."""
-    if not module.zeroth_order:
-        return
-    try:
-        module.build_optimizer([("weight", nn.Parameter(torch.zeros(2, 2)))])
-    except ValueError as error:
-        if "matches no parameter" not in str(error) and "no parameter is optimized" not in str(error):
-            raise
-
-
-def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[Run]:
-    """Run what is not finished, at most ``jobs`` at once.
+def run_all(runs: Sequence[Run], jobs: int) -> list[Run]:
+    """Run what is not finished, at most ``jobs`` at once; returns the runs that failed.
 
     A run that fails is reported, and the others continue. A run that another sweep is working on is left to it. On
-    Ctrl-C or a termination signal the runs are ended too; each has its last checkpoint. ``say`` gets one line for each
-    run that begins, ends or is skipped. Returns the runs that failed.
+    Ctrl-C or a termination signal the runs are ended too; each has its last checkpoint.
     """
-    work = _Work(say)
+    work = _Work()
     with ThreadPoolExecutor(max_workers=jobs) as pool:
         futures = [
             pool.submit(work.run, run, f"[{number}/{len(runs)}] {run.name}") for number, run in enumerate(runs, 1)
@@ -85,8 +80,7 @@ def run_all(runs: Sequence[Run], jobs: int, say: Callable[[str], None]) -> list[
 class _Work:
     """The running processes."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self) -> None:
         self._stopped = Event()
         self._lock = Lock()
         self._processes: set[subprocess.Popen[bytes]] = set()
@@ -101,31 +95,33 @@ class _Work:
     def run(self, run: Run, title: str) -> bool:
         """Train where that is not done, then test where that is asked for; whether both succeeded."""
         if run.state == "finished":
-            self._say(f"{title}: finished before, skipped")
+            say(f"{title}: finished before, skipped")
             return True
         run.folder.mkdir(parents=True, exist_ok=True)
         handle = lock_file(run.folder / "lock")
         if handle is None:
-            self._say(f"{title}: another process is working on it, left to that")
+            say(f"{title}: another process is working on it, left to that")
             return True
         try:
-            (run.folder / CONFIG).write_text(dumped(run.config), encoding="utf-8")
+            (run.folder / CONFIG).write_text(yaml.safe_dump(run.config, sort_keys=False), encoding="utf-8")
             began = perf_counter()
             if run.state in ("new", "interrupted"):
-                self._say(f"{title}: {'begins' if run.checkpoint is None else 'resumes from its checkpoint'}")
-                if not self._smezo(run, title, handle, "fit", run.checkpoint):
+                say(f"{title}: {'begins' if run.checkpoint is None else 'resumes from its checkpoint'}")
+                if not self._smezo(run, title, handle, "fit"):
                     return False
-            if run.state == "fitted":
-                version = "--trainer.logger.init_args.version=test"
-                if not self._smezo(run, title, handle, "test", run.tested_checkpoint, version):
-                    return False
-            self._say(f"{title}: {_outcome(run)} ({perf_counter() - began:.0f} s)")
+            if run.state == "fitted" and not self._smezo(run, title, handle, "test"):
+                return False
+            say(f"{title}: {_outcome(run)} ({perf_counter() - began:.0f} s)")
             return True
         finally:
             os.close(handle)
 
-    def _smezo(self, run: Run, title: str, handle: int, name: str, checkpoint: Path | None, *more: str) -> bool:
-        command = [sys.executable, "-m", "smezo_pl", name, f"--config={run.folder / CONFIG}", *more]
+    def _smezo(self, run: Run, title: str, handle: int, subcommand: Literal["fit", "test"]) -> bool:
+        command = [sys.executable, "-m", "smezo_pl", subcommand, f"--config={run.folder / CONFIG}"]
+        checkpoint, result = run.checkpoint, run.folder / "metrics.json"
+        if subcommand == "test":
+            checkpoint, result = run.tested_checkpoint, run.test_result
+            command.append("--trainer.logger.init_args.version=test")
         if checkpoint is not None:
             command.append(f"--ckpt_path={checkpoint}")
         # The child inherits the lock: if this process is killed, a new sweep sees that the run is still running.
@@ -141,19 +137,18 @@ class _Work:
             code = process.wait()
         with self._lock:
             self._processes.discard(process)
-        done = run.test_result if name == "test" else run.folder / "metrics.json"
-        if code == 0 and done.is_file():
+        if code == 0 and result.is_file():
             return True
         if not self._stopped.is_set():
             reason = _last_line(run.folder / LOG)
-            self._say(f"{title}: FAILED in `smezo {name}` (status {code}): {reason} (see {run.folder / LOG})")
+            say(f"{title}: FAILED in `smezo {subcommand}` (status {code}): {reason} (see {run.folder / LOG})")
         return False
 
 
 def _outcome(run: Run) -> str:
-    result = run.result() or {}
-    values = {**(result.get("after") or {})}
-    values |= {f"test {name}": value for name, value in result.get("test", {}).get("metrics", {}).items()}
+    result = run.result()
+    test = result.get("test", {}).get("metrics", {})
+    values = {**(result["after"] or {}), **{f"test {name}": value for name, value in test.items()}}
     return ", ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float)) or "done"
 
 
@@ -208,11 +203,8 @@ def sweep(
 ) -> int:
     """Run a grid; the arguments are those of the command line.
 
-    Returns:
-        The exit status: 0, or 1 if a run failed, or 130 if the sweep was interrupted.
-
-    Raises:
-        ValueError: If a file, a key or a value is wrong; nothing has been run then.
+    Returns the exit status: 0, or 1 if a run failed, or 130 if the sweep was interrupted. A file, a key or a value that
+    is wrong is a ``ValueError`` before anything has been run.
     """
     base = read_yaml(config)
     if not isinstance(base, dict):
@@ -223,11 +215,11 @@ def sweep(
         for run in runs:
             print(f"{run.name}: {run.state}")
         return 0
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failed = run_all(runs, jobs, lambda line: print(line, flush=True))
+        failed = run_all(runs, jobs)
     except KeyboardInterrupt:
-        print("stopped: the same command resumes it", flush=True)
+        say("stopped: the same command resumes it")
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -235,7 +227,3 @@ def sweep(
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(run.name for run in failed)}")
     return 1 if failed else 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

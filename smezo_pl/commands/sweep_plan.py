@@ -67,17 +67,13 @@ def _product(grid: Mapping[Any, Any], where: str) -> list[Point]:
             seen.add(key)
         if not isinstance(values, list) or not values:
             raise ValueError(f"{where}: {given!r} must be a list with at least one value, got {values!r}")
-        choices.append([_together(keys, value, where, given) for value in values])
+        choices.append([])
+        for value in values:
+            each = value if isinstance(value, list) and len(keys) > 1 else [value] * len(keys)
+            if len(each) != len(keys):
+                raise ValueError(f"{where}: {given!r} names {len(keys)} keys, and {value!r} holds {len(each)} values")
+            choices[-1].append(dict(zip(keys, each, strict=True)))
     return [{key: value for part in parts for key, value in part.items()} for parts in product(*choices)]
-
-
-def _together(keys: Sequence[str], value: Any, where: str, given: Any) -> Point:
-    if len(keys) == 1:
-        return {keys[0]: value}
-    values = value if isinstance(value, list) else [value] * len(keys)
-    if len(values) != len(keys):
-        raise ValueError(f"{where}: {given!r} names {len(keys)} keys, and {value!r} holds {len(values)} values")
-    return dict(zip(keys, values, strict=True))
 
 
 def with_point(base: Mapping[str, Any], point: Point) -> dict[str, Any]:
@@ -165,25 +161,19 @@ class Run:
         """The grid's seeds."""
         return {key: value for key, value in self.point.items() if is_seed(key)}
 
-    def result(self) -> dict[str, Any] | None:
-        """``metrics.json``, with ``test`` as an entry where it was measured; None before the run is done."""
-        try:
-            result: dict[str, Any] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
-            if self.test_result.is_file():
-                result["test"] = json.loads(self.test_result.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
+    def result(self) -> dict[str, Any]:
+        """``metrics.json``, with ``test`` as an entry where it was measured; empty before the run is done."""
+        metrics = self.folder / "metrics.json"
+        result: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {}
+        if result and self.test_result.is_file():
+            result["test"] = json.loads(self.test_result.read_text(encoding="utf-8"))
         return result
 
 
 def plan(
     base: Mapping[str, Any], points: Sequence[Point], out: Path, test: Literal["best", "last"] | None = None
 ) -> list[Run]:
-    """The runs of a grid, in its order.
-
-    Raises:
-        ValueError: If a key cannot be set, two points have one name, or a folder holds a run with other settings.
-    """
+    """The runs of a grid, in its order. Refused: two points with one name, a folder with a run of other settings."""
     names = short_names(points)
     runs: dict[str, Run] = {}
     for point in points:
@@ -195,27 +185,16 @@ def plan(
         trainer = config.setdefault("trainer", {})
         trainer["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}
         trainer.setdefault("enable_progress_bar", False)
-        runs[name] = Run(name, out / name, point, config, test)
-        _check_settings(runs[name])
+        runs[name] = run = Run(name, out / name, point, config, test)
+        if (run.folder / CONFIG).is_file():
+            before = yaml.safe_load((run.folder / CONFIG).read_text(encoding="utf-8"))
+            changes = [text for text in _changes(before, config) if not text.startswith("trainer.logger")]
+            if changes:
+                raise ValueError(
+                    f"{run.folder} holds a run with other settings ({'; '.join(changes)}): "
+                    "pass another --out, or remove it"
+                )
     return list(runs.values())
-
-
-def _check_settings(run: Run) -> None:
-    if not (run.folder / CONFIG).is_file():
-        return
-    before = yaml.safe_load((run.folder / CONFIG).read_text(encoding="utf-8"))
-    now = yaml.safe_load(dumped(run.config))
-    for settings in (before, now):
-        settings["trainer"].pop("logger")
-    if changes := _changes(before, now):
-        raise ValueError(
-            f"{run.folder} holds a run with other settings ({'; '.join(changes)}): pass another --out, or remove it"
-        )
-
-
-def dumped(config: Mapping[str, Any]) -> str:
-    """A configuration as YAML."""
-    return str(yaml.safe_dump(dict(config), sort_keys=False))
 
 
 def _changes(before: Any, now: Any, key: str = "") -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from smezo_pl.commands.sweep_plan import Run, short_names
@@ -51,7 +51,7 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
         groups.setdefault(json.dumps(run.without_seeds, sort_keys=True, default=str), []).append(run)
     rows = []
     for group in groups.values():
-        done = [(run, result) for run in group if run.state == "finished" and (result := run.result()) is not None]
+        done = [(run, run.result()) for run in group if run.state == "finished"]
         measured: dict[str, list[float]] = {}
         for _, result in done:
             for name, value in measurements(result).items():
@@ -63,10 +63,7 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "of": len(group),
                 "seeds": [{**run.seeds, "seed": result.get("seed")} for run, result in done],
                 "measurements": {
-                    name: {
-                        "mean": statistics.fmean(values),
-                        "std": statistics.stdev(values) if len(values) > 1 else None,
-                    }
+                    name: {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None}
                     for name, values in measured.items()
                 },
             }
@@ -107,7 +104,9 @@ def write_summary(runs: Sequence[Run], out: Path) -> str:
     (out / "sweep.csv").write_text(as_csv(plain), encoding="utf-8")
     document = {
         "rows": rows,
-        "runs": [{"name": run.name, "values": run.point, "state": run.state, "result": run.result()} for run in runs],
+        "runs": [
+            {"name": run.name, "values": run.point, "state": run.state, "result": run.result() or None} for run in runs
+        ],
     }
     (out / "sweep.json").write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
     return table

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -74,14 +74,13 @@ def suggestion(message: str, known: Iterable[str]) -> str:
     return f"; did you mean {options[near[0]]!r}?" if near else ""
 
 
-DEFAULT_CALLBACKS: dict[str | None, tuple[type[Callback], ...]] = {
+DEFAULT_CALLBACKS: dict[str, tuple[type[Callback], ...]] = {
     "fit": (ZerothOrderMonitor, RunMetrics, SeedCheckpoint),
     "validate": (ScoreWriter,),
     "test": (ScoreWriter,),
     "predict": (PredictionWriter,),
-    None: (ZerothOrderMonitor, RunMetrics, SeedCheckpoint),
 }
-"""Callbacks that a subcommand adds where the configuration names none of that class; None is `build`."""
+"""Callbacks that a subcommand, and `build` as ``fit``, adds where the configuration names none of that class."""
 
 ZEROTH_ORDER_CALLBACKS = (MaskRefresh, SeedCheckpoint, ZerothOrderMonitor)
 """Callbacks that a first-order run does without."""
@@ -144,22 +143,19 @@ class SmezoCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         if given["logger"] in (None, True):
             name = self._get(self.config_init, "name") or self._get(self.config_init, "data").task.name
-            kwargs.setdefault("logger", TensorBoardLogger("runs", name=name, default_hp_metric=False))
+            kwargs["logger"] = TensorBoardLogger("runs", name=name, default_hp_metric=False)
         callbacks = given["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        default = DEFAULT_CALLBACKS.get(self.subcommand, ())
-        if not getattr(self.model, "zeroth_order", True):
-            left_out = [callback for callback in callbacks if isinstance(callback, ZEROTH_ORDER_CALLBACKS)]
-            callbacks = [callback for callback in callbacks if callback not in left_out]
-            if left_out:
-                names = ", ".join(type(callback).__name__ for callback in left_out)
-                log.info("left out, as method %s is first-order: %s", self.model.method, names)
+        default = DEFAULT_CALLBACKS[self.subcommand or "fit"]
+        if not self.model.zeroth_order:
+            if left_out := [type(c).__name__ for c in callbacks if isinstance(c, ZEROTH_ORDER_CALLBACKS)]:
+                log.info("left out, as method %s is first-order: %s", self.model.method, ", ".join(left_out))
+            callbacks = [c for c in callbacks if not isinstance(c, ZEROTH_ORDER_CALLBACKS)]
             default = tuple(WeightCheckpoint if kind is SeedCheckpoint else kind for kind in default)
             default = tuple(kind for kind in default if kind not in ZEROTH_ORDER_CALLBACKS)
-        for kind in default:
-            wanted = given["enable_checkpointing"] is not False or kind not in (SeedCheckpoint, WeightCheckpoint)
-            if wanted and not any(isinstance(callback, kind) for callback in callbacks):
-                callbacks.append(kind())
+        if given["enable_checkpointing"] is False:
+            default = tuple(kind for kind in default if not issubclass(kind, Checkpoint))
+        callbacks += [kind() for kind in default if not any(isinstance(c, kind) for c in callbacks)]
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RunProgressBar())
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
@@ -180,20 +176,17 @@ def build(config: str | Path | dict[str, Any] | None = None, *overrides: str, ru
         >>> run = build("configs/quickstart.yaml", "--model.pretrained=facebook/opt-125m")  # doctest: +SKIP
         >>> run.trainer.fit(run.model, run.datamodule)  # doctest: +SKIP
     """
-    if isinstance(config, dict) and overrides:
-        raise ValueError("overrides go with a file; change the dict instead")
-    file = [] if config is None or isinstance(config, dict) else ["--config", str(config)]
-    return SmezoCLI(args=config if isinstance(config, dict) else [*file, *overrides], run=run)
+    if isinstance(config, dict):
+        if overrides:
+            raise ValueError("overrides go with a file; change the dict instead")
+        return SmezoCLI(args=config, run=run)
+    return SmezoCLI(args=[*([] if config is None else ["--config", str(config)]), *overrides], run=run)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run one of the Trainer's subcommands.
-
-    Args:
-        args: The arguments after ``smezo``, the subcommand first; None: those of the command line.
-    """
+def main(args: Sequence[str]) -> None:
+    """Run the subcommand that the arguments begin with, one of the Trainer's."""
     show_log()
-    build(None, *(sys.argv[1:] if args is None else args), run=True)
+    SmezoCLI(args=list(args))
 
 
 def show_log() -> None:
@@ -202,12 +195,9 @@ def show_log() -> None:
         package = logging.getLogger("smezo_pl")
         package.addHandler(_TERMINAL)
         package.setLevel(logging.INFO)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
-
-
-def _no_advertising(record: logging.LogRecord) -> bool:
-    """Lightning advertises a logger of its own at every start."""
-    return "litlogger" not in record.getMessage()
+    # Lightning advertises a logger of its own at every start.
+    own = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    own.addFilter(lambda record: "litlogger" not in record.getMessage())
 
 
 class _Terminal(logging.Handler):

@@ -20,7 +20,6 @@ from smezo_pl.callbacks.figures import running_mean
 from smezo_pl.callbacks.run_metrics import PEAK_MEMORY, STEP_SECONDS
 from smezo_pl.commands.tables import as_csv, markdown
 from smezo_pl.methods import METHODS
-from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory
 
 
@@ -105,10 +104,7 @@ def _unfinished(folder: Path, config: Mapping[str, Any], max_steps: int | None, 
     steps = max([0, *train, *held_out])
     train_loss = [(float(step), value) for step, value in sorted(train.items())]
     if (folder / FILE_NAME).is_file():
-        try:
-            rows = Trajectory.read(folder / FILE_NAME, damaged=True).records
-        except TrajectoryError as error:
-            raise ValueError(str(error)) from error
+        rows = Trajectory.read(folder / FILE_NAME, damaged=True).records
         steps = max(steps, len(rows))
         train_loss = [(row.step + 1.0, row.loss) for row in rows if row.losses and not row.skipped] or train_loss
     seconds, peak = scalars.get(STEP_SECONDS, {}), scalars.get(PEAK_MEMORY, {})

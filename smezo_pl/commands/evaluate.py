@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from smezo_pl.cli import build, show_log
 from smezo_pl.commands.tables import markdown
 from smezo_pl.trajectory.exports import load
 from smezo_pl.trajectory.header import TrajectoryError
@@ -45,8 +46,6 @@ def main(args: Sequence[str]) -> None:
     config = Path(given.config) if given.config else trajectory.path.parent / "config.yaml"
     if not config.is_file():
         raise TrajectoryError(f"{config}: there is no such file; pass --config FILE with the run's model and data")
-    from smezo_pl.cli import build, show_log
-
     show_log()
     run = build(config, *overrides, "--trainer.logger=false")
     scores = evaluate(trajectory, run.trainer, run.model, run.datamodule, steps, given.split)
@@ -99,13 +98,9 @@ class ReplayTo(Callback):
 def evaluate(
     trajectory: Trajectory, trainer: Trainer, module: LightningModule, data: Any, steps: Sequence[int], split: str
 ) -> list[dict[str, float]]:
-    """Replay a trajectory on a module that holds the starting weights, stopping after each of ``steps`` to score.
+    """Replay a trajectory on a module that holds the starting weights, stopping at each of the ascending ``steps``.
 
-    Returns:
-        For each of the steps, which must ascend, its number as ``step`` and the metrics.
-
-    Raises:
-        TrajectoryError: If the network is another one or starts from other weights.
+    Returns the number of each step, as ``step``, with its metrics.
     """
     replayed = ReplayTo(trajectory)
     trainer.callbacks.append(replayed)  # type: ignore[attr-defined]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import statistics
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from statistics import median
 
+from smezo_pl.cli import build, show_log
 from smezo_pl.data import Encoded, PromptDataModule
 from smezo_pl.data.splits import SplitName
-
-_LONGEST_PROMPT = 1500
-"""Characters of a prompt that are shown; of a longer one the beginning and the end."""
 
 _MOST_SHOWN = 60
 """Tokens of candidates that are shown after a prompt, and candidates that are listed."""
@@ -21,8 +18,6 @@ _MOST_SHOWN = 60
 
 def main(args: Sequence[str]) -> None:
     """Print prompts with the scored tokens marked, token lengths, label balance, and the candidates' tokens."""
-    from smezo_pl.cli import build, show_log
-
     parser = argparse.ArgumentParser(
         prog="smezo preview",
         description="What the model sees of a configuration's data: prompts with the scored tokens marked, lengths, "
@@ -46,7 +41,7 @@ def main(args: Sequence[str]) -> None:
             raise ValueError("preview needs a tokenizer: pass --model.pretrained or --data.tokenizer")
         data.set_tokenizer(run.model.tokenizer)
     split: SplitName = given.split or ("dev" if data.num_demonstrations else "train")
-    print("\n".join(preview(data, split, given.examples)), file=sys.stdout)
+    print("\n".join(preview(data, split, given.examples)))
 
 
 def preview(data: PromptDataModule, split: SplitName = "train", examples: int = 3) -> Iterator[str]:
@@ -74,14 +69,14 @@ def _marked(data: PromptDataModule, encoded: Encoded) -> str:
     answers = [_tokens(data, encoded.candidates[index]) + "*" * (index in encoded.correct) for index in shown]
     if others := len(encoded.candidates) - len(answers):
         answers.append(f"and {others} others")
-    return _shortened(str(data.tokenizer.decode(list(encoded.prompt)))) + " ".join(answers)
+    return _shortened(str(data.tokenizer.decode(list(encoded.prompt))), 1500) + " ".join(answers)
 
 
 def _tokens(data: PromptDataModule, tokens: Sequence[int]) -> str:
     return "⟦" + "|".join(str(data.tokenizer.decode([token])) for token in tokens).replace("\n", "⏎") + "⟧"
 
 
-def _shortened(text: str, longest: int = _LONGEST_PROMPT) -> str:
+def _shortened(text: str, longest: int) -> str:
     half = longest // 2
     left_out = len(text) - 2 * half
     return text if len(text) <= longest else f"{text[:half]} [... {left_out} characters ...] {text[-half:]}"
@@ -93,7 +88,7 @@ def _lengths(data: PromptDataModule, splits: Sequence[SplitName]) -> Iterator[st
         if encoded := data.encoded(split):
             lengths = [example.length for example in encoded]
             cut = sum(example.cut > 0 for example in encoded)
-            yield f"{split:<8}{len(encoded):>9}{round(statistics.median(lengths)):>9}{max(lengths):>9}{cut:>6}"
+            yield f"{split:<8}{len(encoded):>9}{round(median(lengths)):>9}{max(lengths):>9}{cut:>6}"
 
 
 def _labels(data: PromptDataModule, split: SplitName) -> Iterator[str]:

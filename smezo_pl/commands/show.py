@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from math import isfinite, prod
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,18 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(args[1:])
     folder = Path(given.run[0])
-    if len(given.run) == 1 and folder.is_dir() and not (folder / FILE_NAME).exists():
-        trajectories, unreadable = read_below(folder)
-        summaries = [summary(trajectory) for trajectory in trajectories]
+    listed = len(given.run) == 1 and folder.is_dir() and not (folder / FILE_NAME).exists()
+    trajectories, unreadable = read_below(folder) if listed else ([read(path) for path in given.run], [])
+    summaries = [summary(trajectory) for trajectory in trajectories]
+    if listed:
         shown: Any = {"runs": summaries, "unreadable": unreadable}
         text = "\n".join([*listing(folder, summaries), *unreadable])
     else:
-        trajectories, unreadable = [read(path) for path in given.run], []
-        summaries = [summary(trajectory) for trajectory in trajectories]
-        pairs = [comparison(trajectories[0], other) for other in trajectories[1:]]
+        first, *others = trajectories
+        pairs = [comparison(first, other) for other in others]
         shown = {"runs": summaries, "compared_with_the_first": pairs} if pairs else summaries[0]
         texts = [as_text(trajectory, facts) for trajectory, facts in zip(trajectories, summaries, strict=True)]
-        for other, pair in zip(trajectories[1:], pairs, strict=True):
-            texts.append(f"{trajectories[0].path} and {other.path}: {pair['text']}")
+        texts += [f"{first.path} and {o.path}: {pair['text']}" for o, pair in zip(others, pairs, strict=True)]
         text = "\n\n".join(texts)
     print(json.dumps(shown, indent=2) if given.json else printable(text))
     if unreadable or any(trajectory.damage for trajectory in trajectories):
@@ -59,16 +59,13 @@ def read(path: str | Path) -> Trajectory:
 
 
 def read_below(folder: Path) -> tuple[list[Trajectory], list[str]]:
-    """Trajectories and exported runs below a folder, by name, and the errors of trajectories that cannot be read.
-
-    Other safetensors files, such as snapshots and models, are passed over.
-    """
+    """Trajectories and exported runs below a folder, by name, and the errors of trajectories that cannot be read."""
     trajectories, unreadable = [], []
     for path in sorted({*folder.rglob(FILE_NAME), *folder.rglob("*.safetensors")}):
         try:
             trajectories.append(read(path))
         except TrajectoryError as error:
-            if path.name == FILE_NAME:
+            if path.name == FILE_NAME:  # other safetensors files are snapshots and models
                 unreadable.append(str(error))
     if not trajectories and not unreadable:
         raise TrajectoryError(f"{folder} and the folders in it hold no {FILE_NAME} and no exported run")
@@ -80,7 +77,6 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
     header, records = trajectory.header, trajectory.records
     losses = [row.loss for row in records if row.losses and not row.skipped]
     recorded = is_record(trajectory.path)
-    hashes = [event for event in trajectory.events_of("weights") if event.steps == trajectory.next_step]
     return {
         "path": str(trajectory.path),
         "kind": "record" if recorded else "export",
@@ -106,7 +102,7 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "writing": recorded and is_written(trajectory.path),
         "checkpoints": sorted({event.steps for event in trajectory.events_of("checkpoint")}),
         "starting_weights": header.root.hex(),
-        "final_weights": hashes[-1].facts.get("root") if hashes else None,
+        "final_weights": trajectory.final_root,
         "versions": header.versions,
         "machine": header.machine,
     }
@@ -179,12 +175,12 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
-def sparkline(records: Sequence[StepRecord], width: int = 40) -> str:
-    """The losses as bars: means over equal parts of the run."""
+def sparkline(records: Sequence[StepRecord]) -> str:
+    """The losses as up to 40 bars: means over equal parts of the run."""
     losses = [row.loss for row in records if row.losses and isfinite(row.loss)]
     if not losses:
         return ""
-    width = min(width, len(losses))
+    width = min(40, len(losses))
     edges = [len(losses) * i // width for i in range(width + 1)]
     means = [sum(losses[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
@@ -193,24 +189,20 @@ def sparkline(records: Sequence[StepRecord], width: int = 40) -> str:
 
 
 def comparison(one: Trajectory, other: Trajectory) -> dict[str, Any]:
-    """The first step where two runs differ."""
-
-    def result(text: str, step: int | None = None, same_start: bool = True) -> dict[str, Any]:
-        return {"same_start": same_start, "first_difference": step, "text": text}
-
-    def update(row: StepRecord) -> tuple[object, ...]:
-        names = ("projected_gradients", "lr", "weight_decay", "eps", "sparsity", "skipped", "refreshed")
-        return tuple(getattr(row, name) for name in names)
-
-    if one.header.root != other.header.root:
-        return result("they start from different weights", same_start=False)
+    """Whether two runs start from the same weights, and the first step where they differ."""
+    same_start = one.header.root == other.header.root
     fields = ("seed", "noise", "num_samples", "groups", "first_step")
-    if differing := [name for name in fields if getattr(one.header, name) != getattr(other.header, name)]:
-        words = f"the same starting weights, but another {', '.join(differing)}"
-        return result(words, one.header.first_step)
-    for a, b in zip(one.records, other.records, strict=False):
-        if update(a) != update(b):
-            return result(f"the same until step {a.step}, which differs", a.step)
-    steps = min(one.next_step, other.next_step)
-    end = "" if one.next_step == other.next_step else ", where one of them ends"
-    return result(f"the same in all {steps} steps{end}")
+    differing = [name for name in fields if getattr(one.header, name) != getattr(other.header, name)]
+    update = attrgetter("projected_gradients", "lr", "weight_decay", "eps", "sparsity", "skipped", "refreshed")
+    pairs = zip(one.records, other.records, strict=False)
+    step = next((a.step for a, b in pairs if update(a) != update(b)), None)
+    if not same_start:
+        step, text = None, "they start from different weights"
+    elif differing:
+        step, text = one.header.first_step, f"the same starting weights, but another {', '.join(differing)}"
+    elif step is not None:
+        text = f"the same until step {step}, which differs"
+    else:
+        end = "" if one.next_step == other.next_step else ", where one of them ends"
+        text = f"the same in all {min(one.next_step, other.next_step)} steps{end}"
+    return {"same_start": same_start, "first_difference": step, "text": text}

@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 
+from smezo_pl.models import add_adapter, load_model
 from smezo_pl.optim.kernels import KernelName
 from smezo_pl.trajectory.exports import export, load
 from smezo_pl.trajectory.fingerprint import model_tensors
-from smezo_pl.trajectory.header import Header, TrajectoryError, recorded_adapter
+from smezo_pl.trajectory.header import TrajectoryError, recorded_adapter
 from smezo_pl.trajectory.log import Trajectory
 from smezo_pl.trajectory.replaying import matches_run, replay, tensors_of
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def replay_main(args: Sequence[str]) -> None:
@@ -86,18 +86,20 @@ def _write_model(trajectory: Trajectory, given: argparse.Namespace) -> None:
     out = Path(given.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TrajectoryError(f"--out {out} exists and is not empty: pass a new folder")
-    source = str(trajectory.path)
-    model, tokenizer = base_model(trajectory.header, given.model, source)
+    model, tokenizer = base_model(trajectory, given.model)
     began = perf_counter()
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("replay", total=len(trajectory.records))
-
-        def progress(done: int) -> None:
-            bar.update(task, completed=done - trajectory.header.first_step)
-
-        replay(trajectory, model, force=given.force, kernel=given.kernel, progress=progress, verify=False)
+        replay(
+            trajectory,
+            model,
+            force=given.force,
+            kernel=given.kernel,
+            progress=lambda _: bar.advance(task),
+            verify=False,
+        )
     seconds = perf_counter() - began
-    same = matches_run(trajectory, tensors_of(trajectory.header, model, source))
+    same = matches_run(trajectory, tensors_of(trajectory.header, model, str(trajectory.path)))
     model.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
@@ -113,12 +115,9 @@ def _write_model(trajectory: Trajectory, given: argparse.Namespace) -> None:
         print(_difference(trajectory, given, model))
 
 
-def base_model(header: Header, name: str | None, source: str) -> tuple[Any, Any]:
+def base_model(trajectory: Trajectory, name: str | None) -> tuple[Any, Any]:
     """The starting weights in the dtype of the run, with its adapter if it had one, and the tokenizer."""
-    import torch
-
-    from smezo_pl.models import add_adapter, load_model
-
+    header = trajectory.header
     name = name or header.model.get("name")
     if name is None:
         raise TrajectoryError(
@@ -128,19 +127,18 @@ def base_model(header: Header, name: str | None, source: str) -> tuple[Any, Any]
     for info in header.tensors:
         sizes[info.dtype] += prod(info.shape)
     dtype = getattr(torch, sizes.most_common(1)[0][0])
-    adapter = recorded_adapter(header, source)
+    adapter = recorded_adapter(header, str(trajectory.path))
     model, tokenizer = load_model(name, dtype=dtype, revision=header.model.get("revision"))
     return (model if adapter is None else add_adapter(model, adapter[0], seed=adapter[1])), tokenizer
 
 
 def _difference(trajectory: Trajectory, given: argparse.Namespace, model: nn.Module) -> str:
     """How weights differ that should be those of the run: by kernel, from a replay with the reference kernel."""
-    source = str(trajectory.path)
-    reference, _ = base_model(trajectory.header, given.model, source)
+    reference, _ = base_model(trajectory, given.model)
     replay(trajectory, reference, kernel="torch", verify=False)
     pairs = zip(model_tensors(model).values(), model_tensors(reference).values(), strict=True)
     largest = max(float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel() and a.is_floating_point())
-    same = matches_run(trajectory, tensors_of(trajectory.header, reference, source))
+    same = matches_run(trajectory, tensors_of(trajectory.header, reference, str(trajectory.path)))
     return (
         f"NOT the run's weights. The run was made with kernel {trajectory.header.machine.get('kernel', '?')}, these "
         f"with {given.kernel}; kernel torch gives {'the run exactly' if same else 'others again'}, and the largest "

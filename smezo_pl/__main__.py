@@ -29,15 +29,10 @@ examples:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a subcommand.
-
-    Args:
-        args: The arguments after ``smezo``; None: those of the command line.
-    """
+    """Run a subcommand; ``args`` are what follows ``smezo``, None for those of the command line."""
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help", "help"):
-        width = max(map(len, SUBCOMMANDS)) + 3
-        lines = (f"  {name:<{width}}{summary}" for name, (_, summary) in SUBCOMMANDS.items())
+        lines = (f"  {name:<11}{summary}" for name, (_, summary) in SUBCOMMANDS.items())
         print(_HELP.format(subcommands="\n".join(lines)))
         return
     if args[0] == "--version":
@@ -50,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"smezo: error: unknown subcommand {args[0]!r}{hint} Subcommands are {names}", file=sys.stderr)
         sys.exit(2)
     try:
-        resolve_name(SUBCOMMANDS[args[0]][0])(args)
+        resolve_name(f"smezo_pl.{SUBCOMMANDS[args[0]][0]}")(args)
         sys.stdout.flush()
     except BrokenPipeError:
         # `smezo show ... | head` has read enough; Python would complain once more when it flushes on exit.

@@ -40,19 +40,16 @@ _AROUND = re.compile(r"Type \S*Callable\[.*?\] expects a function or a callable 
 
 
 class SuggestingParser(LightningArgumentParser):
-    """Lightning's parser with short errors: what is wrong, the nearest known key, and where to find help."""
+    """Lightning's parser, whose errors name the nearest known key instead of all of the Trainer's hundred options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and exit with status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
         message = _AROUND.sub("", message)
-        # Without the usage line, which lists all of the Trainer's hundred options.
+        hint = suggestion(message, known_keys(self))
         program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
-        sys.stderr.write(
-            f"smezo: error: {message}{suggestion(message, known_keys(self))}\n`{program} --help` lists all keys\n"
-        )
-        self.exit(2)
+        self.exit(2, f"smezo: error: {message}{hint}\n`{program} --help` lists all keys\n")
 
 
 def known_keys(parser: ArgumentParser) -> set[str]:
@@ -87,20 +84,17 @@ ZEROTH_ORDER_CALLBACKS = (MaskRefresh, SeedCheckpoint, ZerothOrderMonitor)
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
-    "enable_model_summary": False,
+    "enable_model_summary": False,  # the line that is logged with the model says more
     "log_every_n_steps": 10,
-    "max_steps": 20_000,
-    "num_sanity_val_steps": 0,
+    "max_steps": 20_000,  # as in the papers
+    "num_sanity_val_steps": 0,  # `RunMetrics` turns the check on, to evaluate the starting weights
 }
-"""The papers train for 20,000 steps. `RunMetrics` turns the sanity check on, to evaluate the starting weights.
-The line that is logged with the model says more than the summary."""
 
 
 class SmezoCLI(LightningCLI):
     """``smezo fit | validate | test | predict``.
 
-    The configuration and the command line take precedence over the hyperparameters in the checkpoint of
-    ``--ckpt_path``. Logs go to ``runs/<name>/version_<n>`` unless ``trainer.logger`` is given.
+    Configuration and command line take precedence over the hyperparameters in the checkpoint of ``--ckpt_path``.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -122,11 +116,9 @@ class SmezoCLI(LightningCLI):
         help_text = "Name of the run, whose folder is runs/<name>/version_<n>. If null, the name of the task."
         parser.add_argument("--name", type=str | None, default=None, help=help_text)
 
-    def setup_parser(
-        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
-    ) -> None:
+    def setup_parser(self, add_subcommands: bool, *settings: dict[str, Any]) -> None:
         """Set up the parser; without subcommands it also accepts the configuration that a subcommand saved."""
-        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        super().setup_parser(add_subcommands, *settings)
         if not add_subcommands:
             for key in ("ckpt_path", "weights_only", "verbose", "return_predictions"):
                 self.parser.add_argument(f"--{key}", type=Any, default=None, help="Key of a subcommand; not used here.")
@@ -176,11 +168,10 @@ def build(config: str | Path | dict[str, Any] | None = None, *overrides: str, ru
         >>> run = build("configs/quickstart.yaml", "--model.pretrained=facebook/opt-125m")  # doctest: +SKIP
         >>> run.trainer.fit(run.model, run.datamodule)  # doctest: +SKIP
     """
-    if isinstance(config, dict):
-        if overrides:
-            raise ValueError("overrides go with a file; change the dict instead")
-        return SmezoCLI(args=config, run=run)
-    return SmezoCLI(args=[*([] if config is None else ["--config", str(config)]), *overrides], run=run)
+    if isinstance(config, dict) and overrides:
+        raise ValueError("overrides go with a file; change the dict instead")
+    file = [] if config is None else ["--config", str(config)]
+    return SmezoCLI(args=config if isinstance(config, dict) else [*file, *overrides], run=run)
 
 
 def main(args: Sequence[str]) -> None:
@@ -191,13 +182,13 @@ def main(args: Sequence[str]) -> None:
 
 def show_log() -> None:
     """Print what the package logs to standard error, one line per message, on the first process."""
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        package = logging.getLogger("smezo_pl")
-        package.addHandler(_TERMINAL)
+    package = logging.getLogger("smezo_pl")
+    if getattr(rank_zero_only, "rank", 0) == 0 and not package.handlers:
+        package.addHandler(_Terminal())
         package.setLevel(logging.INFO)
-    # Lightning advertises a logger of its own at every start.
-    own = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    own.addFilter(lambda record: "litlogger" not in record.getMessage())
+        # Lightning advertises a logger of its own at every start.
+        lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        lightning.addFilter(lambda record: "litlogger" not in record.getMessage())
 
 
 class _Terminal(logging.Handler):
@@ -206,6 +197,3 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         print(f"{record.name.removeprefix('smezo_pl.')}: {level}{record.getMessage()}", file=sys.stderr)
-
-
-_TERMINAL = _Terminal()  # a single one: what a logger has already is not added again

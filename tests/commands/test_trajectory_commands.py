@@ -23,7 +23,7 @@ STEPS = 6
 
 
 def smezo(*words: str | Path) -> None:
-    resolve_name(SUBCOMMANDS[str(words[0])][0])([str(word) for word in words])
+    resolve_name(f"smezo_pl.{SUBCOMMANDS[str(words[0])][0]}")([str(word) for word in words])
 
 
 def train(

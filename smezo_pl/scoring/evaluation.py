@@ -22,16 +22,11 @@ Tokenizer = Callable[[], PreTrainedTokenizerBase]
 
 
 def candidate_scores(logits: Tensor, batch: PromptBatch) -> Tensor:
-    """Mean log-probability of each candidate's tokens given the prompt.
+    """Mean log-probability of each candidate's tokens given the prompt, float32 ``[K]``.
 
-    Args:
-        logits: ``[P, V]``, any floating dtype, from `smezo_pl.scoring.logits.model_logits`.
-        batch: The batch.
-
-    Returns:
-        float32 ``[K]``.
+    ``logits`` are those of `smezo_pl.scoring.logits.model_logits`, ``[P, V]`` in any floating dtype.
     """
-    at_tokens = logits[batch.token_logit, batch.token_id].float()
+    at_tokens = logits[batch.token_logit, batch.token_id].float()  # [S]
     normalizer = logits.float().logsumexp(-1)  # [P]
     log_probs = at_tokens - normalizer[batch.token_logit]
     # A table and a sum over its rows, as index_add adds in a different order every time on a GPU.
@@ -48,16 +43,10 @@ def scores_of(model: nn.Module, batch: PromptBatch) -> Tensor:
 
 
 def calibrated(model: nn.Module, scores: Tensor, batch: PromptBatch) -> Tensor:
-    """The scores that candidates are chosen by.
+    """The scores that candidates are chosen by, float32 ``[K]``, from their mean log-probabilities.
 
-    Args:
-        model: The network.
-        scores: float32 ``[K]``, mean log-probabilities of the candidates.
-        batch: The batch.
-
-    Returns:
-        float32 ``[K]``: ``scores`` themselves where the batch holds no calibration; otherwise the sum of each
-        candidate's log-probabilities minus that after the content-free prompt (surface form competition, as in MeZO).
+    The same where the batch holds no calibration; otherwise the sum of each candidate's log-probabilities minus that
+    after the content-free prompt (surface form competition, as in MeZO).
     """
     if batch.calibration is None:
         return scores
@@ -82,17 +71,7 @@ def loss_of(scores: Tensor, batch: PromptBatch) -> tuple[Tensor, int]:
 
     classification: cross-entropy over each example's candidates with their scores as logits, summed over examples;
     the number is that of the examples. lm: the negative log-probability of the gold candidates' tokens, summed over
-    tokens; the number is that of the tokens.
-
-    Args:
-        scores: float32 ``[K]`` from `scores_of`.
-        batch: The batch.
-
-    Returns:
-        The sum, a float32 scalar, and the number. ``sum / number`` is the loss of the batch.
-
-    Raises:
-        ValueError: If a label of the batch is unknown.
+    tokens; the number is that of the tokens. No label of the batch may be unknown.
     """
     if not batch.answer_tokens:
         raise ValueError("the batch holds an example whose label is unknown, so it has no loss")
@@ -167,17 +146,11 @@ def _choices(predicted: Tensor, batch: PromptBatch) -> list[Answer]:
 
 @dataclass(frozen=True)
 class Collected:
-    """A batch's part of a metric that is no mean over batches.
+    """A batch's part of a metric that is no mean over batches."""
 
-    Attributes:
-        metric: Its name in `smezo_pl.tasks.metrics.METRICS`.
-        answers: The batch's answers.
-        num_labels: Number of labels of the task, 0 where they are not shared by all examples.
-    """
-
-    metric: str
+    metric: str  # its name in `smezo_pl.tasks.metrics.METRICS`
     answers: list[Answer]
-    num_labels: int = 0
+    num_labels: int = 0  # of the task, 0 where they are not shared by all examples
 
 
 Sums = Mapping[str, tuple[Tensor | float, float] | Collected]

@@ -36,23 +36,13 @@ def generate(
 ) -> Tensor:
     """The most likely next tokens after each prompt, one after the other.
 
-    The prompts are read once, the longest first and those of similar length together; every further token reads the
-    key-value cache, of all prompts together. A row ends at its first stop token and then leaves the others. A model
-    without such a cache, or behind an adapter of virtual tokens, reads the whole text again for every token.
-
-    Args:
-        model: A causal language model of transformers, or one that is called alike.
-        input_ids: int64 ``[R, T]``, padded on the left.
-        attention_mask: int64 ``[R, T]``, 0 on padding.
-        max_new_tokens: Most tokens of an answer, at least 1.
-        stop_ids: Tokens that end an answer; they are part of what is returned.
-        pad_id: Fills an answer up after its stop token.
+    The prompts, int64 ``[R, T]`` padded on the left, are read once, the longest first and those of similar length
+    together; every further token reads the key-value cache, of all prompts together. A row ends at its first stop token
+    and then leaves the others. A model without such a cache, or behind an adapter of virtual tokens, reads the whole
+    text again for every token.
 
     Returns:
-        int64 ``[R, max_new_tokens]``, in the order of the prompts.
-
-    Raises:
-        ValueError: If ``max_new_tokens`` is below 1.
+        int64 ``[R, max_new_tokens]``, in the order of the prompts: stop tokens included, then ``pad_id``.
     """
     if not max_new_tokens >= 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -89,7 +79,6 @@ class _Part:
 
     @property
     def layers(self) -> Sequence[Any]:
-        """The layers of the cache."""
         return getattr(self.past, "layers", ())
 
     @property

@@ -46,13 +46,7 @@ class LinearProbe(nn.Module):
         return self.network(*args, **kwargs)
 
     def scores(self, batch: PromptBatch) -> Tensor:
-        """The layer's score of each candidate.
-
-        Args:
-            batch: A batch of a classification task.
-
-        Returns:
-            float32 ``[K]``, as `smezo_pl.scoring.evaluation.candidate_scores` returns them.
+        """The layer's score of each candidate, float32 ``[K]``; the batch must be of a classification task.
 
         Raises:
             ValueError: If a candidate is no label but a text of its own, or there are more than `MOST_LABELS` labels.

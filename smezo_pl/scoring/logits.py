@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
@@ -30,14 +30,7 @@ def model_logits(model: nn.Module, batch: PromptBatch) -> Tensor:
 
     Texts that begin alike are read in one row behind a mask where the model allows it, otherwise in a row each. The
     model's head reads the positions alone: they are selected from its input. A model without a head of its own computes
-    logits at the positions that it is given (``logits_to_keep``), or everywhere.
-
-    Args:
-        model: A language model of transformers, or one that is called alike.
-        batch: The batch.
-
-    Returns:
-        ``[P, V]`` in the model's dtype.
+    logits at the positions that it is given (``logits_to_keep``), or everywhere. ``[P, V]`` in the model's dtype.
     """
     inputs: dict[str, Any] = {"use_cache": False}
     ids, rows, positions = batch.input_ids, batch.logit_row, batch.logit_pos
@@ -49,25 +42,17 @@ def model_logits(model: nn.Module, batch: PromptBatch) -> Tensor:
     elif batch.branching:
         ids, rows, positions = _unpacked(batch)
     # Without a mask, as nothing that a causal model predicts depends on the padding to its right: attention is faster.
-    takes, needs = _arguments(_innermost_forward(model))
+    takes = parameters_of(model)
     given = {name: value for name, value in inputs.items() if name in takes or name == "attention_mask"}
-    if "attention_mask" in needs:
+    if "attention_mask" in takes and takes["attention_mask"].default is inspect.Parameter.empty:
         given.setdefault("attention_mask", torch.ones_like(ids))
     return logits_at(model, ids, rows, positions, given)
 
 
 def logits_at(model: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Logits at some positions of some rows.
+    """Logits ``[P, V]`` at some positions of some rows, both ``[P]``, of ``input_ids``, ``[R, T]``.
 
-    Args:
-        model: The model.
-        input_ids: int64 ``[R, T]``.
-        rows: int64 ``[P]``.
-        positions: int64 ``[P]``.
-        inputs: The other arguments of the model's forward.
-
-    Returns:
-        ``[P, V]``.
+    ``inputs`` are the other arguments of the model's forward.
     """
     width = input_ids.shape[1]
     head = _head(model)
@@ -140,9 +125,8 @@ def has_virtual_tokens(model: nn.Module) -> bool:
 
 
 def _config(model: nn.Module) -> Any:
-    """The configuration of a language model of transformers, also inside PEFT's wrapper; None if there is none."""
-    base = getattr(model, "get_base_model", None)
-    config: Any = getattr(base() if callable(base) else model, "config", None)
+    """The configuration of a language model of transformers; None if there is none."""
+    config: Any = getattr(_unwrapped(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -192,23 +176,20 @@ def _unpacked(batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
     return ids, rows, depth
 
 
-def _innermost_forward(model: nn.Module) -> Callable[..., Any]:
-    """The forward whose signature counts: the wrappers of PEFT and `torch.compile` accept anything."""
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside the wrappers of `torch.compile` and PEFT, whose own forwards accept any argument."""
     model = getattr(model, "_orig_mod", model)
     base = getattr(model, "get_base_model", None)
     inner: nn.Module = base() if callable(base) else model
-    function: Callable[..., Any] = getattr(type(inner), "forward", inner.forward)
-    return function
+    return inner
 
 
-def parameters_of(model: nn.Module) -> frozenset[str]:
-    """Names of the arguments that the model's forward takes."""
-    return _arguments(_innermost_forward(model))[0]
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The arguments that the model's forward takes, by name."""
+    return _signature(type(_unwrapped(model)).forward)
 
 
 @lru_cache(maxsize=64)
-def _arguments(forward: Callable[..., Any]) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of the arguments that a function takes, and of those that it requires."""
-    parameters = inspect.signature(forward).parameters.values()
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return frozenset(p.name for p in named), frozenset(p.name for p in named if p.default is p.empty)
+def _signature(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    parameters = inspect.signature(forward).parameters
+    return {name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}

@@ -8,27 +8,20 @@ from smezo_pl.tasks.task import MASK, GeneratedAnswer, ListCandidates, Source, T
 
 _glue = partial(Source, "nyu-mll/glue")
 _superglue = partial(Source, "aps/super_glue")
-_SENTIMENT = {"negative": " terrible", "positive": " great"}
+_sentiment = partial(
+    Task,
+    prompt="{sentence|strip} It was",
+    candidates={"negative": " terrible", "positive": " great"},
+    calibration="It was",
+)
 _NO_YES = {"False": "No", "True": "Yes"}
 _IS_PARAPHRASE = "Is the second sentence a paraphrase of the first?\n"
 
 _CAUSAL = (
-    Task(
-        name="demo",
-        prompt="{sentence|strip} It was",
-        candidates=_SENTIMENT,
-        calibration="It was",
-        # Dev and test are about other subjects in other words than the training sentences.
-        source=Source(dev="validation", test="test"),
-    ),
+    # Dev and test are about other subjects in other words than the training sentences.
+    _sentiment("demo", source=Source(dev="validation", test="test")),
     # GLUE
-    Task(
-        name="sst2",
-        prompt="{sentence|strip} It was",
-        candidates=_SENTIMENT,
-        calibration="It was",
-        source=_glue("sst2"),
-    ),
+    _sentiment("sst2", source=_glue("sst2")),
     Task(
         name="mnli",
         prompt='{premise}\nDoes this mean that "{hypothesis}" is true? Yes, No or Maybe?\n',

@@ -16,14 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_objective(objective: str, task: Task) -> None:
-    """Refuse an objective that does not exist or does not fit the task.
+    """Refuse an objective that does not exist, does not fit the task or cannot be imported, by a ValueError.
 
-    Args:
-        objective: ``classification``, ``lm``, the name of a metric, or ``module.function`` of a reward.
-        task: The task.
-
-    Raises:
-        ValueError: If it is none of these or does not fit; if the reward cannot be imported.
+    It is ``classification``, ``lm``, the name of a metric, or ``module.function`` of a reward.
     """
     if objective in LOSSES:
         if objective == "classification" and task.is_generation:
@@ -63,16 +58,11 @@ def load_reward(path: str) -> Callable[[list[str], list[list[str]]], Any]:
 
 
 def reward_loss(objective: str, answers: Sequence[Answer], num_labels: int = 0) -> float:
-    """The number that training minimizes: minus the reward of the answers, or one minus their metric.
+    """The number that training minimizes: minus the reward of a batch's answers, or one minus their metric.
 
-    Args:
-        objective: Name of a metric, or ``module.function``. The function gets the answers as texts and, for each, the
-            list of references; it returns a number, or one per answer, whose mean counts; more is better.
-        answers: The answers of a batch.
-        num_labels: Number of labels of the task, 0 where they are not shared.
-
-    Returns:
-        The number; NaN, which skips the step, if a user's function raises or returns something not finite.
+    The function of a reward gets the answers as texts and, for each, the list of references; it returns a number, or
+    one per answer, whose mean counts; more is better. NaN, which skips the step, if it raises or returns something not
+    finite. ``num_labels`` is 0 where labels are not shared.
     """
     if "." not in objective:
         metric = METRICS[objective]

@@ -1,4 +1,4 @@
-"""Objectives that are no loss: metrics and rewards through the same step, and answers that the model writes."""
+"""Objectives that are no loss: metrics and rewards through the same step, and generated answers."""
 
 import json
 from functools import partial
@@ -33,7 +33,7 @@ QUESTIONS = {"prompt": "question {q}?\nanswer:", "target": "answers", "max_new_t
 
 @pytest.fixture
 def questions(tmp_path: Path) -> str:
-    """Twelve questions; the tiny model writes gibberish, so that every answer of it holds one of the letters."""
+    """Twelve questions; the tiny model generates gibberish, so that every answer of it holds one of the letters."""
     path = tmp_path / "questions.jsonl"
     rows = [{"q": "the " * (i % 5) + f"{i}", "answers": [f"{i} great", "good", "e"]} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -54,7 +54,7 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "rewards_of_a_run"
 
 
-def free(questions: str, **changes: Any) -> PromptDataModule:
+def generation_data(questions: str, **changes: Any) -> PromptDataModule:
     arguments: dict[str, Any] = {"task": QUESTIONS, "train_file": questions, "dev_file": questions, "batch_size": 4}
     return PromptDataModule(**{**arguments, "test_file": questions, "eval_batch_size": 5, **changes})
 
@@ -72,21 +72,21 @@ def one_at_a_time(module: SparseMeZOModule, data: PromptDataModule) -> dict[int,
         for _ in range(6):
             tokens.append(int(module.model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
         text = data.tokenizer.decode(tokens[len(encoded.generated_after) :])
-        end = min([place for place in (text.find("\n"), text.find("</s>")) if place >= 0], default=len(text))
+        end = min([index for index in (text.find("\n"), text.find("</s>")) if index >= 0], default=len(text))
         texts[encoded.index] = text[:end].strip()
     return texts
 
 
-def test_written_answers_are_scored_as_texts(tiny_folder: Path, questions: str, tmp_path: Path) -> None:
-    module, data = SparseMeZOModule(str(tiny_folder)), free(questions)
+def test_generated_answers_are_scored_as_texts(tiny_folder: Path, questions: str, tmp_path: Path) -> None:
+    module, data = SparseMeZOModule(str(tiny_folder)), generation_data(questions)
     trainer = Trainer(**QUIET, callbacks=[PredictionWriter(str(tmp_path / "out.jsonl"))])
     (values,) = trainer.test(module, data, verbose=False)
     texts = one_at_a_time(module, data)
-    right = {example.index: example.references for example in data.examples("test")}
+    references = {example.index: example.references for example in data.examples("test")}
     assert len(set(texts.values())) > 3
     assert set(values) == {"test/loss", "test/f1", "test/em"}
-    assert values["test/f1"] == pytest.approx(sum(squad_f1(texts[i], right[i]) for i in texts) / 12)
-    assert values["test/em"] == pytest.approx(sum(squad_em(texts[i], right[i]) for i in texts) / 12)
+    assert values["test/f1"] == pytest.approx(sum(squad_f1(texts[i], references[i]) for i in texts) / 12)
+    assert values["test/em"] == pytest.approx(sum(squad_em(texts[i], references[i]) for i in texts) / 12)
     trainer.predict(module, data)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert {row["index"]: row["prediction"] for row in rows} == texts
@@ -97,7 +97,7 @@ def test_predicting_needs_no_answers(tiny_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "unanswered.jsonl"
     path.write_text('{"q": "a"}\n{"q": "b"}\n')
     trainer = Trainer(**QUIET, callbacks=[PredictionWriter(str(tmp_path / "out.jsonl"))])
-    trainer.predict(SparseMeZOModule(str(tiny_folder)), free(str(path)))
+    trainer.predict(SparseMeZOModule(str(tiny_folder)), generation_data(str(path)))
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["references"] for row in rows] == [[], []]
 
@@ -135,9 +135,9 @@ def test_a_metric_of_the_batch_is_what_a_step_sees(tiny_folder: Path, objective:
 
 
 @pytest.mark.parametrize("perturbation", ["layerwise", "in_place"])
-def test_a_step_on_written_answers(tiny_folder: Path, questions: str, rewards: str, perturbation: Any) -> None:
+def test_a_step_on_generated_answers(tiny_folder: Path, questions: str, rewards: str, perturbation: Any) -> None:
     module = SparseMeZOModule(str(tiny_folder), partial(fast, eps=0.05), perturbation=perturbation)
-    data = free(questions, reward=f"{rewards}.length", batch_size=12)
+    data = generation_data(questions, reward=f"{rewards}.length", batch_size=12)
     module.configure_model()
     start = {name: weight.clone() for name, weight in module.model.named_parameters()}
     Trainer(**QUIET, max_steps=6, limit_val_batches=0).fit(module, data)
@@ -146,7 +146,7 @@ def test_a_step_on_written_answers(tiny_folder: Path, questions: str, rewards: s
     assert any(not torch.equal(start[name], weight) for name, weight in module.model.named_parameters())
 
 
-def test_both_perturbations_see_the_same_written_answers(tiny_folder: Path, questions: str, rewards: str) -> None:
+def test_both_perturbations_see_the_same_generated_answers(tiny_folder: Path, questions: str, rewards: str) -> None:
     losses = []
     for perturbation in ("layerwise", "in_place"):
         seen: list[float] = []
@@ -160,7 +160,7 @@ def test_both_perturbations_see_the_same_written_answers(tiny_folder: Path, ques
 
         module = SparseMeZOModule(str(tiny_folder), partial(fast, eps=0.05), perturbation=perturbation)
         trainer = Trainer(**QUIET, max_steps=5, limit_val_batches=0, callbacks=[Look(seen)])
-        trainer.fit(module, free(questions, reward=f"{rewards}.length", batch_size=12))
+        trainer.fit(module, generation_data(questions, reward=f"{rewards}.length", batch_size=12))
         losses.append(seen)
     assert losses[0] == losses[1]
     assert len(set(losses[0])) > 1
@@ -205,7 +205,7 @@ def test_dev_loss_stays_a_loss(tiny_folder: Path) -> None:
 def test_parts_of_a_batch_keep_their_texts(
     tiny_tokenizer: PreTrainedTokenizerFast, questions: str, tmp_path: Path
 ) -> None:
-    data = free(questions, tokenizer=tiny_tokenizer, objective="f1", batch_size=12)
+    data = generation_data(questions, tokenizer=tiny_tokenizer, objective="f1", batch_size=12)
     (batch,) = data.train_dataloader()
     whole = {int(index): (batch.references[n], batch.prompts) for n, index in enumerate(batch.index)}
     for part in batch.split(5):

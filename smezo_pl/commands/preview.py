@@ -47,7 +47,7 @@ def main(args: Sequence[str]) -> None:
 def preview(data: PromptDataModule, split: SplitName = "train", examples: int = 3) -> Iterator[str]:
     """The lines that are printed, with so many prompts of a split."""
     task = data.task
-    kind = "free text" if task.is_generation else "candidates"
+    kind = "generated text" if task.is_generation else "candidates"
     yield f"task {task.name}: {kind}, objective {data.objective}, metrics {', '.join(task.metrics)}"
     encoded = data.encoded(split)[:examples]
     for example in encoded:

@@ -68,7 +68,7 @@ def test_demonstrations_and_free_text(
     task = {"prompt": "{q}?\nAnswer:", "target": "a"}
     words = (f"--data.task={json.dumps(task)}", "--data.train_file=mine.csv", "--data.num_demonstrations=2")
     out = preview(capsys, tiny_folder, *words, "--examples=1")
-    assert "task mine: free text, objective lm, metrics em, f1" in out
+    assert "task mine: generated text, objective lm, metrics em, f1" in out
     text = out.split("of mine.csv\n")[1].split("\n\n⟦ ⟧")[0]
     assert len(re.findall(r"what is \d\?\nAnswer: number \d\n\n", text)) == 2
     assert text.endswith("⏎⟧*")

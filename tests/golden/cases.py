@@ -709,7 +709,7 @@ def _cli_choice(folder: Path) -> Result:
 
 @case("cli/generation")
 def _cli_generation(folder: Path) -> Result:
-    """Answers that the model writes, as objective, as metric and as predictions."""
+    """Generated answers, as objective, as metric and as predictions."""
     prepare(folder, WRITE)
     (folder / "golden_rewards.py").write_text(
         "def letters(predictions, references):\n    return [len(p) + p.count('e') for p in predictions]\n"

@@ -94,5 +94,5 @@ def one_at_a_time(model: nn.Module, prompt: Sequence[int], candidate: Sequence[i
     """Mean log-probability of a candidate: one forward of it and its prompt alone, logits everywhere."""
     ids = [*prompt, *candidate]
     log_probs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    places = range(len(prompt), len(ids))
-    return sum(float(log_probs[place - 1, ids[place]]) for place in places) / len(candidate)
+    positions = range(len(prompt), len(ids))
+    return sum(float(log_probs[position - 1, ids[position]]) for position in positions) / len(candidate)

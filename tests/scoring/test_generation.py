@@ -39,7 +39,7 @@ def test_greedy_tokens_are_those_of_one_prompt_at_a_time(
 ) -> None:
     model = make_tiny_model(kind)
     free = [one_by_one(model, prompt, 8, ()) for prompt in PROMPTS]
-    # A token that ends one answer early and, if at all, the others at another place.
+    # A token that ends one answer early and, if at all, the others at another position.
     stop = free[0][3]
     with torch.no_grad():
         answers = generate(model, **padded(PROMPTS), max_new_tokens=8, stop_ids=[stop], pad_id=PAD)
@@ -100,8 +100,8 @@ def test_rows_that_have_ended_are_read_no_more() -> None:
     handle.remove()
     # At most a third more rows are read than still run.
     assert sizes[0] == 4 and sizes[-1] < 4
-    for place, size in enumerate(sizes[1:], 1):
-        assert size * 0.75 < sum(end > place for end in ends) <= size
+    for position, size in enumerate(sizes[1:], 1):
+        assert size * 0.75 < sum(end > position for end in ends) <= size
 
 
 def test_it_ends_when_every_row_has(make_tiny_model: Callable[..., PreTrainedModel]) -> None:

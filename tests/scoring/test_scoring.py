@@ -39,8 +39,8 @@ def one_at_a_time(model: nn.Module, example: Encoded) -> list[float]:
     for tokens in example.candidates:
         ids = [*example.prompt, *tokens]
         log_probs = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        places = range(len(example.prompt), len(ids))
-        means.append(sum(float(log_probs[place - 1, ids[place]]) for place in places) / len(tokens))
+        positions = range(len(example.prompt), len(ids))
+        means.append(sum(float(log_probs[position - 1, ids[position]]) for position in positions) / len(tokens))
     return means
 
 
@@ -110,7 +110,7 @@ def test_adapters_of_peft(
 
 
 def two_examples(objective: str) -> PromptBatch:
-    """Example 0: candidates of 1 and 2 tokens, the second right. Example 1: three of one token, the first right."""
+    """Example 0: candidates of 1 and 2 tokens, the second correct. Example 1: three of one token, the first correct."""
     examples = [
         Encoded((9,), ((0,), (1, 2)), 1, (1,), 0),
         Encoded((9,), ((0,), (1,), (2,)), 0, (0, 2), 1),

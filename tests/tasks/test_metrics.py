@@ -92,7 +92,7 @@ def test_drop_normalization(text: str, plain: str) -> None:
         ("The Bears", ["Bears"], 1.0, 1.0),
         # A number that is not there makes it 0, whatever else agrees.
         ("4 yards", ["3 yards"], 0.0, 0.0),
-        # The right number among other words: precision 2/3, recall 1.
+        # The gold number among other words: precision 2/3, recall 1.
         ("3 long yards", ["3 yards"], 0.0, 0.8),
         # All spans together are one answer; one text can stand for one of them.
         ("Bears", ["Bears", "Lions"], 0.0, 0.5),
@@ -144,13 +144,13 @@ def test_number_in(text: str, number: float | None) -> None:
 
 def chosen(*pairs: tuple[int, int], groups: tuple[int, ...] = ()) -> list[Answer]:
     return [
-        Answer(n, str(place), (str(label),), place, label, place == label, groups[n] if groups else 0)
-        for n, (place, label) in enumerate(pairs)
+        Answer(n, str(choice), (str(label),), choice, label, choice == label, groups[n] if groups else 0)
+        for n, (choice, label) in enumerate(pairs)
     ]
 
 
 def generated(*answers: tuple[str, tuple[str, ...]]) -> list[Answer]:
-    return [Answer(n, text, right) for n, (text, right) in enumerate(answers)]
+    return [Answer(n, text, references) for n, (text, references) in enumerate(answers)]
 
 
 def test_labels() -> None:

@@ -23,21 +23,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What distinguishes a method.
-
-    Attributes:
-        summary: What it does, in a few words.
-        order: 0 for forward passes alone (`SparseMeZO`), 1 for gradients (AdamW), None for no training.
-        mask: The optimizer's mask, for order 0.
-        adapter: The adapter if the configuration names none; ``peft_type`` is also what a given one must have.
-        lr: AdamW's learning rate if the configuration names none, for order 1: a starting point, not a tuned one.
-    """
+    """What distinguishes a method."""
 
     summary: str
-    order: Literal[0, 1] | None
-    mask: str | None = None
-    adapter: Mapping[str, Any] = field(default_factory=dict)
-    lr: float = 0.0
+    order: Literal[0, 1] | None  # 0: forward passes alone (`SparseMeZO`), 1: gradients (AdamW), None: no training
+    mask: str | None = None  # the optimizer's, for order 0
+    adapter: Mapping[str, Any] = field(default_factory=dict)  # the default; a given one must have its peft_type
+    lr: float = 0.0  # AdamW's default, for order 1: a starting point, not a tuned one
 
 
 METHODS: dict[str, Method] = {
@@ -64,22 +56,15 @@ else:
     MethodName = Literal[tuple(METHODS)]  # the choices that the command line shows
 
 
-def method_of(name: str | None) -> Method | None:
-    """The method of a name, None for none; a ``ValueError`` for an unknown one."""
-    if name is not None and name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    return None if name is None else METHODS[name]
-
-
 def adapter_of(name: str | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The adapter that a method trains: the given one, the method's own, or None.
 
     Raises:
         ValueError: If an adapter is given to a method that trains something else.
     """
-    method = method_of(name)
-    if method is None or method.order == 0:
+    if name is None or METHODS[name].order == 0:
         return None if given is None else dict(given)
+    method = METHODS[name]
     if given is None:
         return dict(method.adapter) or None
     own = method.adapter.get("peft_type")
@@ -131,8 +116,7 @@ class FirstOrder:
                 raise ValueError(f"first_order.{name} must be {allowed}, got {getattr(self, name)}")
 
 
-MAX_SKIPPED = 20
-"""Steps in a row that may be skipped for a loss or gradient that is not finite, as in `SparseMeZO`."""
+MAX_SKIPPED = 20  # as in `SparseMeZO`
 
 
 class FirstOrderBaseline:
@@ -141,22 +125,13 @@ class FirstOrderBaseline:
     The network stays in ``eval()`` mode as for the other methods, so there is no dropout. The weights are updated in
     their own dtype: in bfloat16 an update below about 1/256 of a weight is lost by rounding, so ``full`` and ``prefix``
     are better run in ``32-true`` or ``bf16-mixed``. LoRA's matrices (PEFT) and the probe's layer are float32 always.
-
-    Args:
-        method: ``full``, ``lora``, ``prefix`` or ``linear-probe``.
-        adamw: AdamW's settings.
-
-    Attributes:
-        last_loss: The loss of the last step, before its update.
-        gradient_norm: The norm of its gradient, before clipping.
-        skipped_steps: Number of steps without an update, as the loss or gradient was not finite.
+    ``last_loss`` is the loss of the last step, before its update.
     """
 
     def __init__(self, method: str, adamw: FirstOrder) -> None:
-        self.method = method
+        self.method, self.seed = method, adamw.seed
         self.adamw = adamw if adamw.lr is not None else replace(adamw, lr=METHODS[method].lr)
-        self.seed = adamw.seed
-        self.last_loss = self.gradient_norm = math.nan
+        self.last_loss = math.nan
         self.skipped_steps = self._skipped_in_row = 0
 
     def settings(self) -> dict[str, Any]:
@@ -166,8 +141,7 @@ class FirstOrderBaseline:
     def step(self, module: LightningModule, parts: list[Any]) -> Tensor:
         """One step on the parts of a batch, weighted by example (``lm``: by token); their graphs are freed one by one.
 
-        Returns:
-            The loss of the batch before the update, a float32 scalar.
+        Returns the loss of the batch before the update, a float32 scalar.
 
         Raises:
             ValueError: If the loss has no gradient.
@@ -189,35 +163,26 @@ class FirstOrderBaseline:
         total = torch.stack(losses).sum()
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, self.adamw.gradient_clip or math.inf)
-        self.last_loss, self.gradient_norm = torch.stack([total, norm.float()]).tolist()
-        if math.isfinite(self.last_loss) and math.isfinite(self.gradient_norm):
+        self.last_loss, gradient_norm = torch.stack([total, norm.float()]).tolist()
+        if math.isfinite(self.last_loss) and math.isfinite(gradient_norm):
             self._skipped_in_row = 0
         else:
-            self._skip()
+            self.skipped_steps += 1
+            self._skipped_in_row += 1
+            values = f"loss {self.last_loss:g}, gradient norm {gradient_norm:g}"
+            logger.warning("step skipped: %s", values)
+            if self._skipped_in_row >= MAX_SKIPPED:
+                raise NonFiniteLossError(
+                    f"{MAX_SKIPPED} losses or gradients in a row were not finite (the last: {values}): try a smaller "
+                    f"lr (now {self.adamw.lr:g}) or another precision"
+                )
             optimizer.zero_grad(set_to_none=True)  # AdamW passes over weights without a gradient
         optimizer.step()  # also for a skipped step, as it counts the Trainer's steps
         return total
 
-    def _skip(self) -> None:
-        self.skipped_steps += 1
-        self._skipped_in_row += 1
-        values = f"loss {self.last_loss:g}, gradient norm {self.gradient_norm:g}"
-        logger.warning("step skipped: %s", values)
-        if self._skipped_in_row >= MAX_SKIPPED:
-            raise NonFiniteLossError(
-                f"{MAX_SKIPPED} losses or gradients in a row were not finite (the last: {values}): try a smaller lr "
-                f"(now {self.adamw.lr:g}) or another precision"
-            )
-
 
 def optimizer_of(module: Any) -> torch.optim.Optimizer | None:
-    """The optimizer of the module's method on its network, attached to it; None if nothing is trained.
-
-    Raises:
-        TypeError: If the configured optimizer needs gradients.
-        ValueError: If the configured optimizer has a mask that is another method's.
-        MisconfigurationException: If several processes would train a first-order baseline.
-    """
+    """The optimizer of the module's method on its network, attached to it; None if nothing is trained."""
     if module.baseline is not None:
         if module.trainer.world_size > 1:
             raise MisconfigurationException(
@@ -257,12 +222,11 @@ def _adamw(network: nn.Module, s: FirstOrder) -> torch.optim.AdamW:
 
 def log_method(module: Any) -> None:
     """Log the method, and how many weights it trains."""
-    trained, frozen = (
-        sum(p.numel() for p in module.model.parameters() if p.requires_grad is flag) for flag in (True, False)
-    )
+    name, parameters = module.method, list(module.model.parameters())
+    trained, frozen = (sum(p.numel() for p in parameters if p.requires_grad is flag) for flag in (True, False))
     settings = "" if module.baseline is None else f", {module.baseline.settings()}"
-    summary = f"method {module.method} ({METHODS[module.method].summary})"
-    logger.info("%s: %s weights are trained, %s are frozen%s", summary, f"{trained:,}", f"{frozen:,}", settings)
+    counts = f"{trained:,} weights are trained, {frozen:,} are frozen"
+    logger.info("method %s (%s): %s%s", name, METHODS[name].summary, counts, settings)
 
 
 def trained_only(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

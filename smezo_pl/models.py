@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-Kind = Literal["causal", "masked"]
 
 _MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
 
@@ -57,33 +55,24 @@ def load_network(
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # Lightning builds inside a device context, for which transformers would need accelerate.
     with torch.device("cpu"):
-        loaded = _from_pretrained(auto, pretrained, revision, **arguments)
-    network: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):
+        network, loading = _from_pretrained(auto, pretrained, revision, **arguments)
+    if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"pretrained={str(pretrained)!r} lacks {len(missing)} of the weights of {type(network).__name__}, which "
             f"would be random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         )
-    size = sum(p.numel() for p in network.parameters())
-    logger.info("%s: %s, %s parameters, %s, %s", pretrained, type(network).__name__, f"{size:,}", dtype, network.device)
+    size = f"{sum(p.numel() for p in network.parameters()):,}"
+    logger.info("%s: %s, %s parameters, %s, %s", pretrained, type(network).__name__, size, dtype, network.device)
     if masked:
         logger.info("%s is a masked language model: it answers where the prompt holds a mask", pretrained)
-    network.train(False)
-    return network
+    return cast("PreTrainedModel", network.eval())
 
 
-def kind_of(pretrained: "str | Path | nn.Module", *, revision: str | None = None) -> Kind:
-    """Whether a model is a causal or a masked language model.
+def kind_of(pretrained: "str | Path | nn.Module", *, revision: str | None = None) -> Literal["causal", "masked"]:
+    """Whether a model, as in `load_model` or a network, is a causal or a masked language model.
 
     It is masked if its configuration names such a head (``RobertaForMaskedLM``), or names none and its type has such a
-    head and is an encoder. Everything else, and every GGUF file, is causal.
-
-    Args:
-        pretrained: As in `load_model`, or a network.
-        revision: Branch, tag or commit on the hub.
-
-    Raises:
-        ValueError: For an encoder-decoder model, such as T5.
+    head and is an encoder. Everything else, and every GGUF file, is causal; an encoder-decoder model is refused.
     """
     config: Any
     if isinstance(pretrained, nn.Module):
@@ -95,7 +84,7 @@ def kind_of(pretrained: "str | Path | nn.Module", *, revision: str | None = None
         folder = Path(pretrained).expanduser()
         # Of PEFT's folders transformers finds the base model by itself.
         adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-        if _is_gguf(pretrained) or adapter:
+        if adapter or _is_gguf(pretrained):
             return "causal"
         from transformers import AutoConfig
 
@@ -137,16 +126,13 @@ def with_pad_token(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizer
 
 
 def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
-    """Freeze a network and put a PEFT adapter on it, which alone is trained.
+    """Freeze a network and put a PEFT adapter on it, which alone is trained; in ``eval()`` mode.
 
     Args:
         model: The network.
         adapter: ``peft_type`` (``LORA``, ``PREFIX_TUNING``, ...) and the arguments of PEFT's configuration of that
             type.
         seed: Seed of the adapter's own starting weights; torch's generator is left as it was.
-
-    Returns:
-        The network with the adapter, in ``eval()`` mode.
 
     Raises:
         ModuleNotFoundError: If peft is not installed.
@@ -157,9 +143,9 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
     import peft
 
     types: dict[Any, Any] = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
-    # PEFT has no task type for masked language models: its plain wrapper takes them.
-    task = {} if type(model).__name__.endswith(_MASKED_HEADS) else {"task_type": "CAUSAL_LM"}
-    arguments = {**task, **adapter}
+    arguments = dict(adapter)
+    if not type(model).__name__.endswith(_MASKED_HEADS):  # PEFT's plain wrapper takes masked language models
+        arguments.setdefault("task_type", "CAUSAL_LM")
     kind = str(arguments.pop("peft_type", "")).upper()
     if kind not in types:
         raise ValueError(
@@ -189,7 +175,6 @@ def _is_gguf(pretrained: str | Path) -> bool:
 
 
 def _from_pretrained(auto: Any, pretrained: str | Path, revision: str | None, **arguments: Any) -> Any:
-    """What one of transformers' auto classes loads."""
     folder, location = _locate(pretrained, revision)
     try:
         return auto.from_pretrained(folder, **location, **arguments)

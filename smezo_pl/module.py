@@ -84,6 +84,8 @@ class SparseMeZOModule(LightningModule):
         super().__init__()
         if perturbation not in ("layerwise", "in_place"):
             raise ValueError(f"perturbation must be 'layerwise' or 'in_place', got {perturbation!r}")
+        if method is not None and method not in methods.METHODS:
+            raise ValueError(f"method must be one of {', '.join(methods.METHODS)}, got {method!r}")
         if micro_batch_size is not None and not micro_batch_size >= 1:
             raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
         ready = isinstance(pretrained, nn.Module)
@@ -98,9 +100,9 @@ class SparseMeZOModule(LightningModule):
         self.revision, self.perturbation, self.micro_batch_size = revision, perturbation, micro_batch_size
         self.build_optimizer, self.build_scheduler = optimizer, lr_scheduler
         self.method, self.adapter, self.adapter_seed = method, methods.adapter_of(method, adapter), first_order.seed
-        chosen = methods.method_of(method)
-        self.zeroth_order = chosen is None or chosen.order == 0
-        self.baseline = FirstOrderBaseline(str(method), first_order) if chosen and chosen.order == 1 else None
+        order = 0 if method is None else methods.METHODS[method].order
+        self.zeroth_order = order == 0
+        self.baseline = FirstOrderBaseline(str(method), first_order) if order == 1 else None
         self.save_folder = save_pretrained
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._means = evaluation.WeightedMeans()

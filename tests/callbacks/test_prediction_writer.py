@@ -55,5 +55,5 @@ def test_another_predict_step_is_refused(tmp_path: Path) -> None:
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             return self.scores(batch)
 
-    with pytest.raises(TypeError, match="returns a list of dicts, one an example, with 'index'; got Tensor"):
+    with pytest.raises(TypeError, match="returns a list of dicts, one per example, with 'index'; got Tensor"):
         make_trainer(tmp_path, PredictionWriter()).predict(Other(), Examples())

@@ -172,13 +172,11 @@ class SparseMeZOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The method's optimizer on the network, and the scheduler; None for zero-shot."""
-        optimizer = methods.optimizer_of(self)
+        optimizer: Any = methods.optimizer_of(self)
         if optimizer is None:
             return None
-        if self.baseline is not None:
-            self.save_hyperparameters({"adamw": self.baseline.settings()})
-        elif isinstance(optimizer, SparseMeZO):
-            self.save_hyperparameters({"sparse_mezo": optimizer.settings()})
+        name, training = ("sparse_mezo", optimizer) if self.baseline is None else ("adamw", self.baseline)
+        self.save_hyperparameters({name: training.settings()})
         return optimizer if self.build_scheduler is None else ([optimizer], [self.build_scheduler(optimizer)])
 
     def on_fit_start(self) -> None:
@@ -212,10 +210,9 @@ class SparseMeZOModule(LightningModule):
             scheduler.step()  # type: ignore[union-attr]
 
     def loss(self, batch: Any) -> Tensor:
-        """Mean loss over the examples of a batch or a part of it; override it for another kind of model.
+        """Mean loss over the examples of a batch or a part of it, one element; override it for another kind of model.
 
-        Returns:
-            A tensor of one element. It need not be differentiable.
+        It need not be differentiable.
         """
         total, weight = evaluation.loss_of(evaluation.scores_of(self.model, batch), batch)
         return total / weight
@@ -223,8 +220,7 @@ class SparseMeZOModule(LightningModule):
     def batch_loss(self, parts: list[Any]) -> Tensor:
         """The closure: `loss` over the parts of a batch and over all processes, weighted by example (``lm``: by token).
 
-        Returns:
-            A float32 scalar, the same bits on every process.
+        A float32 scalar, the same bits on every process.
         """
         weights = [batch_weight(part) for part in parts]
         weight = float(sum(weights))
@@ -314,8 +310,8 @@ class SparseMeZOModule(LightningModule):
     def on_fit_end(self) -> None:
         """Write the trained model as a Hugging Face folder."""
         resume.restore(self.trainer)  # a run that had ended already trains no step
-        trial = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.save_folder is not None and not trial and self.trainer.is_global_zero:
+        trainer: Any = self.trainer
+        if self.save_folder is not None and trainer.is_global_zero and not trainer.fast_dev_run:
             self.model.save_pretrained(self.save_folder)  # type: ignore[operator]
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(self.save_folder)

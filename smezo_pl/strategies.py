@@ -1,6 +1,5 @@
 """Forward-only data parallelism, and which settings of a Trainer go with forward-only training."""
 
-import logging
 import warnings
 from typing import Any
 
@@ -10,8 +9,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 
 class ReplicasDifferError(RuntimeError):
@@ -69,11 +66,7 @@ class ForwardDDPStrategy(DDPStrategy):
         self.compare_replicas()
 
     def compare_replicas(self) -> None:
-        """Compare the bits of all parameters over the processes.
-
-        Raises:
-            ReplicasDifferError: If a process has other weights than the first.
-        """
+        """Compare the bits of all parameters over the processes."""
         assert self.model is not None
         names, sums = zip(*((name, checksum(tensor)) for name, tensor in self.model.named_parameters()), strict=True)
         own_sums = torch.stack(sums)
@@ -86,7 +79,6 @@ class ForwardDDPStrategy(DDPStrategy):
                     f"tensors differ, the first is {names[int(differing[0])]}. Was a parameter changed outside the "
                     "optimizer, or on one process alone?"
                 )
-        logger.debug("replicas compared: %d processes hold the same bits", self.world_size)
 
 
 def checksum(tensor: Tensor, chunk: int = 1 << 22) -> Tensor:
@@ -117,10 +109,6 @@ def check_trainer(trainer: Trainer) -> None:
 
     To be called in ``configure_callbacks``, the one hook before Lightning's own check of manual optimization, whose
     message knows nothing of micro-batches.
-
-    Raises:
-        MisconfigurationException: For gradient clipping, gradient accumulation, a precision that scales gradients or
-            quantizes weights, or several processes without `ForwardDDPStrategy`.
     """
     if trainer.gradient_clip_val:
         raise MisconfigurationException(

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from smezo_pl.callbacks.common import run_folder, validates_now, zeroth_order_optimizer
+from smezo_pl.callbacks.common import run_folder, zeroth_order_optimizer
 from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.log import FILE_NAME
 from smezo_pl.trajectory.recorder import Recorder, named_tensors
@@ -89,9 +89,10 @@ class WeightCheckpoint(ModelCheckpoint):
         ranked = sorted(scores, key=lambda name: scores[name], reverse=self.mode == "max")
         ranked = ranked[: self.save_top_k if self.save_top_k > 0 else None]
         self.best_k_models = {str(Path(self.dirpath or "", name)): torch.tensor(scores[name]) for name in ranked}
-        best, *_, self.kth_best_model_path = [next(iter(self.best_k_models)), *self.best_k_models]
-        self.kth_value = self.best_k_models[self.kth_best_model_path]
-        self.best_model_score, self.best_step = self.best_k_models[best], state_dict["best_step"]
+        kept = list(self.best_k_models.items())
+        best, self.best_model_score = kept[0]
+        self.kth_best_model_path, self.kth_value = kept[-1]
+        self.best_step = state_dict["best_step"]
         self.best_model_path = best if Path(best).is_file() else ""  # the run may have a new folder
 
     # ------------------------------------------------------------------ what Lightning calls
@@ -113,13 +114,14 @@ class WeightCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write a checkpoint if one is due, unless a validation follows: one is written after it."""
-        epochs: Any = trainer.fit_loop.epoch_progress
-        for progress in (epochs.total, epochs.current):
+        loop: Any = trainer.fit_loop
+        for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
             # Lightning 2.6 does not count the epoch as begun that follows a resume from an epoch's last batch, and a
             # second resume from an epoch's last batch would then count one epoch too few.
             progress.completed = progress.processed
             progress.ready = progress.started = progress.processed + 1
-        if self._is_due(trainer) and not validates_now(trainer) and not self._should_skip_saving_checkpoint(trainer):
+        validates_now = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        if self._is_due(trainer) and not validates_now and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, {})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

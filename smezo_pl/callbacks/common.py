@@ -24,12 +24,6 @@ def zeroth_order_optimizer(trainer: Trainer, callback: Callback) -> SparseMeZO:
     return optimizer
 
 
-def validates_now(trainer: Trainer) -> bool:
-    """Whether Lightning validates after this batch."""
-    loop = trainer.fit_loop
-    return loop._data_fetcher is not None and bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
-
-
 def run_folder(trainer: Trainer) -> Path:
     """The folder that a run writes to, the same on every process: the logger's, else ``default_root_dir``."""
     return Path(trainer.log_dir or trainer.default_root_dir)
@@ -39,6 +33,19 @@ def log_scalars(trainer: Trainer, scalars: dict[str, float]) -> None:
     """Give scalars to every logger, at the number of optimizer steps."""
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step=trainer.global_step)
+
+
+def logged_metrics(trainer: Trainer, prefix: str) -> dict[str, float]:
+    """What was last logged under names with a prefix, without it."""
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in logged.items()}
+
+
+def task_and_model(trainer: Trainer) -> tuple[str | None, str]:
+    """Names of the run's task, None without one, and of its model."""
+    module, task = trainer.lightning_module, getattr(getattr(trainer, "datamodule", None), "task", None)
+    model = getattr(module, "pretrained", None) or type(getattr(module, "model", module)).__name__
+    return None if task is None else str(getattr(task, "name", task)), model
 
 
 class RunProgressBar(RichProgressBar):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from math import isfinite
+from statistics import fmean, pstdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -24,9 +25,8 @@ def gradient_figure(gradients: Sequence[float]) -> Figure:
     axes = figure.subplots()
     axes.hist(gradients, bins=min(60, max(8, len(gradients) // 5)), color=BLUE, alpha=0.85)
     axes.axvline(0.0, color="black", linewidth=0.8)
-    mean = sum(gradients) / len(gradients)
-    spread = (sum((g - mean) ** 2 for g in gradients) / len(gradients)) ** 0.5
-    axes.set_title(f"Projected gradients, last {len(gradients)}: mean {mean:.3g}, spread {spread:.3g}", fontsize=10)
+    mean, deviation = fmean(gradients), pstdev(gradients)
+    axes.set_title(f"Projected gradients, last {len(gradients)}: mean {mean:.3g}, spread {deviation:.3g}", fontsize=10)
     axes.set(xlabel="g = (l+ - l-) / (2 eps)", ylabel="steps")
     _plain(axes)
     return figure
@@ -103,7 +103,7 @@ def running_mean(points: Points) -> list[tuple[float, float]]:
         # As many on either side, so that the ends are not pulled inwards.
         reach = min(half, index, len(points) - 1 - index)
         window = points[index - reach : index + reach + 1]
-        smoothed.append((step, sum(value for _, value in window) / len(window)))
+        smoothed.append((step, fmean(value for _, value in window)))
     return smoothed
 
 

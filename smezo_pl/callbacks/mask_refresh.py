@@ -70,12 +70,10 @@ class MaskRefresh(Callback):
 
         Also for epochs, whose own hook comes after the checkpoint of their last step and would be left out of a resume.
         """
-        if self.every_n_epochs is not None:
-            if not trainer.is_last_batch:
-                return
-            now, period = trainer.current_epoch + 1, self.every_n_epochs
-        else:
-            now, period = trainer.global_step, self.every_n_steps or 0
+        if self.every_n_epochs is not None and not trainer.is_last_batch:
+            return
+        now = trainer.global_step if self.every_n_epochs is None else trainer.current_epoch + 1
+        period = self.every_n_epochs or self.every_n_steps
         if trainer.global_step != trainer.max_steps and (now in self.sparsity or (period and now % period == 0)):
             self._refresh(trainer, now)
 

@@ -16,8 +16,6 @@ from smezo_pl.callbacks.mask_refresh import churn, density, sampled_names
 from smezo_pl.data.batch import batch_size
 from smezo_pl.optim import SparseMeZO, StepRecord
 
-QUANTILES = (0.1, 0.5, 0.9)
-
 
 class ZerothOrderMonitor(Callback):
     """Logs what the optimizer does.
@@ -131,16 +129,14 @@ class ZerothOrderMonitor(Callback):
             scalars["zo/projected_gradient"] = sum(record.projected_gradients) / samples
         if self._gradients:
             magnitudes = torch.tensor(list(self._gradients), dtype=torch.float64).abs()
-            values = magnitudes.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
-            scalars |= {f"zo/gradient_abs_q{round(100 * q)}": v for q, v in zip(QUANTILES, values, strict=True)}
-        peak = peak_memory(device)
-        if peak is not None:
+            scalars |= {f"zo/gradient_abs_q{q}": float(magnitudes.quantile(q / 100)) for q in (10, 50, 90)}
+        if (peak := peak_memory(device)) is not None:
             scalars["zo/peak_memory_gib"] = peak / 2**30
         return scalars
 
     def _draw(self, trainer: Trainer, optimizer: SparseMeZO) -> None:
-        writers: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-        writers = [writer for writer in writers if hasattr(writer, "add_figure")]
+        experiments: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+        writers = [experiment for experiment in experiments if hasattr(experiment, "add_figure")]
         if not writers or not self._gradients:
             return
         figures = {

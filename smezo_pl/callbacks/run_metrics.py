@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 from rich.table import Table
 
-from smezo_pl.callbacks.common import find_zeroth_order, log_scalars, run_folder
+from smezo_pl.callbacks.common import find_zeroth_order, log_scalars, logged_metrics, run_folder, task_and_model
 from smezo_pl.callbacks.figures import Curve
 from smezo_pl.callbacks.monitor import peak_memory
 from smezo_pl.trajectory.files import write_atomically
@@ -28,63 +28,7 @@ from smezo_pl.trajectory.fingerprint import machine, versions
 STEP_SECONDS, PEAK_MEMORY = "run/step_seconds", "run/peak_memory"
 """Logged during a run: median seconds per step, and peak memory in bytes."""
 
-KEPT = 256
-"""Number of last step times that the median is taken of. A checkpoint holds them, so there are few."""
-
-
-class Clock:
-    """Seconds of training, of its last steps without validation and checkpoints, and peak memory in training."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        self._steps: deque[float] = deque(maxlen=KEPT)
-        self._earlier_seconds, self._earlier_peak = 0.0, 0
-        self._training_began = perf_counter()
-        self._step_began: float | None = None
-
-    def start_training(self, device: torch.device) -> None:
-        """Leave out the time so far, and the memory that loading the model took."""
-        self.device, self._training_began = device, perf_counter()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            # Linux: "5" sets the process's peak to what it holds now (man 5 proc_pid_clear_refs).
-            with suppress(OSError):
-                Path(f"/proc/{os.getpid()}/clear_refs").write_text("5")
-
-    def start_step(self) -> None:
-        """A step begins."""
-        self._step_began = perf_counter()
-
-    def end_step(self) -> None:
-        """The step ends."""
-        if self._step_began is not None:
-            self._steps.append(perf_counter() - self._step_began)
-        self._step_began = None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training, those before a resume included."""
-        return self._earlier_seconds + perf_counter() - self._training_began
-
-    @property
-    def step_seconds(self) -> float | None:
-        """Median seconds per step; None before the first."""
-        return statistics.median(self._steps) if self._steps else None
-
-    @property
-    def peak(self) -> int | None:
-        """Peak memory of training in bytes."""
-        return max(peak_memory(self.device) or 0, self._earlier_peak) or None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Step times and peak memory, in plain types."""
-        return {"times": [round(seconds, 6) for seconds in self._steps], "peak": self.peak or 0}
-
-    def load_state_dict(self, state: dict[str, Any], seconds: float) -> None:
-        """Continue after so many seconds of training."""
-        self._earlier_seconds, self._earlier_peak = seconds, int(state.get("peak", 0))
-        self._steps = deque(state.get("times", ()), maxlen=KEPT)
+KEPT = 256  # last step times that the median is taken of; few, as a checkpoint holds them
 
 
 class RunMetrics(Callback):
@@ -115,28 +59,41 @@ class RunMetrics(Callback):
         self.result: dict[str, Any] | None = None
         self._started: dict[str, float] | None = None
         self._validated: tuple[int, dict[str, float] | None] = (-1, None)
-        self._curve, self._clock = Curve(), Clock()
+        self._curve = Curve()
         self._folder: Path | None = None
-
-    @property
-    def state_key(self) -> str:
-        """One state whatever the arguments."""
-        return type(self).__qualname__
+        self._device = torch.device("cpu")
+        self._step_times: deque[float] = deque(maxlen=KEPT)
+        self._earlier_seconds, self._earlier_peak = 0.0, 0
+        self._training_began = self._step_began = perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
         return {
             "before": self._started,
-            "seconds": self._clock.seconds,
+            "seconds": self._seconds,
             "curve": self._curve.state_dict(),
-            "clock": self._clock.state_dict(),
+            "clock": {"times": [round(seconds, 6) for seconds in self._step_times], "peak": self._peak or 0},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a checkpoint."""
         self._started = state_dict["before"]
         self._curve.load_state_dict(state_dict["curve"])
-        self._clock.load_state_dict(state_dict.get("clock", {}), state_dict["seconds"])
+        clock = state_dict.get("clock", {})
+        self._earlier_seconds, self._earlier_peak = state_dict["seconds"], int(clock.get("peak", 0))
+        self._step_times = deque(clock.get("times", ()), maxlen=KEPT)
+
+    @property
+    def _seconds(self) -> float:  # of training, those before a resume included
+        return self._earlier_seconds + perf_counter() - self._training_began
+
+    @property
+    def _step_seconds(self) -> float | None:
+        return statistics.median(self._step_times) if self._step_times else None
+
+    @property
+    def _peak(self) -> int | None:
+        return max(peak_memory(self._device) or 0, self._earlier_peak) or None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Extend the sanity check to all validation examples. Lightning leaves it out of a resumed run."""
@@ -147,30 +104,36 @@ class RunMetrics(Callback):
         """Keep the metrics of the starting weights."""
         if not self.before or trainer.global_step > 0:
             return
-        self._started = _validation_metrics(trainer)
+        self._started = logged_metrics(trainer, "val/") or None
         if self._started is not None:
             self._curve.add_held_out(0, self._started)
             # As validation logs its own: who reads the logs of a running run sees where it began.
             log_scalars(trainer, {f"val/{name}": value for name, value in self._started.items()})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._folder = run_folder(trainer)
-            self._clock.start_training(pl_module.device)
+        """Leave out the time so far, and the memory that loading the model took."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._folder, self._device, self._training_began = run_folder(trainer), pl_module.device, perf_counter()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            # Linux: "5" sets the process's peak to what it holds now (man 5 proc_pid_clear_refs).
+            with suppress(OSError):
+                Path(f"/proc/{os.getpid()}/clear_refs").write_text("5")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Time the step."""
-        self._clock.start_step()
+        self._step_began = perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the step's loss to the curve, and log time and memory."""
-        self._clock.end_step()
+        self._step_times.append(perf_counter() - self._step_began)
         optimizer = find_zeroth_order(trainer)
         loss = pl_module.baseline.last_loss if optimizer is None else optimizer.last_step.loss
         self._curve.add_train(loss)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            scalars = {STEP_SECONDS: self._clock.step_seconds, PEAK_MEMORY: self._clock.peak}
+            scalars = {STEP_SECONDS: self._step_seconds, PEAK_MEMORY: self._peak}
             log_scalars(trainer, {name: float(value) for name, value in scalars.items() if value is not None})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,7 +142,7 @@ class RunMetrics(Callback):
             self._add_validation(trainer)
 
     def _add_validation(self, trainer: Trainer) -> None:
-        metrics = _validation_metrics(trainer)
+        metrics = logged_metrics(trainer, "val/") or None
         self._validated = trainer.global_step, metrics
         if metrics is not None:
             self._curve.add_held_out(trainer.global_step, metrics)
@@ -188,7 +151,7 @@ class RunMetrics(Callback):
         """Measure the trained model, and write."""
         if self._folder is None:
             return
-        seconds = self._clock.seconds
+        seconds = self._seconds
         if trainer.global_step == 0 and self._started is not None:
             self._validated = 0, self._started
         elif self._validated[0] != trainer.global_step:
@@ -200,17 +163,17 @@ class RunMetrics(Callback):
             trainer.state.stage = stage
             self._add_validation(trainer)
         data = getattr(trainer, "datamodule", None)
-        task = getattr(data, "task", None)
+        task, model = task_and_model(trainer)
         training = find_zeroth_order(trainer) or getattr(pl_module, "baseline", None)
         self.result = {
-            "task": str(getattr(task, "name", task)) if task is not None else None,
-            "model": getattr(pl_module, "pretrained", None) or type(getattr(pl_module, "model", pl_module)).__name__,
+            "task": task,
+            "model": model,
             "steps": trainer.global_step,
             "seconds": round(seconds, 2),
             "before": self._started,
             "after": self._validated[1],
-            "step_seconds": self._clock.step_seconds,
-            "peak_memory_bytes": self._clock.peak,
+            "step_seconds": self._step_seconds,
+            "peak_memory_bytes": self._peak,
             "method": getattr(pl_module, "method", None),
             "data_seed": getattr(data, "data_seed", None),
             "batch_size": getattr(data, "batch_size", None),
@@ -224,19 +187,16 @@ class RunMetrics(Callback):
             "machine": machine(pl_module.device),
         }
         if trainer.is_global_zero:
-            self._write(self._folder, self.result)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            title = f"{Path(model).name} on {task}" if task else Path(model).name
+            self._curve.draw(title).savefig(self._folder / "curve.png")
+            # Last: where the file is, the run has ended.
+            write_atomically(self._folder / "metrics.json", (json.dumps(self.result, indent=2) + "\n").encode())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, when the progress bar is gone."""
         if self.table and self.result is not None and trainer.is_global_zero:
             self._print(trainer, self.result)
-
-    def _write(self, folder: Path, result: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        model = Path(str(result["model"])).name
-        self._curve.draw(f"{model} on {result['task']}" if result["task"] else model).savefig(folder / "curve.png")
-        # Last: where the file is, the run has ended.
-        write_atomically(folder / "metrics.json", (json.dumps(result, indent=2) + "\n").encode())
 
     def _print(self, trainer: Trainer, result: dict[str, Any]) -> None:
         assert self._folder is not None
@@ -255,12 +215,6 @@ class RunMetrics(Callback):
             lines.append(f"tensorboard --logdir {self._folder.parent}")
         # soft_wrap: a path that is broken over two lines cannot be copied.
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def _validation_metrics(trainer: Trainer) -> dict[str, float] | None:
-    """What was last logged as ``val/...``; None if nothing was."""
-    logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    return {name.removeprefix("val/"): value for name, value in logged.items()} or None
 
 
 def _duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from smezo_pl.callbacks.common import run_folder
+from smezo_pl.callbacks.common import logged_metrics, run_folder, task_and_model
 from smezo_pl.data import PromptDataModule
 from smezo_pl.trajectory.files import write_atomically
 from smezo_pl.trajectory.fingerprint import machine, versions
@@ -68,15 +68,12 @@ class PredictionWriter(Callback):
         if trainer.world_size > 1:
             gathered = [None] * trainer.world_size
             torch.distributed.all_gather_object(gathered, self._rows)
-        rows = {row["index"]: row for part in gathered for row in part}
-        self._rows = []
         if not trainer.is_global_zero:
             return
-        path = Path(self.path) if self.path is not None else run_folder(trainer) / "predictions.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            for row in _with_text(rows, getattr(trainer, "datamodule", None)):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = {row["index"]: row for part in gathered for row in part}
+        texts = _with_text(rows, getattr(trainer, "datamodule", None))
+        path = Path(self.path or run_folder(trainer) / "predictions.jsonl")
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts).encode())
         log.info("%d predictions are in %s", len(rows), path)
 
 
@@ -109,8 +106,7 @@ class ScoreWriter(Callback):
 
     def __init__(self, path: str | None = None) -> None:
         super().__init__()
-        self.path = path
-        self._began = perf_counter()
+        self.path, self._began = path, perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -130,27 +126,22 @@ class ScoreWriter(Callback):
     def _write(self, trainer: Trainer, module: Any, name: str, split: str, prefix: str) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        data = getattr(trainer, "datamodule", None)
-        task = getattr(data, "task", None)
-        examples = getattr(data, "examples", None)
+        data: Any = getattr(trainer, "datamodule", None)
+        task, model = task_and_model(trainer)
         result = {
-            "task": str(getattr(task, "name", task)) if task is not None else None,
+            "task": task,
             "split": split,
-            "model": getattr(module, "pretrained", None) or type(getattr(module, "model", module)).__name__,
+            "model": model,
             "method": getattr(module, "method", None),
             "checkpoint": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
-            "metrics": {
-                metric.removeprefix(prefix): float(value)
-                for metric, value in trainer.callback_metrics.items()
-                if metric.startswith(prefix)
-            },
-            "examples": len(examples(split)) if examples is not None else None,
+            "metrics": logged_metrics(trainer, prefix),
+            "examples": len(data.examples(split)) if hasattr(data, "examples") else None,
             "data_seed": getattr(data, "data_seed", None),
             "seconds": round(perf_counter() - self._began, 2),
             "precision": str(trainer.precision),
             "versions": versions(),
             "machine": machine(module.device),
         }
-        path = Path(self.path) if self.path is not None else run_folder(trainer) / f"{name}.json"
+        path = Path(self.path or run_folder(trainer) / f"{name}.json")
         write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
         log.info("metrics are in %s", path)

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from smezo_pl.data.batch import batch_weight
 from smezo_pl.optim.sparse_mezo import NonFiniteLossError, SparseMeZO
 
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-
 logger = logging.getLogger(__name__)
 
 
@@ -48,7 +45,6 @@ METHODS: dict[str, Method] = {
     "linear-probe": Method("a linear layer on frozen features of the last position", 1, lr=1e-2),
     "zero-shot": Method("no training", None),
 }
-"""Every method by name."""
 
 if TYPE_CHECKING:
     MethodName: TypeAlias = str
@@ -57,11 +53,7 @@ else:
 
 
 def adapter_of(name: str | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The adapter that a method trains: the given one, the method's own, or None.
-
-    Raises:
-        ValueError: If an adapter is given to a method that trains something else.
-    """
+    """The adapter that a method trains: the given one, the method's own, or None; another method's is refused."""
     if name is None or METHODS[name].order == 0:
         return None if given is None else dict(given)
     method = METHODS[name]
@@ -129,7 +121,7 @@ class FirstOrderBaseline:
     """
 
     def __init__(self, method: str, adamw: FirstOrder) -> None:
-        self.method, self.seed = method, adamw.seed
+        self.method = method
         self.adamw = adamw if adamw.lr is not None else replace(adamw, lr=METHODS[method].lr)
         self.last_loss = math.nan
         self.skipped_steps = self._skipped_in_row = 0
@@ -138,21 +130,17 @@ class FirstOrderBaseline:
         """Hyperparameters as plain values, as `SparseMeZO.settings` gives them."""
         return {"optimizer": "AdamW", **asdict(self.adamw)}
 
-    def step(self, module: LightningModule, parts: list[Any]) -> Tensor:
+    def step(self, module: Any, parts: list[Any]) -> Tensor:
         """One step on the parts of a batch, weighted by example (``lm``: by token); their graphs are freed one by one.
 
         Returns the loss of the batch before the update, a float32 scalar.
-
-        Raises:
-            ValueError: If the loss has no gradient.
-            NonFiniteLossError: After `MAX_SKIPPED` steps in a row whose loss or gradient was not finite.
         """
-        optimizer: Any = module.optimizers()
+        optimizer = module.optimizers()
         optimizer.zero_grad(set_to_none=True)
         weights = [batch_weight(part) for part in parts]
         losses = []
         for part, weight in zip(parts, weights, strict=True):
-            loss = module.loss(part).float().reshape(()) * (weight / sum(weights))  # type: ignore[operator]
+            loss = module.loss(part).float().reshape(()) * (weight / sum(weights))
             if getattr(part, "reward", None) is not None or not loss.requires_grad:
                 raise ValueError(
                     f"method {self.method!r} needs a loss with a gradient, and this objective has none: choose a "
@@ -161,8 +149,7 @@ class FirstOrderBaseline:
             module.manual_backward(loss)
             losses.append(loss.detach())
         total = torch.stack(losses).sum()
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trained, self.adamw.gradient_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(module.model.parameters(), self.adamw.gradient_clip or math.inf)
         self.last_loss, gradient_norm = torch.stack([total, norm.float()]).tolist()
         if math.isfinite(self.last_loss) and math.isfinite(gradient_norm):
             self._skipped_in_row = 0

@@ -50,7 +50,7 @@ def load_network(
     auto: Any = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     dtype = dtype or torch.get_default_dtype()
     arguments: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if _is_gguf(pretrained) and hasattr(transformers, "GgufConfig"):
+    if Path(pretrained).suffix == ".gguf" and hasattr(transformers, "GgufConfig"):
         # Quantized blocks cannot be perturbed. Releases without this class always dequantize them.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # Lightning builds inside a device context, for which transformers would need accelerate.
@@ -84,7 +84,7 @@ def kind_of(pretrained: "str | Path | nn.Module", *, revision: str | None = None
         folder = Path(pretrained).expanduser()
         # Of PEFT's folders transformers finds the base model by itself.
         adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-        if adapter or _is_gguf(pretrained):
+        if adapter or folder.suffix == ".gguf":
             return "causal"
         from transformers import AutoConfig
 
@@ -128,15 +128,8 @@ def with_pad_token(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizer
 def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
     """Freeze a network and put a PEFT adapter on it, which alone is trained; in ``eval()`` mode.
 
-    Args:
-        model: The network.
-        adapter: ``peft_type`` (``LORA``, ``PREFIX_TUNING``, ...) and the arguments of PEFT's configuration of that
-            type.
-        seed: Seed of the adapter's own starting weights; torch's generator is left as it was.
-
-    Raises:
-        ModuleNotFoundError: If peft is not installed.
-        ValueError: If ``peft_type`` is missing or unknown, or an argument does not fit it.
+    ``adapter`` holds ``peft_type`` (``LORA``, ``PREFIX_TUNING``, ...) and the arguments of PEFT's configuration of that
+    type. Its starting weights are a function of ``seed``; torch's generator is left as it was.
     """
     if find_spec("peft") is None:
         raise ModuleNotFoundError("adapter needs peft: pip install 'smezo_pl[peft]'")
@@ -170,10 +163,6 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
     return wrapped.eval()
 
 
-def _is_gguf(pretrained: str | Path) -> bool:
-    return Path(pretrained).suffix == ".gguf"
-
-
 def _from_pretrained(auto: Any, pretrained: str | Path, revision: str | None, **arguments: Any) -> Any:
     folder, location = _locate(pretrained, revision)
     try:
@@ -190,7 +179,7 @@ def _locate(pretrained: str | Path, revision: str | None) -> tuple[str, dict[str
     """A folder or hub name, and the arguments of transformers that go with it."""
     name = str(pretrained)
     path = Path(name).expanduser()
-    if _is_gguf(path):
+    if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"pretrained={name!r}: there is no such file")
         if missing := [package for package in ("gguf", "accelerate") if find_spec(package) is None]:

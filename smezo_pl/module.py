@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -104,21 +105,14 @@ class SparseMeZOModule(LightningModule):
         self.zeroth_order = order == 0
         self.baseline = FirstOrderBaseline(str(method), first_order) if order == 1 else None
         self.save_folder = save_pretrained
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._means = evaluation.WeightedMeans()
         if isinstance(pretrained, nn.Module):
             self.model = self._adapted(pretrained)
 
-    @property
+    @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase | None":
         """The tokenizer of ``pretrained``, loaded when first asked for; None for a ready network, until it is set."""
-        if self._tokenizer is None and self.pretrained is not None:
-            self._tokenizer = load_tokenizer(self.pretrained, revision=self.revision)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
-        self._tokenizer = tokenizer
+        return None if self.pretrained is None else load_tokenizer(self.pretrained, revision=self.revision)
 
     @property
     def is_masked_lm(self) -> bool:

@@ -95,8 +95,6 @@ class WeightCheckpoint(ModelCheckpoint):
         self.best_step = state_dict["best_step"]
         self.best_model_path = best if Path(best).is_file() else ""  # the run may have a new folder
 
-    # ------------------------------------------------------------------ what Lightning calls
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, and let the Trainer read and write checkpoints without weights."""
         # not `ModelCheckpoint.setup`, which warns of the files of the run that is resumed
@@ -110,9 +108,7 @@ class WeightCheckpoint(ModelCheckpoint):
         if trainer.global_step == 0 and trainer.optimizers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save_last_checkpoint(trainer, {})
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write a checkpoint if one is due, unless a validation follows: one is written after it."""
         loop: Any = trainer.fit_loop
         for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
@@ -199,7 +195,6 @@ class SeedCheckpoint(WeightCheckpoint):
                 f"({every_n_steps}), got {anchor_every_n_steps}"
             )
         self.anchor_every_n_steps, self.fingerprints = anchor_every_n_steps, fingerprints
-        self._marked_step = -1
         self._place: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,7 +213,7 @@ class SeedCheckpoint(WeightCheckpoint):
         resume.restore(trainer)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._last_global_step_saved, self._marked_step = 0, -1
+        self._last_global_step_saved = -1
         earlier = resume.earlier_trajectory(trainer, self._place)
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -256,8 +251,7 @@ class SeedCheckpoint(WeightCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         step, every = trainer.global_step, self.anchor_every_n_steps
-        if self._recorder is not None and self._marked_step != step:
-            self._marked_step = step
+        if self._recorder is not None and step != self._last_global_step_saved:  # not for the second of two files
             if every is not None and step > 0 and step % every == 0:
                 self._write_snapshot(self._recorder)
             if self.fingerprints:
@@ -271,6 +265,5 @@ class SeedCheckpoint(WeightCheckpoint):
         tensors = tensors_of(writer.header, named_tensors(recorder.optimizer, recorder.model), str(writer.path))
         digest = write_snapshot(path, recorder.optimizer, writer.header, tensors)
         writer.add_event("anchor", file=str(path.relative_to(self._folder)), sha256=digest)
-        for earlier in path.parent.glob("step-*.safetensors"):
-            if earlier != path:
-                earlier.unlink()
+        for earlier in set(path.parent.glob("step-*.safetensors")) - {path}:
+            earlier.unlink()

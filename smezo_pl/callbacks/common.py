@@ -52,10 +52,9 @@ class RunProgressBar(RichProgressBar):
     """One bar from the first step to the last, with loss, steps/s and the time left.
 
     Lightning's own bar starts again at every epoch, and an epoch of 1,000 examples is 63 of 20,000 steps.
-    ``refresh_rate`` is the number of updates per second.
     """
 
-    def __init__(self, refresh_rate: int = 4) -> None:
+    def __init__(self, refresh_rate: int = 4) -> None:  # updates per second
         super().__init__(refresh_rate=refresh_rate)
 
     @property
@@ -80,9 +79,7 @@ class RunProgressBar(RichProgressBar):
         if self.train_progress_bar_id is None:
             super().on_train_epoch_start(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Advance by one step of the run."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 

@@ -113,11 +113,10 @@ def _plain(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-MOST_POINTS = 256
-"""Maximum number of points kept of the training loss. A checkpoint holds them, so there are few."""
+MOST_POINTS = 256  # of the training loss; few, as a checkpoint holds them
 
+# The metric beside the loss is the first of these that the task has. All of them lie in [0, 1].
 _SHOWN = ("accuracy", "f1", "rougeL", "rouge1", "rouge2", "drop_f1", "em")
-"""The metric beside the loss: the first of these that the task has. All of them lie in [0, 1]."""
 
 
 class Curve:

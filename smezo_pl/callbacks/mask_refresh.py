@@ -15,8 +15,7 @@ from smezo_pl.optim.masks import count_ones
 
 log = logging.getLogger(__name__)
 
-SAMPLE = 1 << 26
-"""Maximum number of weights whose masks are kept to be compared later: 8 MiB of bits."""
+SAMPLE = 1 << 26  # weights at most whose masks are kept to be compared later: 8 MiB of bits
 
 
 class MaskRefresh(Callback):
@@ -63,9 +62,7 @@ class MaskRefresh(Callback):
         if trainer.global_step == 0 and 0 in self.sparsity:
             zeroth_order_optimizer(trainer, self).refresh_masks(self.sparsity[0])
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Refresh where it is due, unless the run ends here.
 
         Also for epochs, whose own hook comes after the checkpoint of their last step and would be left out of a resume.
@@ -74,10 +71,9 @@ class MaskRefresh(Callback):
             return
         now = trainer.global_step if self.every_n_epochs is None else trainer.current_epoch + 1
         period = self.every_n_epochs or self.every_n_steps
-        if trainer.global_step != trainer.max_steps and (now in self.sparsity or (period and now % period == 0)):
-            self._refresh(trainer, now)
-
-    def _refresh(self, trainer: Trainer, now: int) -> None:
+        is_due = now in self.sparsity or (period is not None and now % period == 0)
+        if not is_due or trainer.global_step == trainer.max_steps:
+            return
         optimizer = zeroth_order_optimizer(trainer, self)
         names = sampled_names(optimizer)
         before = optimizer.packed_masks(names)

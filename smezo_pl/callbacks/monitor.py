@@ -14,7 +14,7 @@ from smezo_pl.callbacks.common import log_scalars, zeroth_order_optimizer
 from smezo_pl.callbacks.figures import density_figure, gradient_figure
 from smezo_pl.callbacks.mask_refresh import churn, density, sampled_names
 from smezo_pl.data.batch import batch_size
-from smezo_pl.optim import SparseMeZO, StepRecord
+from smezo_pl.optim import SparseMeZO
 
 
 class ZerothOrderMonitor(Callback):
@@ -78,15 +78,11 @@ class ZerothOrderMonitor(Callback):
         """Leave the time of the validation out."""
         self._clock = perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the step, and log what is due."""
         optimizer = zeroth_order_optimizer(trainer, self)
         record, step = optimizer.last_step, trainer.global_step
-        now = perf_counter()
-        self._seconds += now - self._clock
-        self._clock = now
+        self._seconds += perf_counter() - self._clock
         self._examples += batch_size(batch) * trainer.world_size
         self._forward += record.forward_seconds
         self._total += record.total_seconds
@@ -95,7 +91,7 @@ class ZerothOrderMonitor(Callback):
             return
         scalars: dict[str, float] = {}
         if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            scalars |= self._scalars(optimizer, record, pl_module.device)
+            scalars = self._scalars(optimizer, pl_module.device)
             self._reset()
         if step % self.masks_every_n_steps == 0:
             masks = optimizer.packed_masks(sampled_names(optimizer))
@@ -114,7 +110,8 @@ class ZerothOrderMonitor(Callback):
         if self.figures_every_n_steps is not None and trainer.global_step % self.figures_every_n_steps != 0:
             self._draw(trainer, zeroth_order_optimizer(trainer, self))
 
-    def _scalars(self, optimizer: SparseMeZO, record: StepRecord, device: torch.device) -> dict[str, float]:
+    def _scalars(self, optimizer: SparseMeZO, device: torch.device) -> dict[str, float]:
+        record = optimizer.last_step
         samples = len(record.losses)
         scalars = {
             "zo/loss_plus": sum(plus for plus, _ in record.losses) / samples,
@@ -122,8 +119,8 @@ class ZerothOrderMonitor(Callback):
             "zo/lr": record.lr[0],
             "zo/eps": record.eps[0],
             "zo/skipped_steps": float(optimizer.skipped_steps),
-            "zo/forward_share": self._forward / self._total if self._total else 0.0,
-            "zo/examples_per_second": self._examples / self._seconds if self._seconds else 0.0,
+            "zo/forward_share": self._forward / self._total,
+            "zo/examples_per_second": self._examples / self._seconds,
         }
         if not record.skipped:
             scalars["zo/projected_gradient"] = sum(record.projected_gradients) / samples

@@ -130,8 +130,7 @@ class RunMetrics(Callback):
         """Add the step's loss to the curve, and log time and memory."""
         self._step_times.append(perf_counter() - self._step_began)
         optimizer = find_zeroth_order(trainer)
-        loss = pl_module.baseline.last_loss if optimizer is None else optimizer.last_step.loss
-        self._curve.add_train(loss)
+        self._curve.add_train(pl_module.baseline.last_loss if optimizer is None else optimizer.last_step.loss)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             scalars = {STEP_SECONDS: self._step_seconds, PEAK_MEMORY: self._peak}
             log_scalars(trainer, {name: float(value) for name, value in scalars.items() if value is not None})
@@ -165,6 +164,7 @@ class RunMetrics(Callback):
         data = getattr(trainer, "datamodule", None)
         task, model = task_and_model(trainer)
         training = find_zeroth_order(trainer) or getattr(pl_module, "baseline", None)
+        settings = {} if training is None else training.settings()
         self.result = {
             "task": task,
             "model": model,
@@ -177,8 +177,8 @@ class RunMetrics(Callback):
             "method": getattr(pl_module, "method", None),
             "data_seed": getattr(data, "data_seed", None),
             "batch_size": getattr(data, "batch_size", None),
-            "seed": getattr(training, "seed", None),
-            "hyperparameters": {} if training is None else training.settings(),
+            "seed": settings.get("seed"),
+            "hyperparameters": settings,
             "skipped_steps": getattr(training, "skipped_steps", 0),
             "precision": str(trainer.precision),
             "perturbation": getattr(pl_module, "perturbation", None),
@@ -195,11 +195,9 @@ class RunMetrics(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, when the progress bar is gone."""
-        if self.table and self.result is not None and trainer.is_global_zero:
-            self._print(trainer, self.result)
-
-    def _print(self, trainer: Trainer, result: dict[str, Any]) -> None:
-        assert self._folder is not None
+        result, folder = self.result, self._folder
+        if result is None or folder is None or not self.table or not trainer.is_global_zero:
+            return
         console, title = Console(), f"{result['steps']} steps in {_duration(result['seconds'])}"
         table = Table(title=title, title_justify="left")
         table.add_column("held-out examples")
@@ -210,9 +208,9 @@ class RunMetrics(Callback):
         for name in after:
             table.add_row(name, *(f"{values[name]:.4f}" for values in (before, after) if name in values))
         console.print(table if after else f"{title}; no validation data to measure with")
-        lines = [f"metrics  {self._folder / 'metrics.json'}", f"curve    {self._folder / 'curve.png'}"]
+        lines = [f"metrics  {folder / 'metrics.json'}", f"curve    {folder / 'curve.png'}"]
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            lines.append(f"tensorboard --logdir {self._folder.parent}")
+            lines.append(f"tensorboard --logdir {folder.parent}")
         # soft_wrap: a path that is broken over two lines cannot be copied.
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 

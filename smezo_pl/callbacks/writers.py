@@ -41,20 +41,8 @@ class PredictionWriter(Callback):
         """Start without rows."""
         self._rows = []
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the rows of a batch.
-
-        Raises:
-            TypeError: If the module's ``predict_step`` returns something else.
-        """
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
+        """Keep the rows of a batch."""
         if not isinstance(outputs, list) or not all(isinstance(row, dict) and "index" in row for row in outputs):
             raise TypeError(
                 "PredictionWriter needs a predict_step that returns a list of dicts, one per example, with 'index'; "
@@ -73,7 +61,8 @@ class PredictionWriter(Callback):
         rows = {row["index"]: row for part in gathered for row in part}
         texts = _with_text(rows, getattr(trainer, "datamodule", None))
         path = Path(self.path or run_folder(trainer) / "predictions.jsonl")
-        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts).encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts), encoding="utf-8")
         log.info("%d predictions are in %s", len(rows), path)
 
 

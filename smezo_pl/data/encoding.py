@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from smezo_pl.data.packing import tree_size
@@ -321,20 +320,3 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Toke
     if (eos := special_token(tokenizer, "eos")) is not None:
         tokens.add(eos)
     return tuple(sorted(tokens))
-
-
-def answer_texts(
-    tokenizer: PreTrainedTokenizerBase, tokens: Tensor, stop_ids: Sequence[int], stop: Sequence[str]
-) -> list[str]:
-    """What was generated, up to the first stop token or stop text, without white space at either end.
-
-    ``tokens`` are int64 ``[R, max_new_tokens]``.
-    """
-    rows, stops = tokens.tolist(), set(stop_ids)
-    ends = [next((index + 1 for index, token in enumerate(row) if token in stops), len(row)) for row in rows]
-    answers = []
-    texts = tokenizer.batch_decode([row[:end] for row, end in zip(rows, ends, strict=True)], skip_special_tokens=True)
-    for text in texts:
-        ends_at = [at for at in (text.find(end) for end in stop) if at >= 0]
-        answers.append(text[: min(ends_at, default=len(text))].strip())
-    return answers

@@ -1,5 +1,6 @@
 """From logits to candidate scores, the loss, predictions and metrics of a batch, and metrics of a dataset."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,6 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from smezo_pl.data.batch import GenerationPrompts, PromptBatch
-from smezo_pl.data.encoding import answer_texts
 from smezo_pl.data.loaders import CPU_TOKENS
 from smezo_pl.scoring.generation import generate
 from smezo_pl.scoring.linear_probe import LinearProbe
@@ -94,8 +94,8 @@ def correct_predictions(predicted: Tensor, batch: PromptBatch) -> Tensor:
 
 
 def generated(model: nn.Module, prompts: GenerationPrompts, tokenizer: Tokenizer) -> list[str]:
-    """The answers that the model generates, as texts."""
-    tokens = generate(
+    """What the model generates, up to the first stop token or stop text, without white space at either end."""
+    answers = generate(
         model,
         prompts.input_ids,
         prompts.attention_mask,
@@ -103,7 +103,13 @@ def generated(model: nn.Module, prompts: GenerationPrompts, tokenizer: Tokenizer
         stop_ids=prompts.stop_ids,
         pad_id=prompts.pad_id,
     )
-    return answer_texts(tokenizer(), tokens, prompts.stop_ids, prompts.stop)
+    tokens, stop_ids = [], set(prompts.stop_ids)
+    for answer in answers.tolist():
+        end = next((index for index, token in enumerate(answer) if token in stop_ids), len(answer))
+        tokens.append(answer[: end + 1])  # a stop token's text may begin with the answer's last characters
+    stop = re.compile("|".join(map(re.escape, prompts.stop)))
+    texts = tokenizer().batch_decode(tokens, skip_special_tokens=True)
+    return [stop.split(text, maxsplit=1)[0].strip() for text in texts]
 
 
 def prediction_rows(model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -40,14 +40,12 @@ def load_reward(path: str) -> Callable[[list[str], list[list[str]]], Any]:
         ValueError: If there is no such module or function, or it cannot be called.
     """
     module_name, _, name = path.partition("(")[0].strip().rpartition(".")
-    if not module_name:
-        raise ValueError(f"reward must be module.function, got {path!r}")
     # The console script does not look there by itself.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(f"reward {path!r}: cannot import {module_name!r}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):

@@ -8,18 +8,13 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from smezo_pl.trajectory.files import atomic_path, lock_file
 from smezo_pl.trajectory.header import FORMAT, TrajectoryError
 
 APPLICATION_ID = int.from_bytes(b"SMZO", "big")
-
-# Pages of 1 KiB: four tables and the header of a small model fit in a few of them, and a commit writes one.
-_PAGE_SIZE = 1024
-
-_MAX_VALUE_BYTES = 1 << 26
 
 _TABLES = {
     "header": "CREATE TABLE header (id INTEGER PRIMARY KEY, data BLOB NOT NULL, digest BLOB NOT NULL)",
@@ -38,16 +33,16 @@ def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
         )
     with explained(path, "create"), atomic_path(path) as part:
         remove(part)
-        connection = _connect(part, "rwc")
-        connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
-        connection.execute("BEGIN")
-        for statement in _TABLES.values():
-            connection.execute(statement)
-        connection.execute("INSERT INTO header VALUES (0, ?, ?)", (header, digest))
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {FORMAT}")
-        connection.execute("COMMIT")
-        connection.close()
+        with closing(_connect(part, "rwc")) as connection:
+            # four tables and the header of a small model fit in a few such pages, and a commit writes one
+            connection.execute("PRAGMA page_size = 1024")
+            connection.execute("BEGIN")
+            for statement in _TABLES.values():
+                connection.execute(statement)
+            connection.execute("INSERT INTO header VALUES (0, ?, ?)", (header, digest))
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
+            connection.execute("COMMIT")
     return open_to_append(path)
 
 
@@ -74,8 +69,6 @@ def open_to_read(path: Path) -> Iterator[sqlite3.Connection]:
 
     All that is read within the context is one consistent state.
     """
-    if not path.is_file():
-        raise TrajectoryError(f"{path}: there is no such file")
     log = _beside(path, "-wal")
     # SQLite writes beside a file with a log: in a folder that cannot be written, a copy elsewhere is read
     readable = os.access(path.parent, os.W_OK) or (not log.exists() and path.read_bytes()[18:19] == b"\x01")
@@ -85,37 +78,28 @@ def open_to_read(path: Path) -> Iterator[sqlite3.Connection]:
             source = Path(folder) / path.name
             for file in filter(Path.exists, (path, log)):
                 shutil.copyfile(file, Path(folder) / file.name)
-        connection = _connect(source, "ro")
-        try:
+        with closing(_connect(source, "ro")) as connection:
             connection.execute("PRAGMA query_only = ON")
             connection.execute("BEGIN")
             _check_schema(connection, path)
             if log.exists():
                 _check_log(connection, path)
             yield connection
-        finally:
-            connection.close()
 
 
 def close(connection: sqlite3.Connection) -> None:
     """Close after writing: the file is left complete in itself, without a log beside it, unless a reader is at it."""
-    try:
+    with closing(connection):
         connection.execute("PRAGMA busy_timeout = 500")
         with suppress(sqlite3.OperationalError):
             connection.execute("PRAGMA journal_mode = DELETE")
-    finally:
-        connection.close()
 
 
 def copy(source: Path, target: Path) -> None:
     """Copy a trajectory, whatever lies in its log, to a new file that is complete in itself."""
-    with open_to_read(source) as connection, explained(target, "copy"):
-        new = _connect(target, "rwc")
-        try:
-            connection.backup(new)
-            new.execute("PRAGMA journal_mode = DELETE")
-        finally:
-            new.close()
+    with open_to_read(source) as connection, explained(target, "copy"), closing(_connect(target, "rwc")) as new:
+        connection.backup(new)
+        new.execute("PRAGMA journal_mode = DELETE")
 
 
 def move(path: Path, target: Path) -> None:
@@ -167,11 +151,11 @@ def explained(path: Path, doing: str) -> Iterator[None]:
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10.0)
-    # a stranger's file: no function in its schema runs, and a size in it allocates no more than this
+    # a stranger's file: no function in its schema runs, and a size in it allocates no more than 64 MiB
     connection.execute("PRAGMA trusted_schema = OFF")
     connection.execute("PRAGMA cell_size_check = ON")
     if hasattr(connection, "setlimit"):  # Python 3.11
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1 << 26)
     return connection
 
 
@@ -199,11 +183,8 @@ def _check_log(connection: sqlite3.Connection, path: Path) -> None:
     """
     header = "SELECT digest FROM header"
     try:
-        alone = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
-        try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as alone:
             own = alone.execute(header).fetchall()
-        finally:
-            alone.close()
     except (sqlite3.Error, UnicodeDecodeError):
         return  # the file is corrupted: what the log holds instead is checked step by step
     if own != connection.execute(header).fetchall():
@@ -220,15 +201,12 @@ def _beside(path: Path, suffix: str) -> Path:
 def is_written(path: Path) -> bool:
     """Whether a process writes the trajectory at this moment."""
     lock = _beside(path, "-lock")
-    if not lock.exists():
-        return False
-    try:
-        handle = lock_file(lock)
-    except OSError:  # nobody writes in a folder that cannot be written
-        return False
-    if handle is None:
-        return True
-    os.close(handle)
+    with suppress(OSError):  # nobody writes in a folder that cannot be written
+        if lock.exists():
+            handle = lock_file(lock)
+            if handle is None:
+                return True
+            os.close(handle)
     return False
 
 
@@ -242,7 +220,7 @@ class WriterLock:
     def __init__(self, path: Path) -> None:
         self._file = _beside(path, "-lock")
         try:
-            self._handle = self._acquire()
+            handle = self._acquire()
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise TrajectoryError(
@@ -250,7 +228,7 @@ class WriterLock:
                     "unseen: keep the run's folder on a local disk"
                 ) from None
             raise TrajectoryError(f"{path}: {path.parent} cannot be written ({error.strerror})") from None
-        if self._handle is None:
+        if handle is None:
             owner = ""
             with suppress(OSError, ValueError):
                 owner = f" (process {int(self._file.read_text())})"
@@ -258,6 +236,7 @@ class WriterLock:
                 f"{path} is being written by another run{owner}: two runs cannot share a trajectory. Wait for it, stop "
                 "it, or give this run another folder"
             )
+        self._handle = handle
 
     def _acquire(self) -> int | None:
         while (handle := lock_file(self._file)) is not None:
@@ -271,7 +250,5 @@ class WriterLock:
 
     def release(self) -> None:
         """Let others write; the lock file is removed."""
-        if self._handle is not None:
-            self._file.unlink(missing_ok=True)
-            os.close(self._handle)
-            self._handle = None
+        self._file.unlink(missing_ok=True)
+        os.close(self._handle)

@@ -49,7 +49,11 @@ def pack_columns(values: Sequence[tuple[float, ...]]) -> tuple[list[list[Any]], 
             runs.append([index, *value])
     if len(runs) * _STEPS_PER_ENTRY <= len(values) or len(runs) <= 1:
         return runs, b""
-    return [], _pack_column(np.array(values, dtype="<f8"))
+    bits = np.ascontiguousarray(np.array(values, dtype="<f8").T).view("<u8")
+    for _ in range(2):
+        bits = np.diff(bits, prepend=np.uint64(0))
+    planes = np.ascontiguousarray(bits).view(np.uint8).reshape(-1, 8).T
+    return [], zlib.compress(planes.tobytes(), 9)
 
 
 def unpack_columns(runs: object, column: bytes, steps: int, groups: int) -> list[tuple[float, ...]]:
@@ -57,7 +61,7 @@ def unpack_columns(runs: object, column: bytes, steps: int, groups: int) -> list
     if steps * groups > MAX_VALUES:
         raise ValueError(f"{steps} steps of {groups} groups are too many")
     if runs == []:
-        return [tuple(row) for row in _unpack_column(column, steps, groups).tolist()] if steps else []
+        return _unpack_column(column, steps, groups) if steps else []
     if not isinstance(runs, list) or not all(isinstance(run, list) and len(run) == groups + 1 for run in runs):
         raise ValueError("the run-length encoding is no list of a step and a value per group")
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for run in runs for v in run):
@@ -69,15 +73,7 @@ def unpack_columns(runs: object, column: bytes, steps: int, groups: int) -> list
     return [tuple(map(float, run[1:])) for run, length in zip(runs, lengths, strict=True) for _ in range(length)]
 
 
-def _pack_column(values: npt.NDArray[np.float64]) -> bytes:
-    bits = np.ascontiguousarray(values.T).view("<u8")
-    for _ in range(2):
-        bits = np.diff(bits, prepend=np.uint64(0))
-    planes = np.ascontiguousarray(bits).view(np.uint8).reshape(-1, 8).T
-    return zlib.compress(planes.tobytes(), 9)
-
-
-def _unpack_column(data: bytes, steps: int, groups: int) -> npt.NDArray[np.float64]:
+def _unpack_column(data: bytes, steps: int, groups: int) -> list[tuple[float, ...]]:
     plain = inflate(data, 8 * steps * groups)
     if len(plain) != 8 * steps * groups:
         raise ValueError(f"a column has {len(plain)} bytes for {steps} steps and {groups} groups")
@@ -85,7 +81,7 @@ def _unpack_column(data: bytes, steps: int, groups: int) -> npt.NDArray[np.float
     bits = np.ascontiguousarray(planes.T).view("<u8").reshape(groups, steps)
     for _ in range(2):
         bits = np.cumsum(bits, axis=1, dtype=np.uint64)
-    return np.ascontiguousarray(bits).view("<f8").T
+    return [tuple(row) for row in np.ascontiguousarray(bits).view("<f8").T.tolist()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +125,9 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
     }
     header = zlib.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), 9)
     columns = b"".join(column for _, column in packed.values())
-    gradients = np.zeros((len(records), about.num_samples), dtype="<f4")
-    for index, record in enumerate(records):
-        if not record.skipped:
-            gradients[index] = record.projected_gradients
+    none = (0.0,) * about.num_samples
+    rows = [none if record.skipped else record.projected_gradients for record in records]
+    gradients = np.array(rows, dtype="<f4").reshape(-1, about.num_samples)
     arrays = {
         "projected_gradients": gradients,
         "header": np.frombuffer(header, np.uint8),

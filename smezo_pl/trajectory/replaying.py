@@ -125,21 +125,10 @@ def apply(model: nn.Module, path: str | Path, *, force: bool = False, kernel: Ke
     return Applied(trajectory.next_step, identical, made_by, applied_by)
 
 
-def tensors_of(header: Header, model: nn.Module | Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The recorded tensors of a model; refuses other names, shapes or dtypes."""
-    found = check_shapes(header, model, source)
-    for info in header.tensors:
-        dtype = str(found[info.name].dtype).removeprefix("torch.")
-        if dtype != info.dtype:
-            raise TrajectoryError(
-                f"{source}: {info.name!r} was trained in {info.dtype} and is {dtype} here: load the model in that "
-                "dtype (in the Trainer: the same --trainer.precision)"
-            )
-    return found
-
-
-def check_shapes(header: Header, model: nn.Module | Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The recorded tensors of a model; refuses other names or shapes."""
+def tensors_of(
+    header: Header, model: nn.Module | Mapping[str, Tensor], source: str, *, check_dtypes: bool = True
+) -> dict[str, Tensor]:
+    """The recorded tensors of a model; refuses other names or shapes, and other dtypes if ``check_dtypes``."""
     found = model_tensors(model) if isinstance(model, nn.Module) else dict(model)
     missing = [info.name for info in header.tensors if info.name not in found]
     if missing:
@@ -148,11 +137,16 @@ def check_shapes(header: Header, model: nn.Module | Mapping[str, Tensor], source
             f"the first {missing[0]!r}{_called(header)}"
         )
     for info in header.tensors:
-        shape = tuple(found[info.name].shape)
+        shape, dtype = tuple(found[info.name].shape), str(found[info.name].dtype).removeprefix("torch.")
         if shape != info.shape:
             raise TrajectoryError(
                 f"{source} is of another model: {info.name!r} has shape {list(info.shape)} there, {list(shape)} here"
                 f"{_called(header)}"
+            )
+        if check_dtypes and dtype != info.dtype:
+            raise TrajectoryError(
+                f"{source}: {info.name!r} was trained in {info.dtype} and is {dtype} here: load the model in that "
+                "dtype (in the Trainer: the same --trainer.precision)"
             )
     return {info.name: found[info.name] for info in header.tensors}
 

@@ -108,7 +108,7 @@ class FirstOrder:
                 raise ValueError(f"first_order.{name} must be {allowed}, got {getattr(self, name)}")
 
 
-MAX_SKIPPED = 20  # as in `SparseMeZO`
+MAX_SKIPPED = 20  # steps in a row without an update, as in `SparseMeZO`
 
 
 class FirstOrderBaseline:

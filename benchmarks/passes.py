@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from common import DTYPES, interleave, machine, parser_of, print_table, write_json
 from torch import Tensor
 
-from smezo_pl.optim.kernels import Kernel, available_kernels, get_kernel
+from smezo_pl.optim.kernels import Kernel, Update, available_kernels, get_kernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Stream
 
@@ -48,18 +49,19 @@ def kernel_passes(kernel: Kernel, theta: Tensor, out: Tensor) -> dict[str, Calla
         "perturb in place": lambda: kernel.perturb(out, out, small, "gaussian", one, 1e-9),
         "perturb packed mask": lambda: kernel.perturb(theta, out, packed, "gaussian", one, 1e-3),
         "perturb random mask": lambda: kernel.perturb(theta, out, random, "gaussian", one, 1e-3),
-        "update": lambda: kernel.update(out, small, "gaussian", [one], [1e-9], 0.0, None),
-        "update 2 samples, decay": lambda: kernel.update(out, small, "gaussian", [one, two], [1e-9, 1e-9], 1e-9, None),
+        "update": partial(kernel.update_all, [Update(out, small, [one], [1e-9])], "gaussian"),
+        "update 2 samples, decay": partial(
+            kernel.update_all, [Update(out, small, [one, two], [1e-9, 1e-9], 1e-9)], "gaussian"
+        ),
         "select": lambda: kernel.select(theta, small),
         "restore": lambda: kernel.restore(out, bits, saved),
         "pack": lambda: kernel.pack(theta, small),
         "histogram": lambda: kernel.histogram(theta, 0 if half else 16, None),
     }
     if half:
-        passes["update stochastic"] = lambda: kernel.update(out, small, "gaussian", [one], [1e-9], 0.0, one)
-        passes["update rademacher, stochastic"] = lambda: kernel.update(
-            out, small, "rademacher", [one], [1e-9], 0.0, one
-        )
+        stochastic = [Update(out, small, [one], [1e-9], 0.0, one)]
+        passes["update stochastic"] = partial(kernel.update_all, stochastic, "gaussian")
+        passes["update rademacher, stochastic"] = partial(kernel.update_all, stochastic, "rademacher")
     return passes
 
 

@@ -50,16 +50,10 @@ class Mask:
     bits: Tensor | None = None
 
     def part(self, first: int, count: int) -> Mask:
-        """The same selection for the elements ``[first, first + count)``.
-
-        Raises:
-            ValueError: If a packed mask would have to be cut inside a byte.
-        """
+        """The same selection for the elements ``[first, first + count)``; ``first`` is a multiple of 8."""
         if self.rule == "random" and self.stream is not None:
-            return replace(self, stream=replace(self.stream, start=self.stream.start + first))
+            return replace(self, stream=self.stream.part(first))
         if self.rule == "packed" and self.bits is not None:
-            if first % 8:
-                raise ValueError(f"a packed mask can be cut at multiples of 8 elements, got {first}")
             return replace(self, bits=self.bits[first // 8 : (first + count + 7) // 8])
         return self
 
@@ -76,6 +70,8 @@ Histogram = Callable[[Tensor, int, "int | None"], Tensor]
 """``histogram(theta, shift, prefix)`` of a kernel (see `smezo_pl.optim.kernels.base.Kernel`)."""
 
 _INFINITY_CODE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F80}
+"""Upper 16 bits of infinity; a larger code is a NaN."""
+
 _FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
 
@@ -107,20 +103,16 @@ def find_threshold(theta: Tensor, rank: int, histogram: Histogram, *, leave_one:
         histogram: Counts of codes, from a kernel.
         leave_one: Whether some weight must stay above the threshold (for the rule ``large``).
     """
-    infinity = _INFINITY_CODE.get(theta.dtype, 0)
     codes: list[Any]
     if theta.dtype == torch.float64:  # the dtype of references: by a sort
         magnitudes, counts = torch.unique(theta[~theta.isnan()].abs(), return_counts=True)
-        codes, cumulative = magnitudes.tolist(), torch.cumsum(counts, 0).tolist()
+        codes, cumulative = magnitudes.tolist(), counts.cumsum(0).tolist()
     elif theta.dtype == torch.float32:
-        upper = histogram(theta, 16, None)[: infinity + 1].tolist()
-        # NaN share the topmost bucket with infinity: only the code with no lower bits is a number
-        upper[infinity] = int(histogram(theta, 0, infinity)[0]) if upper[infinity] else 0
-        codes, cumulative = _expand_around(theta, rank, upper, histogram, infinity)
+        codes, cumulative = _codes_around(theta, rank, histogram)
     else:
-        counts = histogram(theta, 0, None)[: infinity + 1].cpu()
-        present = torch.nonzero(counts).flatten()
-        codes, cumulative = present.tolist(), torch.cumsum(counts[present], 0).tolist()
+        counts = histogram(theta, 0, None)[: _INFINITY_CODE[theta.dtype] + 1].cpu()
+        present = counts.nonzero().flatten()
+        codes, cumulative = present.tolist(), counts[present].cumsum(0).tolist()
     if not codes:
         return Threshold(inf, theta.numel(), 0)
     pick = min(range(len(codes)), key=lambda j: abs(cumulative[j] - rank))
@@ -132,34 +124,27 @@ def find_threshold(theta: Tensor, rank: int, histogram: Histogram, *, leave_one:
     return Threshold(_between(low, high, theta.dtype), cumulative[pick], len(codes))
 
 
-def _expand_around(
-    theta: Tensor, rank: int, upper: list[int], histogram: Histogram, infinity: int
-) -> tuple[list[int], list[int]]:
-    """Codes and cumulative counts of the bucket that holds ``rank`` and of its two neighbors."""
-    buckets = [b for b, count in enumerate(upper) if count]
-    if not buckets:
-        return [], []
-    below = 0
-    position = len(buckets) - 1
-    for j, bucket in enumerate(buckets):
-        if below + upper[bucket] >= rank:
-            position = j
-            break
-        below += upper[bucket]
-    else:
-        below -= upper[buckets[-1]]
-    first = max(position - 1, 0)
-    start = below - (upper[buckets[first]] if first < position else 0)
+def _codes_around(theta: Tensor, rank: int, histogram: Histogram) -> tuple[list[int], list[int]]:
+    """Codes and cumulative counts of float32: of the bucket (upper 16 bits) that holds ``rank`` and its neighbors."""
+    infinity = _INFINITY_CODE[theta.dtype]
+    upper = histogram(theta, 16, None)[: infinity + 1].cpu()
+    # NaN share the topmost bucket with infinity: only the code with no lower bits is a number
+    upper[infinity] = histogram(theta, 0, infinity)[0] if upper[infinity] else 0
+    buckets = upper.nonzero().flatten()
+    ends = upper[buckets].cumsum(0)
+    middle = min(int(torch.searchsorted(ends, rank)), len(ends) - 1)
+    first = max(middle - 1, 0)
+    total = int(ends[first - 1]) if first else 0
     codes: list[int] = []
     cumulative: list[int] = []
-    for bucket in buckets[first : position + 2]:
+    for bucket in buckets[first : middle + 2].tolist():
         counts = histogram(theta, 0, bucket).cpu()
         if bucket == infinity:
             counts = counts[:1]
-        present = torch.nonzero(counts).flatten()
+        present = counts.nonzero().flatten()
         codes += [(bucket << 16) | low for low in present.tolist()]
-        cumulative += (torch.cumsum(counts[present], 0) + start).tolist()
-        start = cumulative[-1]
+        cumulative += (counts[present].cumsum(0) + total).tolist()
+        total = cumulative[-1]
     return codes, cumulative
 
 

@@ -107,18 +107,17 @@ class Stream:
     start: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            0 <= self.seed < 1 << 64
-            and 0 <= self.step < 1 << 32
-            and 0 <= self.sample < 1 << 24
-            and 0 <= self.tensor < 1 << 24
-            and 0 <= self.start < 1 << 42
-        ):
+        # A shift leaves 0 of what is in range, and -1 or less of what is negative.
+        if not self.seed >> 64 | self.step >> 32 | self.sample >> 24 | self.tensor >> 24 | self.start >> 42:
             return
         for name, bits in (("seed", 64), ("step", 32), ("sample", 24), ("tensor", 24), ("start", 42)):
             value = getattr(self, name)
             if not 0 <= value < 1 << bits:
                 raise ValueError(f"{name} of a noise stream must be in [0, 2**{bits}), got {value}")
+
+    def part(self, first: int) -> Stream:
+        """The same numbers from the element ``first`` of this stream on."""
+        return Stream(self.seed, self.step, self.sample, self.tensor, self.start + first)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -135,17 +134,17 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 def normals(stream: Stream, numel: int, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal numbers, float32 of shape ``[numel]``, from element ``stream.start`` on."""
-    return _in_blocks(_normals_of, BLOCK, stream, NOISE, numel, torch.float32, device)
+    return _in_blocks(_normals_of, BLOCK, stream, NOISE, numel, device)
 
 
 def signs(stream: Stream, numel: int, device: torch.device | str = "cpu") -> Tensor:
     """Numbers +1 and -1 with equal odds, float32 of shape ``[numel]``, from element ``stream.start`` on."""
-    return _in_blocks(_signs_of, SIGN_BLOCK, stream, NOISE, numel, torch.float32, device)
+    return _in_blocks(_signs_of, SIGN_BLOCK, stream, NOISE, numel, device)
 
 
 def words16(stream: Stream, kind: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
     """Uniform 16-bit words of the kind `MASK` or `ROUNDING`, int32 of shape ``[numel]``, from ``stream.start`` on."""
-    return _in_blocks(_halves_of, BLOCK, stream, kind, numel, torch.int32, device)
+    return _in_blocks(_halves_of, BLOCK, stream, kind, numel, device)
 
 
 def draw(distribution: Distribution, stream: Stream, numel: int, device: torch.device | str = "cpu") -> Tensor:
@@ -174,14 +173,13 @@ def _in_blocks(
     stream: Stream,
     kind: int,
     numel: int,
-    dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
     """Cut a range of elements out of whole blocks, some blocks at a time."""
     if torch.device(device).type == "mps":
         # MPS has no float64, which the root needs.
-        return _in_blocks(make, size, stream, kind, numel, dtype, "cpu").to(device)
-    out = torch.empty(numel, dtype=dtype, device=device)
+        return _in_blocks(make, size, stream, kind, numel, "cpu").to(device)
+    out = torch.empty(numel, dtype=torch.float32 if kind == NOISE else torch.int32, device=device)
     end = stream.start + numel
     last, step = -(-end // size), chunk_of(out.device) // size
     for first in range(stream.start // size, last, step):

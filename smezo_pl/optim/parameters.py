@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -50,11 +50,6 @@ class OptimizedTensor:
         return self.parameter.detach().view(-1)
 
     @property
-    def double(self) -> bool:
-        """Whether its arithmetic is float64."""
-        return self.parameter.dtype == torch.float64
-
-    @property
     def kernel(self) -> Kernel:
         """The kernel for its device, which may change."""
         parameter = self.parameter
@@ -94,16 +89,10 @@ def require_matches(argument: str, patterns: Iterable[str], names: Sequence[str]
 
 
 def choose(params: Iterable[Any], scope: Mapping[str, tuple[str, ...]], given: list[str]) -> dict[str, Any]:
-    """Choose the parameters of a group that are optimized.
+    """Choose the parameters of a group that are optimized, by the patterns of ``scope``.
 
-    Args:
-        params: Tensors, or pairs of name and tensor.
-        scope: Patterns of ``include``, ``exclude`` and ``dense``; all three need names.
-        given: Names of all parameters given before; those of this group are added. Their order numbers the tensors.
-
-    Returns:
-        ``params``, ``names`` and ``numbers`` of the group, and ``param_names`` where names were given: apart from the
-        tensors, because torch takes a group that the filters emptied for one without names.
+    All names are added to ``given``, whose order numbers the tensors. ``param_names`` of the group stand apart from the
+    tensors, because torch takes a group that the filters emptied for one without names.
     """
     items = [params] if isinstance(params, Tensor) else list(params)
     with_names = any(isinstance(item, tuple) for item in items)
@@ -151,9 +140,6 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-_FLOAT32 = struct.Struct("<f")
-
-
 def check_group(group: dict[str, Any]) -> None:
     """Refuse hyperparameters of a parameter group that are out of range."""
     for name in ("lr", "eps", "sparsity", "weight_decay"):
@@ -184,10 +170,7 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
 
 def float32(value: float) -> float:
     """The nearest float32, beyond its range infinity."""
-    try:
-        return float(_FLOAT32.unpack(_FLOAT32.pack(value))[0])
-    except OverflowError:
-        return math.copysign(math.inf, value)
+    return ctypes.c_float(value).value
 
 
 def some(items: Iterable[str], limit: int = 4) -> str:

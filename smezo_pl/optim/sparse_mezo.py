@@ -225,12 +225,8 @@ class SparseMeZO(Optimizer):
 
     def _tensors(self) -> list[OptimizedTensor]:
         """The parameters with their groups: listed once, and again when a group was added or replaced."""
-        owned = [(tensor, group) for group in self.param_groups for tensor in group["params"]]
-        known = self._listed
-        if len(owned) != len(known) or any(
-            entry.parameter is not tensor or entry.group is not group
-            for entry, (tensor, group) in zip(known, owned, strict=True)
-        ):
+        owned = [(id(tensor), id(group)) for group in self.param_groups for tensor in group["params"]]
+        if owned != [(id(entry.parameter), id(entry.group)) for entry in self._listed]:
             dense, kernel = self._scope["dense"], self.kernel
             self._listed = [
                 OptimizedTensor(name, group["params"][index], number, index, matches(name, dense), group, kernel)

@@ -143,19 +143,13 @@ class Direction:
     def __init__(self, step: StepPerturbation, sample: int, sign: float) -> None:
         self._step, self._sample, self._sign = step, sample, sign
 
-    def whole(self, parameter: nn.Parameter, out: Tensor) -> None:
-        """Put a parameter's perturbed weights into ``out``, which is flat."""
-        tensor, kernel, mask, streams = self._step.passes[id(parameter)]
-        scale = self._sign * float(tensor.group["eps"])
+    def perturb(self, parameter: nn.Parameter, out: Tensor, mask: Mask | None = None) -> None:
+        """Put a parameter's perturbed weights into ``out``, which is flat; ``mask`` replaces that of the step."""
+        tensor, kernel, own, streams = self._step.passes[id(parameter)]
+        scale, mask = self._sign * float(tensor.group["eps"]), own if mask is None else mask
         kernel.perturb(tensor.flat, out, mask, self._step.noise, streams[self._sample], scale)
 
-    def in_place(self, parameter: nn.Parameter, mask: Mask) -> None:
-        """Perturb the parameter itself under a packed mask of its unperturbed weights."""
-        tensor, kernel, _, streams = self._step.passes[id(parameter)]
-        theta, scale = tensor.flat, self._sign * float(tensor.group["eps"])
-        kernel.perturb(theta, theta, mask, self._step.noise, streams[self._sample], scale)
-
-    def rows(self, parameter: nn.Parameter, rows: Tensor, out: Tensor) -> None:
+    def perturb_rows(self, parameter: nn.Parameter, rows: Tensor, out: Tensor) -> None:
         """Put the perturbed rows of these numbers into ``out``."""
         tensor, kernel, mask, streams = self._step.passes[id(parameter)]
         scale = self._sign * float(tensor.group["eps"])

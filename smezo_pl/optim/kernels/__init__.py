@@ -45,8 +45,7 @@ def available_kernels(device: torch.device | str = "cpu") -> list[str]:
 def _get_kernel(name: KernelName, kind: str) -> Kernel:
     if name not in ("auto", "numba", "triton", "torch"):
         raise ValueError(f"kernel must be 'auto', 'numba', 'triton' or 'torch', got {name!r}")
-    why = ""
-    chosen: str = name
+    chosen, why = str(name), ""
     if name == "auto":
         chosen = {"cuda": "triton", "cpu": "numba"}.get(kind, "torch")
         obstacle = _obstacle(chosen, kind)
@@ -59,16 +58,12 @@ def _get_kernel(name: KernelName, kind: str) -> Kernel:
         usable = ", ".join(available_kernels(kind)) or "none"
         raise RuntimeError(f"kernel {name!r} cannot run on {kind}: {obstacle}; available for {kind}: {usable}")
     log.info("kernel for %s: %s%s", kind, chosen, why)
-    return _make(chosen)
-
-
-def _make(name: str) -> Kernel:
     # Compilers are imported only when they are used: numba and Triton take a second each.
-    if name == "numba":
+    if chosen == "numba":
         from smezo_pl.optim.kernels.numba_cpu import NumbaKernel
 
         return NumbaKernel()
-    if name == "triton":
+    if chosen == "triton":
         from smezo_pl.optim.kernels.triton_gpu import TritonKernel
 
         return TritonKernel()

@@ -9,7 +9,6 @@ import functools
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from math import isnan
 from typing import NamedTuple
 
@@ -92,21 +91,7 @@ class Kernel(ABC):
         width = theta.shape[1]
         for index, row in enumerate(rows.tolist()):
             first = row * width
-            part = replace(stream, start=stream.start + first)
-            self.perturb(theta[row], out[index], mask.part(first, width), noise, part, scale)
-
-    def update(
-        self,
-        theta: Tensor,
-        mask: Mask,
-        noise: Distribution,
-        streams: Sequence[Stream],
-        scales: Sequence[float],
-        decay: float = 0.0,
-        rounding: Stream | None = None,
-    ) -> None:
-        """`update_all` of one tensor, with the arguments of `Update`."""
-        self.update_all([Update(theta, mask, streams, scales, decay, rounding)], noise)
+            self.perturb(theta[row], out[index], mask.part(first, width), noise, stream.part(first), scale)
 
     @abstractmethod
     def update_all(self, updates: Sequence[Update], noise: Distribution) -> None:
@@ -247,6 +232,11 @@ def check_saved(theta: Tensor, saved: Tensor, count: int) -> None:
         )
 
 
+def codes_of(theta: Tensor) -> Tensor:
+    """The bits of the weights, as integers."""
+    return theta.view(CODE_DTYPES[theta.element_size()])
+
+
 def packed_size(numel: int) -> int:
     """Bytes of a packed mask."""
     return (numel + 7) // 8
@@ -260,17 +250,15 @@ def threshold_code(threshold: float, dtype: torch.dtype) -> int:
     if threshold < 0.0:
         return -1
     near = torch.tensor(threshold, dtype=torch.float64).to(dtype)
-    code = int(near.view(CODE_DTYPES[near.element_size()]).item())
+    code = int(codes_of(near))
     return code - 1 if float(near) > threshold else code
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def code_range(rule: str, threshold: float, dtype: torch.dtype) -> tuple[int, int]:
-    """Magnitude codes that a rule selects; all of them for the rules that do not look at the weights.
+    """``low`` and ``span`` of the magnitude codes that a rule selects; all for rules that do not look at the weights.
 
-    Returns:
-        The lowest code and how far the range reaches beyond it, both in 32 bits unsigned: a weight is active if
-        ``code - low <= span`` in arithmetic modulo ``2**32``.
+    Both are 32 bits unsigned. A weight is active if ``code - low <= span`` in arithmetic modulo ``2**32``.
     """
     if rule not in ("small", "large"):
         return 0, 0x7FFFFFFF

@@ -54,7 +54,7 @@ class NumbaKernel(TorchKernel):
                 out.copy_(theta)
             return None
         # Adding is subtracting the negative, to the last bit: one compiled pass serves both.
-        task = _task(Update(theta, mask, [stream], [-scale]), out, noise)
+        task = _task(out, noise, theta, mask, [stream], [-scale])
         return _run("sweep", theta, *_blocks(stream.start, theta.numel()), task)
 
     def perturb_rows(
@@ -66,7 +66,7 @@ class NumbaKernel(TorchKernel):
             return super().perturb_rows(theta, out, rows, mask, noise, stream, scale)
         width, size = theta.shape[1], theta.element_size()
         first = rows.numpy() * width  # index of the first weight of each row
-        task = _task(Update(theta.view(-1), mask, [stream], [-scale]), out.view(-1), noise)
+        task = _task(out, noise, theta.view(-1), mask, [stream], [-scale])
         tasks = np.tile(np.array(task, np.int64), (len(first), 1))
         tasks[:, NUMEL], tasks[:, START] = width, first + stream.start
         tasks[:, THETA] += first * size
@@ -89,7 +89,7 @@ class NumbaKernel(TorchKernel):
             if theta.dtype == torch.float64:
                 super().update_all([update], noise)
             elif update.decay != 0.0 or any(update.scales):
-                tasks.extend(_task(update, theta, noise))
+                tasks.extend(_task(theta, noise, *update))
                 first, last = _blocks(update.streams[0].start, theta.numel())
                 pieces, numel = pieces + (last - first + step - 1) // step, numel + theta.numel()
                 table.extend((_compiled("sweep", theta.dtype).address, pieces, first, last, step, start))
@@ -155,9 +155,17 @@ def _blocks(start: int, numel: int) -> tuple[int, int]:
     return start // BLOCK, (start + numel + BLOCK - 1) // BLOCK
 
 
-def _task(update: Update, out: Tensor, noise: Distribution) -> list[int]:
-    """What the compiled sweep needs to know, as it reads it."""
-    theta, mask, streams, scales, decay, rounding = update
+def _task(
+    out: Tensor,
+    noise: Distribution,
+    theta: Tensor,
+    mask: Mask,
+    streams: Sequence[Stream],
+    scales: Sequence[float],
+    decay: float = 0.0,
+    rounding: Stream | None = None,
+) -> list[int]:
+    """What the compiled sweep needs to know of an `Update` written to ``out``, as it reads it."""
     _check_device(theta)
     base.check_mask(theta, mask)
     base.check_streams(mask, streams, scales, rounding)
@@ -184,7 +192,7 @@ def _ends(theta: Tensor, bits: Tensor) -> Any:
 
 
 def _check_device(theta: Tensor) -> None:
-    if theta.device.type != "cpu":
+    if not theta.is_cpu:
         raise ValueError(f"the numba kernel works on CPU memory only, got a tensor on {theta.device}")
 
 

@@ -34,7 +34,7 @@ class TorchKernel(Kernel):
             new = part
             if scale != 0.0:
                 wide = _widen(part)
-                z = draw(noise, _shift(stream, low), high - low, theta.device).to(wide.dtype)
+                z = draw(noise, stream.part(low), high - low, theta.device).to(wide.dtype)
                 new = _where(active(theta, mask, low, high), _narrow(wide + z * _scalar(scale, wide), part.dtype), part)
             out[low:high] = new
 
@@ -47,7 +47,7 @@ class TorchKernel(Kernel):
         """Packed mask and a copy of the weights under it; see `Kernel.select`."""
         bits = self.pack(theta, mask)
         chosen = _unpack(bits, theta.numel())
-        return bits, theta.view(base.CODE_DTYPES[theta.element_size()])[chosen].view(theta.dtype)
+        return bits, base.codes_of(theta)[chosen].view(theta.dtype)
 
     def restore(self, theta: Tensor, bits: Tensor, saved: Tensor) -> None:
         """Put back what `select` saved; see `Kernel.restore`."""
@@ -56,8 +56,7 @@ class TorchKernel(Kernel):
         chosen = _unpack(bits, theta.numel())
         count = int(chosen.sum())
         base.check_saved(theta, saved, count)
-        code = base.CODE_DTYPES[theta.element_size()]
-        theta.view(code)[chosen] = saved.view(code)
+        base.codes_of(theta)[chosen] = base.codes_of(saved)
 
     def pack(self, theta: Tensor, mask: Mask) -> Tensor:
         """The mask, one bit per weight; see `Kernel.pack`."""
@@ -93,7 +92,7 @@ def _update(update: Update, noise: Distribution) -> None:
         part = theta[low:high]
         wide = _widen(part)
         terms = (
-            draw(noise, _shift(stream, low), high - low, theta.device).to(wide.dtype) * _scalar(scale, wide)
+            draw(noise, stream.part(low), high - low, theta.device).to(wide.dtype) * _scalar(scale, wide)
             for stream, scale in zip(streams, scales, strict=True)
         )
         delta = functools.reduce(torch.add, terms)
@@ -103,7 +102,7 @@ def _update(update: Update, noise: Distribution) -> None:
         if rounding is None or theta.element_size() > 2:
             rounded = _narrow(new, theta.dtype)
         else:
-            word = words16(_shift(rounding, low), ROUNDING, high - low, theta.device)
+            word = words16(rounding.part(low), ROUNDING, high - low, theta.device)
             rounded = round_stochastically(new, word, theta.dtype)
         theta[low:high] = _where(active(theta, mask, low, high), rounded, part)
 
@@ -119,7 +118,7 @@ def active(theta: Tensor, mask: Mask, low: int, high: int) -> Tensor:
         return (codes > limit) & (codes <= base.INFINITY[theta.dtype])
     if mask.rule == "random":
         assert mask.stream is not None
-        return words16(_shift(mask.stream, low), MASK, count, theta.device) < mask.level
+        return words16(mask.stream.part(low), MASK, count, theta.device) < mask.level
     if mask.rule == "packed":
         assert mask.bits is not None
         return _unpack(mask.bits[low // 8 : base.packed_size(high)], count)
@@ -160,10 +159,6 @@ def _chunks(theta: Tensor) -> Iterator[tuple[int, int]]:
         yield low, min(low + chunk, theta.numel())
 
 
-def _shift(stream: Stream, offset: int) -> Stream:
-    return Stream(stream.seed, stream.step, stream.sample, stream.tensor, stream.start + offset)
-
-
 def _widen(theta: Tensor) -> Tensor:
     """Weights in the precision of the arithmetic: float32, or float64 for float64 weights."""
     return theta if theta.dtype == torch.float64 else theta.to(torch.float32)
@@ -172,14 +167,13 @@ def _widen(theta: Tensor) -> Tensor:
 def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Round to nearest even, with one quiet NaN: torch's conversions keep different ones."""
     rounded = value.to(dtype)
-    code = base.CODE_DTYPES[rounded.element_size()]
-    return torch.where(value.isnan(), base.QUIET_NAN[dtype], rounded.view(code)).to(code).view(dtype)
+    codes = base.codes_of(rounded)
+    return torch.where(value.isnan(), base.QUIET_NAN[dtype], codes).to(codes.dtype).view(dtype)
 
 
 def _where(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """`torch.where` on the bits: what is not chosen keeps even the payload of a NaN."""
-    code = base.CODE_DTYPES[old.element_size()]
-    return torch.where(chosen, new.view(code), old.view(code)).view(old.dtype)
+    return torch.where(chosen, base.codes_of(new), base.codes_of(old)).view(old.dtype)
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:
@@ -187,8 +181,8 @@ def _scalar(value: float, like: Tensor) -> Tensor:
 
 
 def _magnitude_codes(theta: Tensor) -> Tensor:
-    code = base.CODE_DTYPES[theta.element_size()]
-    return theta.view(code) & torch.iinfo(code).max
+    codes = base.codes_of(theta)
+    return codes & torch.iinfo(codes.dtype).max
 
 
 def _unpack(bits: Tensor, numel: int) -> Tensor:

@@ -317,7 +317,8 @@ class TritonKernel(TorchKernel):
         low, span = (_signed(code) for code in base.code_range(mask.rule, mask.threshold, theta.dtype))
         with _on(theta):
             _pack[-(-theta.numel() // BLOCK),](
-                _codes(theta), theta.numel(), stream.start, low, span, mask.level, bits, *_row(stream, MASK, 0.0)[:5],
+                base.codes_of(theta), theta.numel(), stream.start, low, span, mask.level, bits,
+                *_row(stream, MASK, 0.0)[:5],
                 FORMAT=_FORMAT[theta.dtype], SOURCE=_SOURCE[mask.rule], enable_fp_fusion=False,
             )  # fmt: skip
         return bits
@@ -342,8 +343,8 @@ def _launch(update: Update, out: Tensor, noise: Distribution) -> None:
     first = start // BLOCK
     with _on(theta):
         _sweep[-(-end // BLOCK) - first,](
-            _codes(theta), _codes(out), theta.numel(), start, first, _signed(base.float_bits(decay)), low, span,
-            mask.level, theta if mask.bits is None else mask.bits, *_row(streams[0], NOISE, scales[0]),
+            base.codes_of(theta), base.codes_of(out), theta.numel(), start, first, _signed(base.float_bits(decay)),
+            low, span, mask.level, theta if mask.bits is None else mask.bits, *_row(streams[0], NOISE, scales[0]),
             *_row(mask.stream or _NO_STREAM, MASK, 0.0)[:5], *_row(rounding or _NO_STREAM, ROUNDING, 0.0)[:5],
             len(streams), more, FORMAT=_FORMAT[theta.dtype], KIND=0 if noise == "gaussian" else 1,
             SOURCE=_SOURCE[mask.rule], DECAY=decay != 0.0, STOCHASTIC=rounding is not None, ROW=ROW,
@@ -359,10 +360,6 @@ def _row(stream: Stream, kind: int, scale: float) -> list[int]:
 def _signed(code: int) -> int:
     """A 32-bit word as Triton types it: a larger number would become a 64-bit argument, and a kernel of its own."""
     return code - (1 << 32) if code >= 1 << 31 else code
-
-
-def _codes(theta: Tensor) -> Tensor:
-    return theta.view(base.CODE_DTYPES[theta.element_size()])
 
 
 def _on(theta: Tensor) -> contextlib.AbstractContextManager[object]:

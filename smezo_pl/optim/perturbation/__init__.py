@@ -77,7 +77,8 @@ class InPlace:
         """Inside the block the parameters are perturbed."""
         try:
             for tensor, _, bits, _ in self._saved:
-                direction.in_place(tensor.parameter, Mask("packed", bits=bits))
+                # packed, because the weights that it is judged by change
+                direction.perturb(tensor.parameter, tensor.flat, Mask("packed", bits=bits))
             yield
         finally:
             for tensor, kernel, bits, saved in self._saved:

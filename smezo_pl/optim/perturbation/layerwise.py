@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from time import perf_counter
 from typing import Any
 
@@ -25,6 +26,34 @@ _ALIGNMENT = 64
 """Elements. Keeps every copy on the 64-byte boundary that torch's own allocations have."""
 
 
+def _padded(numel: int) -> int:
+    """Elements that a buffer of ``numel`` elements occupies."""
+    return -(-numel // _ALIGNMENT) * _ALIGNMENT
+
+
+class _Chunk:
+    """Memory of which buffers are taken, and released in the opposite order."""
+
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        # A tensor made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.memory = torch.empty(numel, dtype=dtype, device=device)
+        self.address = self.memory.untyped_storage().data_ptr()
+        self.used = 0
+        self._views: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
+
+    def take(self, shape: torch.Size, numel: int) -> tuple[Tensor, Tensor]:
+        """The next buffer, flat and in a shape."""
+        key = (self.used, shape)
+        views = self._views.get(key)
+        if views is None:  # kept: a model has few shapes, and making a view takes as long as perturbing a small tensor
+            with torch.inference_mode(False):
+                flat = self.memory[self.used : self.used + numel]
+                views = self._views[key] = flat, flat.view(shape)
+        self.used += _padded(numel)
+        return views
+
+
 class ScratchStack:
     """A stack of buffers for each dtype and device.
 
@@ -33,74 +62,25 @@ class ScratchStack:
     """
 
     def __init__(self) -> None:
-        self._chunks: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        self._used: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        self._views: dict[tuple[torch.dtype, torch.device, int, int, torch.Size], tuple[Tensor, Tensor]] = {}
-        self._storages: set[int] = set()
+        self._chunks: dict[tuple[torch.dtype, torch.device], list[_Chunk]] = {}
+
+    def __iter__(self) -> Iterator[_Chunk]:
+        return chain.from_iterable(self._chunks.values())
 
     def reserve(self, dtype: torch.dtype, device: torch.device, numel: int) -> None:
         """Make the first chunk large enough for ``numel`` elements, before anything is taken."""
-        key = (dtype, device)
-        chunks = self._chunks.setdefault(key, [])
-        if not chunks or chunks[0].numel() < numel:
-            chunks[:] = [_buffer(numel, dtype, device)]
-            self._used[key] = [0]
-            self._views.clear()
-            self._storages = self._addresses()
+        chunks = self._chunks.setdefault((dtype, device), [])
+        if not chunks or chunks[0].memory.numel() < numel:
+            chunks[:] = [_Chunk(numel, dtype, device)]
 
-    def take(self, like: Tensor) -> tuple[Tensor, Tensor, int]:
-        """A contiguous buffer, flat and in the shape of ``like``, and the number of its chunk for `release`."""
-        key = (like.dtype, like.device)
-        chunks, used = self._chunks.setdefault(key, []), self._used.setdefault(key, [])
-        size = padded(like.numel())
-        for number, chunk in enumerate(chunks):
-            if used[number] + size <= chunk.numel():
-                break
-        else:
-            number = len(chunks)
-            chunks.append(_buffer(size, like.dtype, like.device))
-            used.append(0)
-            self._storages = self._addresses()
-        start = used[number]
-        used[number] += size
-        view_key = (*key, number, start, like.shape)
-        views = self._views.get(view_key)
-        if views is None:  # kept: a model has few shapes, and making a view takes as long as perturbing a small tensor
-            with torch.inference_mode(False):
-                flat = chunks[number][start : start + like.numel()]
-                views = self._views[view_key] = flat, flat.view(like.shape)
-        return *views, number
-
-    def release(self, buffer: Tensor, number: int) -> None:
-        """Take back the buffer that was taken last from chunk ``number``."""
-        self._used[buffer.dtype, buffer.device][number] -= padded(buffer.numel())
-
-    def release_all(self) -> None:
-        """Take back whatever is out, after an interrupted forward."""
-        for used in self._used.values():
-            used[:] = [0] * len(used)
-
-    def holds(self, address: int) -> bool:
-        """Whether a storage at that address is one of the chunks."""
-        return address in self._storages
-
-    def _addresses(self) -> set[int]:
-        return {chunk.untyped_storage().data_ptr() for chunks in self._chunks.values() for chunk in chunks}
-
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(chunk.numel() * chunk.element_size() for chunks in self._chunks.values() for chunk in chunks)
-
-
-def padded(numel: int) -> int:
-    """Elements that a buffer of ``numel`` elements occupies."""
-    return -(-numel // _ALIGNMENT) * _ALIGNMENT
-
-
-def _buffer(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # A tensor made in inference mode could not be written outside of it.
-    with torch.inference_mode(False):
-        return torch.empty(numel, dtype=dtype, device=device)
+    def chunk_for(self, like: Tensor, numel: int) -> _Chunk:
+        """A chunk that has so many elements left, of the dtype and on the device of ``like``."""
+        chunks, size = self._chunks.setdefault((like.dtype, like.device), []), _padded(numel)
+        for chunk in chunks:
+            if chunk.used + size <= chunk.memory.numel():
+                return chunk
+        chunks.append(_Chunk(size, like.dtype, like.device))
+        return chunks[-1]
 
 
 ROW_COST = 1 << 11
@@ -121,7 +101,7 @@ class _Holding:
     """What a running module holds perturbed."""
 
     depth: int = 0
-    taken: list[tuple[_Slot, Tensor, int]] = field(default_factory=list)
+    taken: list[tuple[_Slot, _Chunk | None]] = field(default_factory=list)
 
 
 class _Hook:
@@ -203,13 +183,14 @@ class Layerwise:
 
     def extra_bytes(self) -> int:
         """Bytes of scratch allocated so far."""
-        return self._scratch.nbytes()
+        return sum(chunk.memory.nbytes for chunk in self._scratch)
 
     @contextmanager
     def perturbed(self, direction: Direction) -> Iterator[None]:
         """Forwards inside the block run on the copies that ``direction`` makes."""
         self._check_structure()
-        self._reserve()
+        if not self._reserved:
+            self._reserve()
         self._direction, self.write_seconds = direction, 0.0
         try:
             yield
@@ -266,14 +247,12 @@ class Layerwise:
             )
 
     def _reserve(self) -> None:
-        if self._reserved:
-            return
         self._reserved = True
         largest: Counter[tuple[torch.dtype, torch.device]] = Counter()
         for slots in self._held_by.values():
             sizes: Counter[tuple[torch.dtype, torch.device]] = Counter()
             for parameter in {id(slot.parameter): slot.parameter for slot in slots}.values():
-                sizes[parameter.dtype, parameter.device] += padded(parameter.numel())
+                sizes[parameter.dtype, parameter.device] += _padded(parameter.numel())
             largest |= sizes  # the greater of each
         for (dtype, device), size in largest.items():
             self._scratch.reserve(dtype, device, size)
@@ -304,7 +283,7 @@ class Layerwise:
             self._watch.paused = True
         started = perf_counter()
         if type(module) is nn.Embedding and (rows := self._rows(module, args)) is not None:
-            args = self._enter_rows(holding, self._held_by[module][0], rows, direction)
+            args = (self._enter_rows(holding, self._held_by[module][0], rows, direction),)
         else:
             args = None
             self._enter_whole(holding, module, direction)
@@ -327,31 +306,29 @@ class Layerwise:
         # an index out of range is left to the embedding's own error
         return None if rows[0] < 0 or rows[-1] >= weight.shape[0] else (rows, inverse)
 
-    def _enter_rows(
-        self, holding: _Holding, slot: _Slot, rows: tuple[Tensor, Tensor], direction: Direction
-    ) -> tuple[Tensor]:
+    def _enter_rows(self, holding: _Holding, slot: _Slot, rows: tuple[Tensor, Tensor], direction: Direction) -> Tensor:
         table = torch.empty(rows[0].numel(), slot.parameter.shape[1], dtype=slot.parameter.dtype)
-        direction.rows(slot.parameter, rows[0], table)
-        copy = nn.Parameter(table, requires_grad=slot.parameter.requires_grad)
-        holding.taken.append((slot, copy, -1))
-        slot.owner._parameters[slot.name] = copy
-        return (rows[1],)
+        direction.perturb_rows(slot.parameter, rows[0], table)
+        holding.taken.append((slot, None))
+        slot.owner._parameters[slot.name] = nn.Parameter(table, requires_grad=slot.parameter.requires_grad)
+        return rows[1]
 
     def _enter_whole(self, holding: _Holding, module: nn.Module, direction: Direction) -> None:
-        copies: dict[int, Tensor] = {}
+        copies: dict[int, nn.Parameter] = {}
         for slot in self._held_by[module]:
             if slot.owner._parameters[slot.name] is not slot.parameter:
                 continue  # an enclosing module holds it already
-            copy = copies.get(id(slot.parameter))
-            number = -1
+            parameter, chunk = slot.parameter, None
+            copy = copies.get(id(parameter))
             if copy is None:
-                flat, buffer, number = self._scratch.take(slot.parameter)
-                direction.whole(slot.parameter, flat)
+                numel = parameter.numel()
+                chunk = self._scratch.chunk_for(parameter, numel)
+                flat, buffer = chunk.take(parameter.shape, numel)
+                direction.perturb(parameter, flat)
                 # torch.matmul folds or not by requires_grad, also under no_grad: the copy must look like the original
-                copy = nn.Parameter(buffer, requires_grad=slot.parameter.requires_grad)
-                copies[id(slot.parameter)] = copy
-            holding.taken.append((slot, copy, number))
-            slot.owner._parameters[slot.name] = copy  # type: ignore[assignment]
+                copy = copies[id(parameter)] = nn.Parameter(buffer, requires_grad=parameter.requires_grad)
+            holding.taken.append((slot, chunk))
+            slot.owner._parameters[slot.name] = copy
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         holding = self._holdings.get(module)
@@ -367,26 +344,27 @@ class Layerwise:
 
     def _put_back(self, holding: _Holding) -> None:
         while holding.taken:
-            slot, copy, number = holding.taken.pop()
+            slot, chunk = holding.taken.pop()
             slot.owner._parameters[slot.name] = slot.parameter
-            if number >= 0:
-                self._scratch.release(copy, number)
+            if chunk is not None:
+                chunk.used -= _padded(slot.parameter.numel())
 
     def _put_all_back(self) -> None:
         for holding in self._holdings.values():
             self._put_back(holding)
         self._holdings.clear()
-        self._scratch.release_all()
+        for chunk in self._scratch:
+            chunk.used = 0
 
     def _own_memory(self, output: Any) -> Any:
         """The output with a copy of whatever lies in the scratch: a module may return a weight, or a view of one."""
-        holds = self._scratch.holds
+        addresses = [chunk.address for chunk in self._scratch]
 
         def owned(value: Tensor) -> Tensor:
             try:
                 address = value.untyped_storage().data_ptr()
             except (RuntimeError, NotImplementedError):
                 return value
-            return value.clone() if holds(address) else value
+            return value.clone() if address in addresses else value
 
         return owned(output) if isinstance(output, Tensor) else tree_map_only(Tensor, owned, output)

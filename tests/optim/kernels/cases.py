@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from smezo_pl.optim.kernels import Kernel, Update
 from smezo_pl.optim.masks import Mask
-from smezo_pl.optim.noise import Stream
+from smezo_pl.optim.noise import Distribution, Stream
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULES = ("dense", "small", "large", "random", "packed", "empty", "all", "all but NaN")
@@ -63,6 +64,20 @@ def same(a: Tensor, b: Tensor) -> bool:
 def moved(mask: Mask, device: torch.device) -> Mask:
     """The mask for weights on a device."""
     return mask if mask.bits is None else replace(mask, bits=mask.bits.to(device))
+
+
+def update(
+    kernel: Kernel,
+    theta: Tensor,
+    mask: Mask,
+    noise: Distribution,
+    streams: list[Stream],
+    scales: list[float],
+    decay: float,
+    rounding: Stream | None,
+) -> None:
+    """Update one tensor."""
+    kernel.update_all([Update(theta, mask, streams, scales, decay, rounding)], noise)
 
 
 def updates(start: int) -> Iterator[tuple[list[Stream], list[float], float, Stream | None]]:

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 from smezo_pl.optim.kernels.triton_gpu import TritonKernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Stream
+from tests.optim.kernels.cases import update
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 STREAM, COUNT = Stream(1, 2, 0, 3), 4096
@@ -62,7 +63,7 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"perturb {kind}", partial(kernel.perturb, theta, torch.empty_like(theta), mask, noise, STREAM, 1e-3)
         for samples, decay in product((1, 2), (0.0, 1e-3)):
             arguments = ([STREAM] * samples, [1e-3] * samples, decay, STREAM)
-            yield f"update {kind} {samples} decay {decay}", partial(kernel.update, theta, mask, noise, *arguments)
+            yield f"update {kind} {samples} decay {decay}", partial(update, kernel, theta, mask, noise, *arguments)
         if noise == "gaussian" and rule != "packed":
             yield f"pack {name} {rule}", partial(kernel.pack, theta, mask)
     # Arguments whose alignment or size Triton compiles a kernel of its own for.

@@ -20,6 +20,7 @@ from tests.optim.kernels.cases import (
     needs_gpu_or_interpreter,
     needs_triton,
     same,
+    update,
     updates,
     weights,
 )
@@ -65,8 +66,8 @@ def test_update(kernel: Kernel, dtype: torch.dtype, rule: str) -> None:
         for streams, scales, decay, rounding in updates(start):
             expected, mask = weights(dtype, count), mask_of(rule, count, start)
             got = expected.to(device, copy=True)
-            kernel.update(got, moved(mask, device), noise, streams, scales, decay, rounding)
-            REFERENCE.update(expected, mask, noise, streams, scales, decay, rounding)
+            update(kernel, got, moved(mask, device), noise, streams, scales, decay, rounding)
+            update(REFERENCE, expected, mask, noise, streams, scales, decay, rounding)
             assert same(got, expected), (start, count, noise, scales, decay)
 
 
@@ -114,7 +115,7 @@ def test_nothing_of_an_update_by_zero_is_seen(kernel: Kernel) -> None:
         theta = weights(dtype, 3000).to(place(kernel.name))
         before, stream = theta.clone(), Stream(1, 2, 3, 4)
         for _ in range(3):
-            kernel.update(theta, Mask("dense"), "gaussian", [stream, stream], [0.0, -0.0], 0.0, stream)
+            update(kernel, theta, Mask("dense"), "gaussian", [stream, stream], [0.0, -0.0], 0.0, stream)
         out = torch.empty_like(theta)
         kernel.perturb(theta, out, Mask("dense"), "gaussian", stream, 0.0)
         assert same(theta, before)
@@ -124,7 +125,7 @@ def test_nothing_of_an_update_by_zero_is_seen(kernel: Kernel) -> None:
 def test_an_empty_tensor_is_no_trouble(kernel: Kernel) -> None:
     theta, stream = torch.empty(0, dtype=torch.bfloat16, device=place(kernel.name)), Stream(1, 2, 3, 4)
     kernel.perturb(theta, torch.empty_like(theta), Mask("dense"), "gaussian", stream, 1e-3)
-    kernel.update(theta, Mask("dense"), "gaussian", [stream], [1e-3], 0.0, stream)
+    update(kernel, theta, Mask("dense"), "gaussian", [stream], [1e-3], 0.0, stream)
     bits, saved = kernel.select(theta, Mask("dense"))
     assert (bits.numel(), saved.numel()) == (0, 0)
     kernel.restore(theta, bits, saved)
@@ -135,8 +136,8 @@ def test_float64_is_handed_to_the_reference(kernel: Kernel) -> None:
     theta, stream = torch.linspace(-1, 1, 3001, dtype=torch.float64), Stream(1, 2, 3, 4)
     here = theta.to(place(kernel.name))
     mask, expected, got = Mask("small", threshold=0.3), theta.clone(), here.clone()
-    REFERENCE.update(expected, mask, "gaussian", [stream], [1e-3], 1e-4, None)
-    kernel.update(got, mask, "gaussian", [stream], [1e-3], 1e-4, None)
+    update(REFERENCE, expected, mask, "gaussian", [stream], [1e-3], 1e-4, None)
+    update(kernel, got, mask, "gaussian", [stream], [1e-3], 1e-4, None)
     assert same(got, expected)
     bits, saved = kernel.select(here, mask)
     kernel.restore(got, bits, saved)

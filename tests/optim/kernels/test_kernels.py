@@ -8,6 +8,7 @@ import smezo_pl.optim.kernels as kernels
 from smezo_pl.optim.kernels import Kernel, available_kernels, get_kernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Stream
+from tests.optim.kernels.cases import update
 
 STREAM = Stream(1, 2, 3, 4)
 
@@ -108,7 +109,7 @@ def test_weights_that_no_kernel_can_walk_over_are_refused(
     with pytest.raises(error, match=message):
         kernel.perturb(theta, theta, Mask("dense"), "gaussian", STREAM, 1.0)
     with pytest.raises(error, match=message):
-        kernel.update(theta, Mask("dense"), "gaussian", [STREAM], [1.0], 0.0, None)
+        update(kernel, theta, Mask("dense"), "gaussian", [STREAM], [1.0], 0.0, None)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +161,9 @@ def test_a_mask_that_lacks_something_is_refused(kernel: Kernel, mask: Mask, mess
 def test_streams_that_do_not_fit_together_are_refused(kernel: Kernel) -> None:
     theta, later = torch.ones(10), Stream(1, 2, 3, 4, 5)
     with pytest.raises(ValueError, match="one scale per stream and at least one, got 1 and 2"):
-        kernel.update(theta, Mask("dense"), "gaussian", [STREAM], [1.0, 2.0], 0.0, None)
+        update(kernel, theta, Mask("dense"), "gaussian", [STREAM], [1.0, 2.0], 0.0, None)
     with pytest.raises(ValueError, match="all streams of a pass must start at the same element, got 0 and 5"):
-        kernel.update(theta, Mask("dense"), "gaussian", [STREAM], [1.0], 0.0, later)
+        update(kernel, theta, Mask("dense"), "gaussian", [STREAM], [1.0], 0.0, later)
     with pytest.raises(ValueError, match="got 5 and 0"):
         kernel.perturb(theta, theta, Mask("random", stream=STREAM), "gaussian", later, 1.0)
 

@@ -12,7 +12,17 @@ from smezo_pl.optim.kernels.numba_cpu import NumbaKernel
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Distribution, Stream
-from tests.optim.kernels.cases import DISTRIBUTIONS, DTYPES, RULES, mask_of, needs_two_threads, same, updates, weights
+from tests.optim.kernels.cases import (
+    DISTRIBUTIONS,
+    DTYPES,
+    RULES,
+    mask_of,
+    needs_two_threads,
+    same,
+    update,
+    updates,
+    weights,
+)
 
 KERNELS = (NumbaKernel(), TorchKernel())
 ROWS, WIDTH = 40, 72  # rows begin at any place of a block of 1024
@@ -90,7 +100,7 @@ def test_updates_at_once_are_the_updates_one_by_one(noise: Distribution, threads
                 streams = [replace(stream, tensor=len(listed)) for stream in streams]
                 mask = mask_of(rule, count, start)
                 alone = theta.clone()
-                TorchKernel().update(alone, mask, noise, streams, scales, decay, rounding)
+                update(TorchKernel(), alone, mask, noise, streams, scales, decay, rounding)
                 tensors.append(theta)
                 one_by_one.append(alone)
                 listed.append(Update(theta, mask, streams, scales, decay, rounding))

@@ -16,7 +16,7 @@ from smezo_pl.optim.kernels.numba_cpu import NumbaKernel
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Distribution, Stream, normals
-from tests.optim.kernels.cases import DISTRIBUTIONS, DTYPES, RULES, mask_of, needs_two_threads, same, weights
+from tests.optim.kernels.cases import DISTRIBUTIONS, DTYPES, RULES, mask_of, needs_two_threads, same, update, weights
 
 KERNEL, REFERENCE = NumbaKernel(), TorchKernel()
 COUNT = numba_cpu._SERIAL + 54321
@@ -34,7 +34,7 @@ def test_threads_do_not_change_a_bit(dtype: torch.dtype, noise: Distribution) ->
             torch.set_num_threads(threads)
             moved, updated = torch.empty_like(theta), theta.clone()
             KERNEL.perturb(theta, moved, mask, noise, stream, 1e-3)
-            KERNEL.update(updated, mask, noise, [stream], [1e-4], 1e-3, stream)
+            update(KERNEL, updated, mask, noise, [stream], [1e-4], 1e-3, stream)
             bits, saved = KERNEL.select(theta, mask)
             KERNEL.restore(moved_back := moved.clone(), bits, saved)
             counts = KERNEL.histogram(theta, 0, None)
@@ -48,8 +48,8 @@ def test_large_tensors_equal_the_reference() -> None:
     torch.set_num_threads(2)
     theta, stream = weights(torch.bfloat16, COUNT), Stream(5, 6, 7, 8)
     got, expected = theta.clone(), theta.clone()
-    KERNEL.update(got, Mask("small", threshold=0.01), "gaussian", [stream], [1e-4], 0.0, stream)
-    REFERENCE.update(expected, Mask("small", threshold=0.01), "gaussian", [stream], [1e-4], 0.0, stream)
+    update(KERNEL, got, Mask("small", threshold=0.01), "gaussian", [stream], [1e-4], 0.0, stream)
+    update(REFERENCE, expected, Mask("small", threshold=0.01), "gaussian", [stream], [1e-4], 0.0, stream)
     assert same(got, expected)
 
 
@@ -103,8 +103,8 @@ def test_every_16_bit_code_and_many_32_bit_ones(dtype: torch.dtype) -> None:
     for scale in (1e-3, 3e-8, 1e-6, 300.0, 1e38, 1e300):
         for rounding in (None, stream):
             got, expected = theta.clone(), theta.clone()
-            KERNEL.update(got, Mask("dense"), "gaussian", [stream], [scale], 0.0, rounding)
-            REFERENCE.update(expected, Mask("dense"), "gaussian", [stream], [scale], 0.0, rounding)
+            update(KERNEL, got, Mask("dense"), "gaussian", [stream], [scale], 0.0, rounding)
+            update(REFERENCE, expected, Mask("dense"), "gaussian", [stream], [scale], 0.0, rounding)
             assert same(got, expected), scale
 
 

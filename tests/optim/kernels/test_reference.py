@@ -9,7 +9,7 @@ from smezo_pl.optim.kernels.base import code_range, float_bits, threshold_code
 from smezo_pl.optim.kernels.reference import TorchKernel, round_stochastically
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import ROUNDING, Stream, normals, signs, words16
-from tests.optim.kernels.cases import DTYPES, same, weights
+from tests.optim.kernels.cases import DTYPES, same, update, weights
 
 KERNEL = TorchKernel()
 ONE, TWO = Stream(11, 5, 0, 3), Stream(11, 5, 1, 3)
@@ -30,7 +30,7 @@ def test_perturb_is_theta_plus_scaled_noise_under_the_mask(dtype: torch.dtype) -
 def test_update_subtracts_the_sum_and_the_decay(dtype: torch.dtype) -> None:
     theta = (torch.linspace(-0.05, 0.05, 3001, dtype=torch.float64)).to(dtype)
     start = theta.clone()
-    KERNEL.update(theta, Mask("large", threshold=0.01), "rademacher", [ONE, TWO], [2e-3, -3e-3], 0.25, None)
+    update(KERNEL, theta, Mask("large", threshold=0.01), "rademacher", [ONE, TWO], [2e-3, -3e-3], 0.25, None)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     a, b, decay = (torch.tensor(value, dtype=wide) for value in (2e-3, -3e-3, 0.25))
     delta = signs(ONE, 3001).to(wide) * a + signs(TWO, 3001).to(wide) * b + start.to(wide) * decay
@@ -134,8 +134,8 @@ def test_nearest_rounding_loses_small_updates_and_stochastic_keeps_them_within_a
     theta = (torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     z = signs(ONE, count)
     nearest, chance = theta.clone(), theta.clone()
-    KERNEL.update(nearest, Mask("dense"), "rademacher", [ONE], [step], 0.0, None)
-    KERNEL.update(chance, Mask("dense"), "rademacher", [ONE], [step], 0.0, TWO)
+    update(KERNEL, nearest, Mask("dense"), "rademacher", [ONE], [step], 0.0, None)
+    update(KERNEL, chance, Mask("dense"), "rademacher", [ONE], [step], 0.0, TWO)
 
     def survived(after: torch.Tensor) -> float:
         return float(((theta.double() - after.double()) * z).mean() / step)

@@ -115,8 +115,8 @@ def gold_candidates(
     """Indices of the correct candidates, the one that is trained on first; none if the label is unknown.
 
     A label may be a name of the task's, an index as an integer or in digits, a boolean, the text of a candidate, or a
-    list of texts. Null, NaN, an empty text and -1 are unknown; for anything else an `ExampleError` is raised.
-    ``answers`` are the candidates' names, ``label_names`` what the dataset calls the integers of its label column.
+    list of texts; null, NaN, an empty text and -1 are unknown; any other value raises an `ExampleError`. ``answers``
+    are the candidates' names, ``label_names`` what the dataset calls the integers of its label column.
     """
     labels = task.labels[: len(answers)]
     if isinstance(value, float) and value.is_integer():

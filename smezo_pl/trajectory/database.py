@@ -50,7 +50,6 @@ def open_to_append(path: Path) -> sqlite3.Connection:
     """Open an existing file for writing."""
     with explained(path, "open"):
         connection = _connect(path, "rw")
-        _check_schema(connection, path)
         mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if mode != "wal":
             connection.close()
@@ -126,9 +125,7 @@ def explained(path: Path, doing: str) -> Iterator[None]:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:
         text = str(error)
-        if isinstance(error, UnicodeDecodeError):  # SQLite quotes a corrupted schema in its message
-            what = "the file is corrupted"
-        elif "full" in text:
+        if "full" in text:
             what = (
                 "the disk is full. What was recorded before is intact: make space and resume from the last checkpoint"
             )
@@ -139,7 +136,8 @@ def explained(path: Path, doing: str) -> Iterator[None]:
                 "it is locked, by another program or because the file system cannot lock (some network file systems "
                 "cannot): keep the run's folder on a local disk"
             )
-        elif "malformed" in text or "not a database" in text:
+        # SQLite quotes a corrupted schema in its message, which Python then cannot decode
+        elif isinstance(error, UnicodeDecodeError) or "malformed" in text or "not a database" in text:
             what = "the file is corrupted or no trajectory"
             if doing != "read":
                 what += "; `smezo show` says up to which step it is valid"
@@ -211,7 +209,7 @@ def is_written(path: Path) -> bool:
 
 
 class WriterLock:
-    """The right to write a trajectory, held from construction to `release`; refused if anyone else has it.
+    """The right to write a trajectory, held from construction to `close`; refused if anyone else has it.
 
     A file beside the trajectory is locked, not the trajectory: SQLite's own locks on that must not meet another handle
     of this process (POSIX drops all locks of a process on a file when any of its handles is closed).
@@ -220,7 +218,13 @@ class WriterLock:
     def __init__(self, path: Path) -> None:
         self._file = _beside(path, "-lock")
         try:
-            handle = self._acquire()
+            while (handle := lock_file(self._file)) is not None:
+                # the holder before may have removed the file between our open and our lock
+                if self._file.exists() and os.path.samestat(os.fstat(handle), os.stat(self._file)):
+                    os.ftruncate(handle, 0)
+                    os.write(handle, str(os.getpid()).encode())
+                    break
+                os.close(handle)
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise TrajectoryError(
@@ -238,17 +242,7 @@ class WriterLock:
             )
         self._handle = handle
 
-    def _acquire(self) -> int | None:
-        while (handle := lock_file(self._file)) is not None:
-            # the holder before may have removed the file between our open and our lock
-            if self._file.exists() and os.path.samestat(os.fstat(handle), os.stat(self._file)):
-                os.ftruncate(handle, 0)
-                os.write(handle, str(os.getpid()).encode())
-                break
-            os.close(handle)
-        return handle
-
-    def release(self) -> None:
+    def close(self) -> None:
         """Let others write; the lock file is removed."""
         self._file.unlink(missing_ok=True)
         os.close(self._handle)

@@ -31,11 +31,6 @@ KIND = "smezo_tune"
 EXPORT_FORMAT = 1
 MAX_FILE_BYTES = 1 << 25
 """Largest file that is opened: eight million steps."""
-MAX_VALUES = 1 << 26
-"""Most values that are unpacked: bounds what a corrupted file can make a reader allocate."""
-
-# An entry of the run-length encoding costs about as much JSON as this many steps of a column.
-_STEPS_PER_ENTRY = 6
 
 
 def pack_columns(values: Sequence[tuple[float, ...]]) -> tuple[list[list[Any]], bytes]:
@@ -47,7 +42,8 @@ def pack_columns(values: Sequence[tuple[float, ...]]) -> tuple[list[list[Any]], 
     for index, value in enumerate(values):
         if not runs or tuple(runs[-1][1:]) != value:
             runs.append([index, *value])
-    if len(runs) * _STEPS_PER_ENTRY <= len(values) or len(runs) <= 1:
+    # an entry of the run-length encoding costs about as much JSON as six steps of a column
+    if 6 * len(runs) <= len(values) or len(runs) <= 1:
         return runs, b""
     bits = np.ascontiguousarray(np.array(values, dtype="<f8").T).view("<u8")
     for _ in range(2):
@@ -58,14 +54,14 @@ def pack_columns(values: Sequence[tuple[float, ...]]) -> tuple[list[list[Any]], 
 
 def unpack_columns(runs: object, column: bytes, steps: int, groups: int) -> list[tuple[float, ...]]:
     """Decode what `pack_columns` gave; a `ValueError` if these are not the values of so many steps and groups."""
-    if steps * groups > MAX_VALUES:
+    if steps * groups > 1 << 26:  # bounds what a corrupted file can make a reader allocate
         raise ValueError(f"{steps} steps of {groups} groups are too many")
     if runs == []:
         return _unpack_column(column, steps, groups) if steps else []
-    if not isinstance(runs, list) or not all(isinstance(run, list) and len(run) == groups + 1 for run in runs):
-        raise ValueError("the run-length encoding is no list of a step and a value per group")
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) for run in runs for v in run):
-        raise ValueError("the run-length encoding holds something that is no number")
+    if not isinstance(runs, list) or not all(
+        isinstance(run, list) and len(run) == groups + 1 and {*map(type, run)} <= {int, float} for run in runs
+    ):
+        raise ValueError("the run-length encoding is no list of a step and a number per group")
     starts = [run[0] for run in runs]
     lengths = [end - start for start, end in zip(starts, [*starts[1:], steps], strict=True)]
     if starts[0] != 0 or not all(isinstance(length, int) and length > 0 for length in lengths):
@@ -125,8 +121,7 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
     }
     header = zlib.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), 9)
     columns = b"".join(column for _, column in packed.values())
-    none = (0.0,) * about.num_samples
-    rows = [none if record.skipped else record.projected_gradients for record in records]
+    rows = [(0.0,) * about.num_samples if record.skipped else record.projected_gradients for record in records]
     gradients = np.array(rows, dtype="<f4").reshape(-1, about.num_samples)
     arrays = {
         "projected_gradients": gradients,

@@ -33,7 +33,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-        sync_folder(path.parent)
+        if os.name != "nt":  # so that the new name survives a power cut; Windows has no handle for a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TrajectoryError(
@@ -49,16 +54,6 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, see `atomic_path`."""
     with atomic_path(path) as part:
         part.write_bytes(data)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries are on the disk, so that a renamed file keeps its new name in a power cut."""
-    if os.name != "nt":  # Windows has no handle for a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def lock_file(path: Path) -> int | None:

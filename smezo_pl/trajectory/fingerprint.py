@@ -10,15 +10,12 @@ from contextlib import suppress
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from smezo_pl import __version__
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
 
 CHUNK = 1 << 24
 """Bytes hashed at a time. Part of the definition: another value gives other hashes."""
@@ -45,13 +42,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """SHA-256 of each tensor's dtype, shape and elements, whatever its device and strides, in the order given.
 
-    Chunks of `CHUNK` bytes are hashed at the same time, which releases the interpreter's lock. Only dense tensors have
-    a fingerprint.
+    Chunks of `CHUNK` bytes are hashed at the same time, which releases the interpreter's lock.
     """
-
-    def hash_chunk(chunk: Tensor) -> bytes:
-        return sha256(chunk.cpu().numpy().data).digest()
-
     digests: dict[str, bytes] = {}
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         for name, tensor in tensors.items():
@@ -61,7 +53,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
             flat = tensor.detach().reshape(-1)
             # a view as bytes needs an element: an empty tensor has no chunk
             chunks = torch.split(flat.view(torch.uint8), CHUNK) if flat.numel() else ()
-            digests[name] = sha256(head + b"".join(pool.map(hash_chunk, chunks))).digest()
+            hashes = pool.map(lambda chunk: sha256(chunk.cpu().numpy().data).digest(), chunks)
+            digests[name] = sha256(head + b"".join(hashes)).digest()
     return digests
 
 

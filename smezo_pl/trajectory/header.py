@@ -67,8 +67,6 @@ class Header:
 
     Attributes:
         run: Random name of the run, 32 hexadecimal digits.
-        created: When it began, in ISO 8601.
-        seed: Base seed of all noise.
         tensors: Tensors of the starting weights, also those that are not optimized.
         root: Hash of all of them, 32 bytes.
         settings: The optimizer's arguments as given, for people to read; a replay uses the fields above.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -12,7 +13,7 @@ from typing import Any
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory import database
 from smezo_pl.trajectory.header import Header, TrajectoryError, header_digest
-from smezo_pl.trajectory.records import Event, check_of, pack_event, pack_step, unpack_event, unpack_step
+from smezo_pl.trajectory.records import CHECK_SIZE, Event, pack_event, pack_step, unpack_event, unpack_step
 
 FILE_NAME = "trajectory.smezo"
 """Name of the trajectory in a run's folder."""
@@ -51,7 +52,11 @@ class Trajectory:
         """
         path = locate(path)
         with database.open_to_read(path) as connection:
-            header, digest = _read_header(connection, path)
+            found = connection.execute("SELECT data, digest FROM header").fetchall()
+            if len(found) != 1 or not isinstance(found[0][0], bytes) or header_digest(found[0][0]) != found[0][1]:
+                raise TrajectoryError(f"{path}: the header is missing or corrupted; nothing can be replayed from it")
+            [(data, digest)] = found
+            header = Header.from_bytes(data, str(path))
             records, checks, damage = _read_steps(connection, header, digest)
             events, event_damage = _read_events(connection, header, [digest, *checks])
         trajectory = cls(path, header, records, checks, events, damage or event_damage)
@@ -122,13 +127,6 @@ def is_record(path: Path) -> bool:
         return file.read(16) == b"SQLite format 3\x00"
 
 
-def _read_header(connection: sqlite3.Connection, path: Path) -> tuple[Header, bytes]:
-    found = connection.execute("SELECT data, digest FROM header").fetchall()
-    if len(found) != 1 or not isinstance(found[0][0], bytes) or header_digest(found[0][0]) != found[0][1]:
-        raise TrajectoryError(f"{path}: the header is missing or corrupted; nothing can be replayed from it")
-    return Header.from_bytes(found[0][0], str(path)), found[0][1]
-
-
 def _read_steps(
     connection: sqlite3.Connection, header: Header, digest: bytes
 ) -> tuple[list[StepRecord], list[bytes], str | None]:
@@ -145,7 +143,7 @@ def _read_steps(
             if not isinstance(data, bytes) or not isinstance(thresholds, bytes | None):
                 return records, checks, f"step {step} is corrupted: not bytes"
             before = unpack_step(step, data, thresholds, before, check, len(header.groups))
-            check = check_of(data)
+            check = data[-CHECK_SIZE:]
             records.append(before)
             checks.append(check)
             step += 1
@@ -211,7 +209,7 @@ class TrajectoryWriter:
             data = header.to_bytes()
             connection = database.create(path, data, header_digest(data))
         except BaseException:
-            lock.release()
+            lock.close()
             raise
         writer = cls(Trajectory(path, header, [], [], []), connection, lock)
         writer.sync()
@@ -231,7 +229,7 @@ class TrajectoryWriter:
                 connection.execute("DELETE FROM refreshes WHERE step >= ?", (trajectory.next_step,))
                 connection.execute("DELETE FROM marks WHERE steps > ?", (trajectory.next_step,))
         except BaseException:
-            lock.release()
+            lock.close()
             raise
         return cls(trajectory, connection, lock)
 
@@ -245,7 +243,7 @@ class TrajectoryWriter:
             self._connection.execute("INSERT INTO steps VALUES (?, ?)", (record.step, data))
             if record.refreshed:
                 self._connection.execute("INSERT INTO refreshes VALUES (?, ?)", (record.step, record.thresholds))
-        self.steps, self._last, self.check = record.step + 1, record, check_of(data)
+        self.steps, self._last, self.check = record.step + 1, record, data[-CHECK_SIZE:]
         if self.steps - self._synced_step >= SYNC_STEPS or monotonic() - self._synced_at >= SYNC_SECONDS:
             self.sync()
 
@@ -274,11 +272,8 @@ class TrajectoryWriter:
         """Leave one file that is complete in itself; harmless when closed already."""
         if not self._closed:
             self._closed = True
-            try:
-                with database.explained(self.path, "close"):
-                    database.close(self._connection)
-            finally:
-                self._lock.release()
+            with closing(self._lock), database.explained(self.path, "close"):
+                database.close(self._connection)
 
     def __enter__(self) -> TrajectoryWriter:
         return self

@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor, nn
+
+from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.kernels import get_kernel
 from smezo_pl.optim.parameters import matches
 from smezo_pl.trajectory.fingerprint import (
@@ -24,11 +27,6 @@ from smezo_pl.trajectory.fingerprint import (
 from smezo_pl.trajectory.header import GroupInfo, Header, TensorInfo, TrajectoryError
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.records import pack_thresholds
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from smezo_pl.optim import SparseMeZO
 
 
 def record(
@@ -92,20 +90,16 @@ class Recorder:
 
     def __init__(self, optimizer: SparseMeZO, writer: TrajectoryWriter, model: nn.Module | None = None) -> None:
         self.optimizer, self.writer, self.model = optimizer, writer, model
-        try:
-            if writer.steps != optimizer.steps_done:
-                raise TrajectoryError(
-                    f"{writer.path} holds {writer.steps} steps, the optimizer has done {optimizer.steps_done}: replay "
-                    "the trajectory first, or record to another file"
-                )
-            if not _fits(optimizer, writer.header):
-                raise TrajectoryError(
-                    f"{writer.path} is of an optimizer with other settings (seed, noise, mask, num_samples or groups): "
-                    "record to another file"
-                )
-        except BaseException:
+        wrong = None
+        if writer.steps != optimizer.steps_done:
+            done = f"holds {writer.steps} steps, the optimizer has done {optimizer.steps_done}"
+            wrong = f"{done}: replay the trajectory first, or record to another file"
+        elif not _fits(optimizer, writer.header):
+            settings = "seed, noise, mask, num_samples or groups"
+            wrong = f"is of an optimizer with other settings ({settings}): record to another file"
+        if wrong is not None:
             writer.close()
-            raise
+            raise TrajectoryError(f"{writer.path} {wrong}")
         self._handle: Any = optimizer.register_step_post_hook(self._after_step)
 
     def catch_up(self) -> None:
@@ -124,10 +118,8 @@ class Recorder:
             return
         self._handle.remove()
         self._handle = None
-        try:
+        with self.writer:
             self.catch_up()
-        finally:
-            self.writer.close()
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         if not _fits(self.optimizer, self.writer.header):

@@ -15,7 +15,7 @@ from typing import Any
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.header import inflate
 
-CHECK_SIZE = 8
+CHECK_SIZE = 8  # bytes of the checksum at the end of a packed step or event
 _FLOAT32_MAX = 3.4028234663852886e38
 MAX_SAMPLES = 4096
 """Most samples of a step that a reader accepts: bounds what a corrupted header can make it allocate."""
@@ -88,11 +88,6 @@ def unpack_step(
         refreshed=thresholds is not None,
         thresholds=thresholds or b"",
     )
-
-
-def check_of(data: bytes) -> bytes:
-    """The checksum at the end of a packed step."""
-    return data[-CHECK_SIZE:]
 
 
 def narrow(value: float) -> float:

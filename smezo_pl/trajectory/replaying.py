@@ -12,11 +12,9 @@ from glob import escape
 from hashlib import sha256
 from math import isinf
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from smezo_pl.optim import SparseMeZO, StepRecord
 from smezo_pl.optim.kernels import KernelName, get_kernel
@@ -25,11 +23,7 @@ from smezo_pl.trajectory.files import atomic_path
 from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE, fingerprint, model_tensors, root_digest
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import Trajectory
-from smezo_pl.trajectory.records import RATES, Event, unpack_thresholds
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from smezo_pl.trajectory.records import RATES, unpack_thresholds
 
 log = logging.getLogger(__name__)
 
@@ -157,8 +151,9 @@ def check_start(header: Header, tensors: Mapping[str, Tensor], source: str, *, f
     if root_digest(digests) == header.root:
         return
     differing = [info.name for info in header.tensors if digests[info.name][:TENSOR_DIGEST_SIZE] != info.digest]
-    count, first = f"{len(differing)} of {len(header.tensors)} tensors differ", differing[:1] or "?"
-    what = f"{count}, the first {first}{_called(header)}"
+    what = (
+        f"{len(differing)} of {len(header.tensors)} tensors differ, the first {differing[:1] or '?'}{_called(header)}"
+    )
     if not force:
         raise TrajectoryError(
             f"{source} starts from other weights than these (a network that was trained must be built again): {what}"
@@ -250,8 +245,7 @@ _MASK = "mask."
 def write_snapshot(path: Path, optimizer: SparseMeZO, header: Header, tensors: Mapping[str, Tensor]) -> str:
     """Write the present weights and the optimizer's constant masks; returns the file's hash, for the trajectory."""
     content = {name: tensors[name].detach().cpu().contiguous() for name in header.active}
-    numbers = [number for group in header.groups for number in group.numbers]
-    names = dict(zip(numbers, header.active, strict=True))
+    names = {number: name for group in header.groups for number, name in zip(group.numbers, group.names, strict=True)}
     bits: Mapping[int, Tensor] = optimizer.state_dict()["smezo"]["bits"]
     content |= {_MASK + names[number]: packed.cpu() for number, packed in bits.items()}
     with atomic_path(path) as part:
@@ -259,31 +253,35 @@ def write_snapshot(path: Path, optimizer: SparseMeZO, header: Header, tensors: M
         return _file_digest(part)
 
 
-def nearest_snapshot(trajectory: Trajectory) -> tuple[Event, Path] | None:
-    """The last snapshot of a run whose file is there and valid."""
+def replay_from_snapshot(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> SparseMeZO | None:
+    """Like `replay`, from the last full-weight snapshot of a run, whatever the tensors hold; None if none is valid."""
     for event in reversed(trajectory.events_of("anchor")):
         path = trajectory.path.parent / str(event.facts.get("file"))
         if not path.is_file():
             continue
         if _file_digest(path) == event.facts.get("sha256"):
-            return event, path
+            break
         log.warning("%s is corrupted; the weights are made without it", path)
-    return None
+    else:
+        return None
+    optimizer = _load_snapshot(path, trajectory.upto(event.steps), tensors)
+    after = trajectory.records[event.steps - trajectory.header.first_step :]
+    replay_records(optimizer, after, str(trajectory.path))
+    if matches_run(trajectory, tensors) is False:
+        raise TrajectoryError(
+            f"{trajectory.path}: the weights made from {path} are not those that the run had; without that file "
+            "they are made from the start"
+        )
+    log.info("replayed %d steps from the full-weight snapshot %s", len(after), path)
+    return optimizer
 
 
-def load_snapshot(trajectory: Trajectory, event: Event, path: Path, tensors: Mapping[str, Tensor]) -> SparseMeZO:
-    """Put the weights of a snapshot (see `nearest_snapshot`) into tensors; returns the optimizer as it was then."""
-    content = load_file(path)
-    header = trajectory.header
+def _load_snapshot(path: Path, before: Trajectory, tensors: Mapping[str, Tensor]) -> SparseMeZO:
+    """Put the weights of a snapshot, taken after the steps of ``before``, into tensors; the optimizer as it was."""
+    header, records, content = before.header, before.records, load_file(path)
     for name in header.active:
-        found, wanted = content.get(name), tensors[name]
-        if found is None or (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-            raise TrajectoryError(f"{path}: the snapshot does not hold {name!r} as {trajectory.path} says")
-    with torch.no_grad():
-        for name in header.active:
-            tensors[name].copy_(content[name])
+        tensors[name].copy_(content[name])
     optimizer = rebuild(header, tensors)
-    records = trajectory.records[: event.steps - header.first_step]
     refresh = next((record for record in reversed(records) if record.refreshed), None)
     if refresh is not None:
         thresholds = iter(unpack_thresholds(refresh.thresholds, len(header.active)))
@@ -294,7 +292,7 @@ def load_snapshot(trajectory: Trajectory, event: Event, path: Path, tensors: Map
         set_rates(optimizer, records[-1])
     numbers = dict(zip(header.active, (number for group in header.groups for number in group.numbers), strict=True))
     state = optimizer.state_dict()
-    state["smezo"]["steps_done"] = event.steps
+    state["smezo"]["steps_done"] = before.next_step
     state["smezo"]["bits"] = {
         numbers[name.removeprefix(_MASK)]: packed for name, packed in content.items() if name.startswith(_MASK)
     }

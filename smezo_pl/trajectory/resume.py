@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -29,17 +30,7 @@ from smezo_pl.trajectory.fingerprint import fingerprint, machine, root_digest
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, TrajectoryWriter, rewrite
 from smezo_pl.trajectory.recorder import Recorder, describe
-from smezo_pl.trajectory.replaying import (
-    load_snapshot,
-    matches_run,
-    nearest_snapshot,
-    replay,
-    replay_records,
-    tensors_of,
-)
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+from smezo_pl.trajectory.replaying import replay, replay_from_snapshot, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +100,7 @@ class SeedCheckpointIO(CheckpointIO):
         except FileNotFoundError:
             raise
         except Exception as error:  # a corrupted pickle can raise anything
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            [reason, *_] = str(error).strip().splitlines() or [type(error).__name__]
             raise TrajectoryError(
                 f"{path}: the checkpoint cannot be read, it is corrupted or truncated ({reason})"
             ) from error
@@ -157,7 +148,7 @@ def restore(trainer: Trainer) -> None:
         return
     with torch.inference_mode(False), torch.no_grad():
         tensors = tensors_of(trajectory.header, network_of(module, trajectory.header), str(trajectory.path))
-        replayed = _from_snapshot(trajectory, tensors)
+        replayed = replay_from_snapshot(trajectory, tensors)
         if replayed is None:
             _load_starting_weights(trajectory.header, tensors, trainer)
             replayed = replay(trajectory, tensors)
@@ -169,17 +160,12 @@ def restore(trainer: Trainer) -> None:
     then, now = trajectory.header.machine, machine(next(iter(tensors.values())).device)
     differing = [f"{key} {then[key]} then, {now[key]} now" for key in now if key in then and then[key] != now[key]]
     if differing:
-        log.info(
-            "the weights are exact, but the model's forward may differ in its last bits from the run's: %s",
-            "; ".join(differing),
-        )
+        what = "the weights are exact, but the model's forward may differ in its last bits from the run's: %s"
+        log.info(what, "; ".join(differing))
 
 
 def refuse_unrestored(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint without weights outside a Trainer, where nobody would bring them back.
-
-    For ``on_load_checkpoint``.
-    """
+    """Refuse a checkpoint without weights outside a Trainer, where nobody would bring them back."""
     if SEED_KEY in checkpoint and module._trainer is None:
         raise TrajectoryError(
             "this checkpoint holds no weights, they come back by replay: give it to the Trainer (fit, validate, test "
@@ -226,29 +212,11 @@ def find_trajectory(path: Path, seed: Mapping[str, Any]) -> Trajectory:
 def network_of(module: LightningModule, header: Header | None = None) -> nn.Module:
     """The network of a trajectory: the module's ``model`` if it has the trajectory's tensors, else the module."""
     network = getattr(module, "model", None)
-    if not isinstance(network, nn.Module):
-        return module
-    if header is None or header.tensors[0].name in network.state_dict() or header.active[0] in network.state_dict():
-        return network
+    if isinstance(network, nn.Module):
+        names = network.state_dict()
+        if header is None or header.tensors[0].name in names or header.active[0] in names:
+            return network
     return module
-
-
-def _from_snapshot(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> SparseMeZO | None:
-    """The weights from the last full-weight snapshot; None if there is no valid one."""
-    found = nearest_snapshot(trajectory)
-    if found is None:
-        return None
-    event, path = found
-    optimizer = load_snapshot(trajectory, event, path, tensors)
-    after = trajectory.records[event.steps - trajectory.header.first_step :]
-    replay_records(optimizer, after, str(trajectory.path))
-    if matches_run(trajectory, tensors) is False:
-        raise TrajectoryError(
-            f"{trajectory.path}: the weights made from {path} are not those that the run had; without that file "
-            "they are made from the start"
-        )
-    log.info("replayed %d steps from the full-weight snapshot %s", len(after), path)
-    return optimizer
 
 
 def _load_starting_weights(header: Header, tensors: Mapping[str, Tensor], trainer: Trainer) -> None:
@@ -285,7 +253,7 @@ def earlier_trajectory(trainer: Trainer, place: Mapping[str, Any]) -> Trajectory
     restored = install(trainer).trajectory
     if restored is not None or not place:
         return restored
-    # a checkpoint of ModelCheckpoint: the weights were in it, the trajectory is where it was
+    # a checkpoint with weights: the trajectory is where it was
     path, steps = Path(place["record"]), place["steps"]
     trajectory = Trajectory.read(path, damaged=True) if path.is_file() else None
     if trajectory is not None and trajectory.header.run == place["run"] and trajectory.next_step >= steps:
@@ -308,14 +276,8 @@ def open_trajectory(optimizer: SparseMeZO, module: LightningModule, path: Path, 
         log.info("the run resumes after %d steps, recorded in %s", writer.steps, path)
         return Recorder(optimizer, writer, network_of(module, writer.header))
     network = network_of(module)
-    header = describe(
-        optimizer,
-        network,
-        pretrained=getattr(module, "pretrained", None),
-        revision=getattr(module, "revision", None),
-        adapter=getattr(module, "adapter", None),
-        adapter_seed=getattr(module, "adapter_seed", 0),
-    )
+    known = [name for name in ("pretrained", "revision", "adapter", "adapter_seed") if hasattr(module, name)]
+    header = describe(optimizer, network, **{name: getattr(module, name) for name in known})
     return Recorder(optimizer, TrajectoryWriter.create(path, header), network)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.records import (
-    check_of,
+    CHECK_SIZE,
     pack_step,
     pack_thresholds,
     unpack_step,
@@ -80,9 +80,10 @@ def test_every_cut_is_found() -> None:
 
 def test_a_step_is_tied_to_its_index_its_refresh_and_the_step_before() -> None:
     data = pack_step(make(3), None, KEY)
-    after = pack_step(make(4), BEFORE, check_of(data))
-    assert unpack_step(4, after, None, BEFORE, check_of(data), groups=2) == make(4)
-    for step, refresh, check in ((5, None, check_of(data)), (4, b"x", check_of(data)), (4, None, KEY)):
+    check_of_3 = data[-CHECK_SIZE:]
+    after = pack_step(make(4), BEFORE, check_of_3)
+    assert unpack_step(4, after, None, BEFORE, check_of_3, groups=2) == make(4)
+    for step, refresh, check in ((5, None, check_of_3), (4, b"x", check_of_3), (4, None, KEY)):
         with pytest.raises(ValueError, match="check"):
             unpack_step(step, after, refresh, BEFORE, check, groups=2)
     with_refresh = pack_step(make(3, refreshed=True, thresholds=b"abc"), None, KEY)

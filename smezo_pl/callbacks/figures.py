@@ -28,7 +28,7 @@ def gradient_figure(gradients: Sequence[float]) -> Figure:
     mean, deviation = fmean(gradients), pstdev(gradients)
     axes.set_title(f"Projected gradients, last {len(gradients)}: mean {mean:.3g}, spread {deviation:.3g}", fontsize=10)
     axes.set(xlabel="g = (l+ - l-) / (2 eps)", ylabel="steps")
-    _plain(axes)
+    plain_axes(axes)
     return figure
 
 
@@ -58,7 +58,7 @@ def density_figure(stats: Sequence[MaskStat]) -> Figure:
         axes.barh([name for name, _ in others[:30]], [share for _, share in others[:30]], color=BLUE, alpha=0.85)
         axes.set_xlim(0.0, 1.05)
         axes.invert_yaxis()
-    _plain(axes)
+    plain_axes(axes)
     return figure
 
 
@@ -91,7 +91,7 @@ def curve_figure(title: str, train: Points, loss: Points, accuracy: Points, metr
         axes.set_xlabel("step")
         axes.margins(x=0.06)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _plain(axes)
+        plain_axes(axes)
     return figure
 
 
@@ -107,7 +107,8 @@ def running_mean(points: Points) -> list[tuple[float, float]]:
     return smoothed
 
 
-def _plain(axes: Any) -> None:
+def plain_axes(axes: Any) -> None:
+    """Draw a light grid behind the curves, and no frame at the top and the right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from smezo_pl.callbacks.figures import running_mean
+from smezo_pl.callbacks.figures import plain_axes, running_mean
 from smezo_pl.callbacks.run_metrics import PEAK_MEMORY, STEP_SECONDS
 from smezo_pl.commands.tables import as_csv, markdown
 from smezo_pl.methods import METHODS
@@ -65,11 +65,9 @@ def read_run(folder: Path) -> RunFacts:
     metrics = _read(folder / "metrics.json", json.loads)
     tests = [_read(path, json.loads) for path in (folder / "test.json", folder / "test" / "test.json")]
     test = {name: float(value) for result in tests for name, value in result.get("metrics", {}).items()}
-    max_steps = (config.get("trainer") or {}).get("max_steps")
-    if not metrics:
-        return _unfinished(folder, config, max_steps, test)
-    settings = metrics.get("hyperparameters") or {}
-    curve = metrics["curve"]
+    finished = bool(metrics)
+    metrics = metrics or _metrics_so_far(folder, config)
+    settings, curve = metrics.get("hyperparameters") or {}, metrics["curve"]
     return RunFacts(
         folder,
         task=metrics.get("task"),
@@ -77,8 +75,8 @@ def read_run(folder: Path) -> RunFacts:
         lr=settings.get("lr"),
         seed=metrics.get("seed"),
         steps=metrics["steps"],
-        max_steps=max_steps,
-        finished=True,
+        max_steps=(config.get("trainer") or {}).get("max_steps"),
+        finished=finished,
         held_out=[(int(p["step"]), {k: v for k, v in p.items() if k != "step"}) for p in curve["held_out"]],
         train_loss=[(float(step), float(loss)) for step, loss in curve["train_loss"]],
         step_seconds=metrics.get("step_seconds"),
@@ -87,8 +85,8 @@ def read_run(folder: Path) -> RunFacts:
     )
 
 
-def _unfinished(folder: Path, config: Mapping[str, Any], max_steps: int | None, test: dict[str, float]) -> RunFacts:
-    """A run that is training or was interrupted: its configuration, its events and its trajectory."""
+def _metrics_so_far(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``metrics.json`` of an unfinished run would hold, from its configuration, events and trajectory."""
     scalars = _scalars(folder)
     model = config.get("model") or {}
     method = model.get("method")
@@ -102,26 +100,25 @@ def _unfinished(folder: Path, config: Mapping[str, Any], max_steps: int | None, 
                 held_out[step][tag.removeprefix("val/")] = value
     train = scalars.get("train/loss", {})
     steps = max([0, *train, *held_out])
-    train_loss = [(float(step), value) for step, value in sorted(train.items())]
+    train_loss: list[tuple[float, float]] = sorted(train.items())
     if (folder / FILE_NAME).is_file():
         rows = Trajectory.read(folder / FILE_NAME, damaged=True).records
         steps = max(steps, len(rows))
         train_loss = [(row.step + 1.0, row.loss) for row in rows if row.losses and not row.skipped] or train_loss
     seconds, peak = scalars.get(STEP_SECONDS, {}), scalars.get(PEAK_MEMORY, {})
-    return RunFacts(
-        folder,
-        task=str((config.get("data") or {}).get("task")),
-        method=method or settings.get("mask"),
-        lr=settings.get("lr"),
-        seed=settings.get("seed"),
-        steps=steps,
-        max_steps=max_steps,
-        held_out=sorted(held_out.items()),
-        train_loss=train_loss,
-        step_seconds=seconds[max(seconds)] if seconds else None,
-        peak_memory=max(peak.values(), default=None),
-        test=test,
-    )
+    return {
+        "task": str((config.get("data") or {}).get("task")),
+        "method": method,
+        "hyperparameters": settings,
+        "seed": settings.get("seed"),
+        "steps": steps,
+        "step_seconds": seconds[max(seconds)] if seconds else None,
+        "peak_memory_bytes": max(peak.values(), default=None),
+        "curve": {
+            "train_loss": train_loss,
+            "held_out": [{"step": step, **held_out[step]} for step in sorted(held_out)],
+        },
+    }
 
 
 def _scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -176,10 +173,7 @@ def steps_to(run: RunFacts, metric: str, value: float) -> int | None:
 
 
 def rows_of(runs: Sequence[RunFacts], metric: str, targets: Sequence[float]) -> list[dict[str, object]]:
-    """One row per run, numbers as numbers, None where there is none yet.
-
-    Seconds to a value are steps times the median seconds per step: pauses, validations and checkpoints do not count.
-    """
+    """One row per run, numbers as numbers, None where there is none yet."""
     rows: list[dict[str, object]] = []
     for run, label in zip(runs, labels(runs), strict=True):
         first = run.held_out[0][1] if run.held_out and run.held_out[0][0] == 0 else {}
@@ -193,8 +187,7 @@ def rows_of(runs: Sequence[RunFacts], metric: str, targets: Sequence[float]) -> 
         row |= {f"test {name}": run.test.get(name) for name in dict.fromkeys((metric, "loss"))}
         for target in targets:
             steps = steps_to(run, metric, target)
-            known = steps is not None and (steps == 0 or run.step_seconds is not None)
-            seconds = (steps or 0) * (run.step_seconds or 0.0) if known else None
+            seconds = 0.0 if steps == 0 else steps * run.step_seconds if steps and run.step_seconds else None
             row |= {f"steps to {target:g}": steps, f"seconds to {target:g}": seconds}
         row["seconds a step"] = run.step_seconds
         row["peak GiB"] = None if run.peak_memory is None else run.peak_memory / 2**30
@@ -247,9 +240,7 @@ def comparison_figure(runs: Sequence[RunFacts], metric: str, targets: Sequence[f
             else:
                 axes.text(0.5, 0.5, "not measured yet", ha="center", va="center", transform=axes.transAxes)
                 axes.set(xticks=[], yticks=[])
-            axes.grid(True, color="#e6e8eb", linewidth=0.8)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
+            plain_axes(axes)
         handles, texts = losses.get_legend_handles_labels()
         if handles:
             over_seconds.legend(handles, texts, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

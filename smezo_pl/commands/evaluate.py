@@ -79,11 +79,11 @@ class ReplayTo(Callback):
         header, source = self.trajectory.header, str(self.trajectory.path)
         with torch.inference_mode(False), torch.no_grad():
             tensors = tensors_of(header, network_of(pl_module, header), source)
-            if self._state is None:
-                check_start(header, tensors, source)
             # Rebuilt each time: the Trainer moves the network from the device and back between validations.
             optimizer = rebuild(header, tensors)
-            if self._state is not None:
+            if self._state is None:
+                check_start(header, tensors, source)
+            else:
                 optimizer.load_state_dict(self._state)
             done = optimizer.steps_done
             if self.target < done:

@@ -11,6 +11,7 @@ from statistics import median
 from smezo_pl.cli import build, show_log
 from smezo_pl.data import Encoded, PromptDataModule
 from smezo_pl.data.splits import SplitName
+from smezo_pl.tasks.example import Example
 
 _MOST_SHOWN = 60
 """Tokens of candidates that are shown after a prompt, and candidates that are listed."""
@@ -37,8 +38,6 @@ def main(args: Sequence[str]) -> None:
     run = build(None, *rest, "--trainer.logger=false", "--trainer.accelerator=cpu")
     data: PromptDataModule = run.datamodule
     if data._tokenizer is None:
-        if run.model.tokenizer is None:
-            raise ValueError("preview needs a tokenizer: pass --model.pretrained or --data.tokenizer")
         data.set_tokenizer(run.model.tokenizer)
     split: SplitName = given.split or ("dev" if data.num_demonstrations else "train")
     print("\n".join(preview(data, split, given.examples)))
@@ -49,23 +48,21 @@ def preview(data: PromptDataModule, split: SplitName = "train", examples: int = 
     task = data.task
     kind = "generated text" if task.is_generation else "candidates"
     yield f"task {task.name}: {kind}, objective {data.objective}, metrics {', '.join(task.metrics)}"
-    encoded = data.encoded(split)[:examples]
-    for example in encoded:
-        where = example.example.where if example.example else f"row {example.index}"
-        cut = f", {example.cut} tokens cut" if example.cut else ""
-        yield f"\n--- {split}, {where} of {data.origin(split)}{cut}"
-        yield _marked(data, example)
+    shown = list(zip(data.examples(split), data.encoded(split), strict=True))[:examples]
+    for example, encoded in shown:
+        cut = f", {encoded.cut} tokens cut" if encoded.cut else ""
+        yield f"\n--- {split}, {example.where} of {data.origin(split)}{cut}"
+        yield _marked(data, encoded)
     yield "\n⟦ ⟧ scored tokens, a bar between two of them; * the gold candidate\n"
     yield from _lengths(data, ("train", "dev") if split != "test" else ("test",))
     yield from _labels(data, split)
-    yield from _candidates(data, encoded)
+    yield from _candidates(data, shown)
 
 
 def _marked(data: PromptDataModule, encoded: Encoded) -> str:
     """The prompt and its candidates; of many or long candidates only the gold ones."""
-    shown = tuple(range(len(encoded.candidates)))
-    if sum(map(len, encoded.candidates)) > _MOST_SHOWN:
-        shown = encoded.correct
+    few = sum(map(len, encoded.candidates)) <= _MOST_SHOWN
+    shown = range(len(encoded.candidates)) if few else encoded.correct
     answers = [_tokens(data, encoded.candidates[index]) + "*" * (index in encoded.correct) for index in shown]
     if others := len(encoded.candidates) - len(answers):
         answers.append(f"and {others} others")
@@ -104,11 +101,12 @@ def _labels(data: PromptDataModule, split: SplitName) -> Iterator[str]:
     yield f"\nlabels of {split}: " + ", ".join(parts)
 
 
-def _candidates(data: PromptDataModule, shown: Sequence[Encoded]) -> Iterator[str]:
-    if data.task.is_generation or not shown or shown[0].example is None:
+def _candidates(data: PromptDataModule, shown: Sequence[tuple[Example, Encoded]]) -> Iterator[str]:
+    if data.task.is_generation or not shown:
         return
-    fixed = bool(data.task.labels) and len({example.candidates for example in shown}) == 1
+    example, first = shown[0]
+    fixed = bool(data.task.labels) and len({encoded.candidates for _, encoded in shown}) == 1
     yield "\ncandidates" + ("" if fixed else " of the first example")
-    for text, tokens in list(zip(shown[0].example.candidates, shown[0].candidates, strict=True))[:_MOST_SHOWN]:
+    for text, tokens in list(zip(example.candidates, first.candidates, strict=True))[:_MOST_SHOWN]:
         ids = f" {_tokens(data, tokens)} {list(tokens)}" if len(tokens) <= 8 else ""
         yield f"  {_shortened(text, 80)!r}: {len(tokens)} {'token' if len(tokens) == 1 else 'tokens'}{ids}"

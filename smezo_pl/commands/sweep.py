@@ -13,11 +13,10 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from torch import nn
 
 from smezo_pl.cli import SmezoCLI, known_keys, suggestion
@@ -33,14 +32,10 @@ say = partial(print, flush=True)  # also where standard output is a file
 class _ParserOnly(SmezoCLI):
     """The command line's parser; nothing is parsed, seeded or built."""
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+    def _skip(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def _set_seed(self) -> None:
-        pass
-
-    def instantiate_classes(self) -> None:
-        pass
+    parse_arguments = _set_seed = instantiate_classes = _skip
 
 
 def check_runs(runs: Iterable[Run]) -> None:
@@ -111,7 +106,8 @@ class _Work:
                     return False
             if run.state == "fitted" and not self._smezo(run, title, handle, "test"):
                 return False
-            say(f"{title}: {_outcome(run)} ({perf_counter() - began:.0f} s)")
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in run.scores().items())
+            say(f"{title}: {scores or 'done'} ({perf_counter() - began:.0f} s)")
             return True
         finally:
             os.close(handle)
@@ -143,13 +139,6 @@ class _Work:
             reason = _last_line(run.folder / LOG)
             say(f"{title}: FAILED in `smezo {subcommand}` (status {code}): {reason} (see {run.folder / LOG})")
         return False
-
-
-def _outcome(run: Run) -> str:
-    result = run.result()
-    test = result.get("test", {}).get("metrics", {})
-    values = {**(result["after"] or {}), **{f"test {name}": value for name, value in test.items()}}
-    return ", ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float)) or "done"
 
 
 def _last_line(path: Path) -> str:

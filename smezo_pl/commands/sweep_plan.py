@@ -169,6 +169,12 @@ class Run:
             result["test"] = json.loads(self.test_result.read_text(encoding="utf-8"))
         return result
 
+    def scores(self) -> dict[str, float]:
+        """The metrics of a finished run, after training and, as ``test_...``, on the test set."""
+        result = self.result()
+        test = result.get("test", {}).get("metrics", {})
+        return {**(result.get("after") or {}), **{f"test_{name}": value for name, value in test.items()}}
+
 
 def plan(
     base: Mapping[str, Any], points: Sequence[Point], out: Path, test: Literal["best", "last"] | None = None

@@ -53,9 +53,11 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for group in groups.values():
         done = [(run, run.result()) for run in group if run.state == "finished"]
         measured: dict[str, list[float]] = {}
-        for _, result in done:
-            for name, value in measurements(result).items():
-                measured.setdefault(name, []).append(value)
+        for run, result in done:
+            costs = {name: result.get(name) for name in ("steps", "step_seconds", "peak_memory_bytes")}
+            for name, value in {**run.scores(), **costs}.items():
+                if value is not None:
+                    measured.setdefault(name, []).append(float(value))
         rows.append(
             {
                 "values": group[0].without_seeds,
@@ -69,14 +71,6 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def measurements(result: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a run's ``metrics.json`` by name: after training, ``test_...``, steps, time and memory."""
-    test = result.get("test", {}).get("metrics", {})
-    values = {**(result.get("after") or {}), **{f"test_{name}": value for name, value in test.items()}}
-    values |= {name: result.get(name) for name in ("steps", "step_seconds", "peak_memory_bytes")}
-    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def write_summary(runs: Sequence[Run], out: Path) -> str:

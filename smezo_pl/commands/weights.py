@@ -83,21 +83,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _write_model(trajectory: Trajectory, given: argparse.Namespace) -> None:
     """Load the base model, replay, write the folder, and report whether the weights are those of the run."""
-    out = Path(given.out)
+    out, force, kernel = Path(given.out), given.force, given.kernel
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TrajectoryError(f"--out {out} exists and is not empty: pass a new folder")
     model, tokenizer = base_model(trajectory, given.model)
     began = perf_counter()
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("replay", total=len(trajectory.records))
-        replay(
-            trajectory,
-            model,
-            force=given.force,
-            kernel=given.kernel,
-            progress=lambda _: bar.advance(task),
-            verify=False,
-        )
+        replay(trajectory, model, force=force, kernel=kernel, progress=lambda _: bar.advance(task), verify=False)
     seconds = perf_counter() - began
     same = matches_run(trajectory, tensors_of(trajectory.header, model, str(trajectory.path)))
     model.save_pretrained(out)
@@ -109,7 +102,7 @@ def _write_model(trajectory: Trajectory, given: argparse.Namespace) -> None:
         print("identical: every bit is as in the run")
     elif same is None:
         print("the run noted no hash of its weights at this step, so there is nothing to compare them with")
-    elif given.force:
+    elif force:
         print("not the run's weights: they start from others (--force)")
     else:
         print(_difference(trajectory, given, model))

@@ -104,7 +104,7 @@ def test_other_methods_and_a_run_that_fails(
         main([*words, "--jobs=2", "--test=best"])
     assert stop.value.code == 1
     printed = capsys.readouterr().out
-    assert "method=lora,lr=0.02: loss " in printed and ", test loss " in printed
+    assert "method=lora,lr=0.02: loss " in printed and ", test_loss " in printed
     assert "FAILED in `smezo fit` (status 1): smezo: error: pretrained='./nowhere'" in printed
     rows = json.loads((tmp_path / "out/sweep.json").read_text())["rows"]
     assert [row["runs"] for row in rows] == [1, 0]

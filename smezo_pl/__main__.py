@@ -52,17 +52,14 @@ def main(args: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if os.environ.get("SMEZO_TRACEBACK") or not _is_message(error):
+        # What the package raises on purpose is for the user to read.
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        mistakes = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError)
+        on_purpose = raised_in.is_relative_to(Path(__file__).parent) and not isinstance(error, mistakes)
+        if os.environ.get("SMEZO_TRACEBACK") or not on_purpose:
             raise
         print(f"smezo: error: {error}\n(SMEZO_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
         sys.exit(1)
-
-
-def _is_message(error: Exception) -> bool:
-    """Whether the package raised the error on purpose, for the user to read."""
-    mistakes = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError)
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return raised_in.is_relative_to(Path(__file__).parent) and not isinstance(error, mistakes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""``smezo compare``: runs, finished or not, as a table and curves, from what is in their folders."""
+"""Compare runs: metrics, steps and seconds to given values, seconds per step, peak memory.
+
+Prints a table and writes OUT.md, OUT.csv and OUT.png, with a row of panels per task. Unfinished runs are shown as far
+as they are. Seconds to a value are steps times the median seconds per step, so that pauses, validations and checkpoints
+do not count.
+"""
 
 from __future__ import annotations
 
@@ -166,10 +171,8 @@ def labels(runs: Sequence[RunFacts]) -> list[str]:
 def steps_to(run: RunFacts, metric: str, value: float) -> int | None:
     """The step of the first evaluation that reaches a value, a loss from above, everything else from below."""
     sign = -1.0 if metric == "loss" else 1.0
-    for step, metrics in run.held_out:
-        if metric in metrics and (isclose(metrics[metric], value) or sign * metrics[metric] >= sign * value):
-            return step
-    return None
+    measured = ((step, metrics[metric]) for step, metrics in run.held_out if metric in metrics)
+    return next((step for step, found in measured if isclose(found, value) or sign * found >= sign * value), None)
 
 
 def rows_of(runs: Sequence[RunFacts], metric: str, targets: Sequence[float]) -> list[dict[str, object]]:
@@ -242,8 +245,7 @@ def comparison_figure(runs: Sequence[RunFacts], metric: str, targets: Sequence[f
                 axes.set(xticks=[], yticks=[])
             plain_axes(axes)
         handles, texts = losses.get_legend_handles_labels()
-        if handles:
-            over_seconds.legend(handles, texts, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        over_seconds.legend(handles, texts, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -268,19 +270,12 @@ def _draw(run: RunFacts, name: str, color: str, metric: str, panels: Sequence[Ax
 
 def main(args: Sequence[str]) -> None:
     """Print the table, and write it and the curves."""
-    parser = argparse.ArgumentParser(
-        prog="smezo compare",
-        description="Compare runs: metrics, steps and seconds to given values, seconds per step, peak memory. Prints a "
-        "table and writes OUT.md, OUT.csv and OUT.png, with a row of panels per task. Unfinished runs are shown as far "
-        "as they are. Seconds to a value are steps times the median seconds per step, so that pauses, "
-        "validations and checkpoints do not count.",
-    )
+    parser = argparse.ArgumentParser("smezo compare", description=__doc__)
     parser.add_argument("run", nargs="+", help="folder of a run, or of a sweep for all its runs")
     parser.add_argument("--out", default="compare", help="where to write, without the suffix (default: compare)")
     parser.add_argument("--metric", default=None, help="default: accuracy, or else the task's own metric")
-    parser.add_argument(
-        "--to", type=float, action="append", default=[], metavar="VALUE", help="a value to reach; can be repeated"
-    )
+    help_text = "a value to reach; can be repeated"
+    parser.add_argument("--to", type=float, action="append", default=[], metavar="VALUE", help=help_text)
     given = parser.parse_args(args[1:])
     print(compare(given.run, Path(given.out), given.metric, given.to))
 

@@ -1,4 +1,8 @@
-"""``smezo evaluate``: the weights of chosen steps of a run, replayed from its trajectory and scored."""
+"""Replay a run and score its weights every so many steps, although no checkpoint was kept.
+
+Data and model are those of the run's config.yaml; arguments such as --data.task or --data.num_dev change them, and
+--config names another file. A step is a number of updates done: 0 is the model before training.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +23,12 @@ from smezo_pl.trajectory.log import Trajectory
 from smezo_pl.trajectory.replaying import check_start, rebuild, replay_records, tensors_of
 from smezo_pl.trajectory.resume import network_of
 
-DESCRIPTION = """\
-Replay a run and score its weights every so many steps, although no checkpoint was kept.
-
-Data and model are those of the run's config.yaml; arguments such as --data.task or --data.num_dev change them, and
---config names another file. A step is a number of updates done: 0 is the model before training."""
-
 
 def main(args: Sequence[str]) -> None:
     """Score some steps of a run."""
     parser = argparse.ArgumentParser(
         prog="smezo evaluate",
-        description=DESCRIPTION,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="further arguments are those of `smezo validate`, for instance --data.num_dev 100",
         allow_abbrev=False,

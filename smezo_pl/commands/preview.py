@@ -1,4 +1,7 @@
-"""``smezo preview``: what the model sees of a configuration's data. No model is loaded, only its tokenizer."""
+"""What the model sees of a configuration's data. No model is loaded, only its tokenizer.
+
+Shown are prompts with the scored tokens marked, lengths, label balance, and tokens of the candidates.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,15 @@ _MOST_SHOWN = 60
 
 
 def main(args: Sequence[str]) -> None:
-    """Print prompts with the scored tokens marked, token lengths, label balance, and the candidates' tokens."""
+    """Build the data of a configuration and print its preview."""
     parser = argparse.ArgumentParser(
         prog="smezo preview",
-        description="What the model sees of a configuration's data: prompts with the scored tokens marked, lengths, "
-        "label balance, tokens of the candidates. Only the tokenizer is loaded.",
+        description=__doc__,
         epilog="All other arguments are those of `smezo fit`: --config FILE, --data.task NAME, ...",
     )
     parser.add_argument("--examples", type=int, default=3, help="prompts to show (default: 3)")
-    parser.add_argument(
-        "--split",
-        choices=("train", "dev", "test"),
-        help="split to show prompts of (default: train, or dev if there are few-shot demonstrations)",
-    )
+    help_text = "split to show prompts of (default: train, or dev if there are few-shot demonstrations)"
+    parser.add_argument("--split", choices=("train", "dev", "test"), help=help_text)
     given, rest = parser.parse_known_args(args[1:])
     show_log()
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -75,8 +74,8 @@ def _tokens(data: PromptDataModule, tokens: Sequence[int]) -> str:
 
 def _shortened(text: str, longest: int) -> str:
     half = longest // 2
-    left_out = len(text) - 2 * half
-    return text if len(text) <= longest else f"{text[:half]} [... {left_out} characters ...] {text[-half:]}"
+    cut = f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
+    return text if len(text) <= longest else cut
 
 
 def _lengths(data: PromptDataModule, splits: Sequence[SplitName]) -> Iterator[str]:

@@ -1,4 +1,8 @@
-"""``smezo show``: a run, several runs compared step by step, or a listing of a folder, from trajectories alone."""
+"""Show the settings, progress and loss of a run, and whether its trajectory is valid.
+
+For several runs: the first step where each differs from the first run. For a folder of runs: one row per run, grouped
+by starting weights.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +26,9 @@ from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_record, locate
 
 def main(args: Sequence[str]) -> None:
     """Print a summary of one run or several, and where others differ from the first."""
-    parser = argparse.ArgumentParser(
-        prog="smezo show",
-        description="Show the settings, progress and loss of a run, and whether its trajectory is valid. For several "
-        "runs: the first step where each differs from the first run. For a folder of runs: one row per run, grouped by "
-        "starting weights.",
-    )
-    parser.add_argument(
-        "run", nargs="+", help="folder of a run, its trajectory.smezo, an exported run, or a folder with such in it"
-    )
+    parser = argparse.ArgumentParser("smezo show", description=__doc__)
+    help_text = "folder of a run, its trajectory.smezo, an exported run, or a folder with such in it"
+    parser.add_argument("run", nargs="+", help=help_text)
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(args[1:])
     folder = Path(given.run[0])
@@ -113,7 +111,7 @@ def as_text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
     setting, machine = facts["settings"].get, facts["machine"].get
     refreshes = max(0, len(facts["refreshes"]) - 1)
     lines = {
-        "model": f"{_model(facts)}: {facts['weights']:,} weights in {facts['tensors']} tensors, "
+        "model": f"{facts['model'] or 'given in Python'}: {facts['weights']:,} weights in {facts['tensors']} tensors, "
         + ", ".join(facts["dtypes"]),
         "created": f"{facts['created']} by smezo_pl {facts['versions'].get('smezo_pl')}, kernel {machine('kernel')}, "
         f"{machine('threads')} {'thread' if machine('threads') == 1 else 'threads'} of {machine('processor')}",
@@ -147,7 +145,9 @@ def listing(folder: Path, summaries: Sequence[dict[str, Any]]) -> list[str]:
     for root, members in bases.items():
         first = members[0]
         dtypes = ", ".join(first["dtypes"])
-        lines.append(f"{_model(first)}: {first['weights']:,} weights, {dtypes}, fingerprint {root[:16]}\n")
+        lines.append(
+            f"{first['model'] or 'given in Python'}: {first['weights']:,} weights, {dtypes}, fingerprint {root[:16]}\n"
+        )
         lines.append(markdown([_row(folder, facts) for facts in members]))
     return lines
 
@@ -164,10 +164,6 @@ def _row(folder: Path, facts: dict[str, Any]) -> dict[str, object]:
         "bytes": f"{facts['bytes']:,}",
         "state": "being written" if facts["writing"] else "valid" if facts["sound"] else "CORRUPTED",
     }
-
-
-def _model(facts: dict[str, Any]) -> str:
-    return facts["model"] or "given in Python"
 
 
 def printable(text: str) -> str:

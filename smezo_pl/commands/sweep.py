@@ -1,4 +1,17 @@
-"""``smezo sweep``: check every run of a grid before the first one starts, run them as processes, sum up over seeds."""
+"""Run `smezo fit` at every point of a grid, each run in a process and a folder of its own, and sum up over seeds.
+
+The grid is YAML: keys of the configuration with lists of values; every combination is a run. A list of such mappings
+gives several grids. Keys with commas between them change together.
+
+  model.method: [s-mezo, mezo]
+  model.optimizer.lr: [1e-5, 1e-4]
+  data.task, data.max_length: [[sst2, 128], [rte, 256]]
+  model.optimizer.seed, data.data_seed: [0, 1, 2]
+
+Give the same command again after an interruption of any kind: finished runs are skipped, interrupted ones resume from
+their last checkpoint. Runs that differ only in keys named `seed`, `..._seed` or `seed_everything` are repetitions;
+mean and standard deviation over them are in OUT/sweep.md, sweep.csv and sweep.json.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +26,14 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
 from torch import nn
 
 from smezo_pl.cli import SmezoCLI, known_keys, suggestion
-from smezo_pl.commands.sweep_plan import CONFIG, Run, plan, read_grid, read_yaml
+from smezo_pl.commands.sweep_plan import CONFIG, Run, Tested, plan, read_grid, read_yaml
 from smezo_pl.commands.tables import write_summary
 from smezo_pl.trajectory.files import lock_file
 
@@ -78,7 +91,7 @@ class _Work:
     def __init__(self) -> None:
         self._stopped = Event()
         self._lock = Lock()
-        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._processes: list[subprocess.Popen[bytes]] = []  # ended ones too
 
     def stop(self) -> None:
         """End all of them; no further one starts."""
@@ -129,10 +142,8 @@ class _Work:
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=kept
                 )
-                self._processes.add(process)
+                self._processes.append(process)
             code = process.wait()
-        with self._lock:
-            self._processes.discard(process)
         if code == 0 and result.is_file():
             return True
         if not self._stopped.is_set():
@@ -147,34 +158,16 @@ def _last_line(path: Path) -> str:
     return (errors or lines or ["no output"])[-1].strip()
 
 
-DESCRIPTION = """\
-Run `smezo fit` at every point of a grid, each run in a process and a folder of its own, and sum up over seeds.
-
-The grid is YAML: keys of the configuration with lists of values; every combination is a run. A list of such mappings
-gives several grids. Keys with commas between them change together.
-
-  model.method: [s-mezo, mezo]
-  model.optimizer.lr: [1e-5, 1e-4]
-  data.task, data.max_length: [[sst2, 128], [rte, 256]]
-  model.optimizer.seed, data.data_seed: [0, 1, 2]
-
-Give the same command again after an interruption of any kind: finished runs are skipped, interrupted ones resume from
-their last checkpoint. Runs that differ only in keys named `seed`, `..._seed` or `seed_everything` are repetitions;
-mean and standard deviation over them are in OUT/sweep.md, sweep.csv and sweep.json."""
-
-
 def main(args: Sequence[str]) -> None:
     """Plan, check, run, sum up."""
     parser = argparse.ArgumentParser(
-        prog="smezo sweep", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="smezo sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="the configuration that all runs share (YAML)")
     parser.add_argument("--grid", required=True, help="the grid (YAML)")
     parser.add_argument("--out", required=True, help="folder of the sweep, created if needed")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
-    parser.add_argument(
-        "--test", choices=("best", "last"), default=None, help="score this checkpoint on the test set after training"
-    )
+    parser.add_argument("--test", choices=get_args(Tested), help="score this checkpoint on the test set after training")
     parser.add_argument("--dry-run", action="store_true", help="only check and list the runs, with their progress")
     given = parser.parse_args(args[1:])
     if given.jobs < 1:
@@ -182,14 +175,7 @@ def main(args: Sequence[str]) -> None:
     sys.exit(sweep(Path(given.config), Path(given.grid), Path(given.out), given.jobs, given.test, given.dry_run))
 
 
-def sweep(
-    config: Path,
-    grid: Path,
-    out: Path,
-    jobs: int = 1,
-    test: Literal["best", "last"] | None = None,
-    dry_run: bool = False,
-) -> int:
+def sweep(config: Path, grid: Path, out: Path, jobs: int = 1, test: Tested | None = None, dry_run: bool = False) -> int:
     """Run a grid; the arguments are those of the command line.
 
     Returns the exit status: 0, or 1 if a run failed, or 130 if the sweep was interrupted. A file, a key or a value that

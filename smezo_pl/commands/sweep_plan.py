@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
-Point = dict[str, Any]
-"""A value for each key of a grid, keys in dots."""
-
+Point = dict[str, Any]  # a value for each key of a grid, keys in dots
+Tested = Literal["best", "last"]  # the checkpoint that is scored on the test set after training
 CONFIG = "run.yaml"
 
 
@@ -39,11 +38,9 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def read_grid(path: str | Path) -> list[Point]:
-    """The points of a grid file, each once.
+    """The points of a grid file (see the help of ``smezo sweep``), in its order and each once.
 
-    The file holds a mapping of keys to lists of values, of which every combination is a point; or a list of such
-    mappings, whose points follow each other. Several keys with commas between them change together: a value is for all
-    of them, or a list of as many values.
+    A value for several keys, those with commas between them, is for all of them, or a list of as many values.
     """
     content = read_yaml(path)
     grids = content if isinstance(content, list) else [content]
@@ -125,7 +122,7 @@ class Run:
     folder: Path
     point: Point
     config: dict[str, Any]
-    test: Literal["best", "last"] | None = None  # the checkpoint that is scored on the test set after training
+    test: Tested | None = None
 
     @property
     def checkpoint(self) -> Path | None:
@@ -176,9 +173,7 @@ class Run:
         return {**(result.get("after") or {}), **{f"test_{name}": value for name, value in test.items()}}
 
 
-def plan(
-    base: Mapping[str, Any], points: Sequence[Point], out: Path, test: Literal["best", "last"] | None = None
-) -> list[Run]:
+def plan(base: Mapping[str, Any], points: Sequence[Point], out: Path, test: Tested | None = None) -> list[Run]:
     """The runs of a grid, in its order. Refused: two points with one name, a folder with a run of other settings."""
     names = short_names(points)
     runs: dict[str, Run] = {}
@@ -194,11 +189,10 @@ def plan(
         runs[name] = run = Run(name, out / name, point, config, test)
         if (run.folder / CONFIG).is_file():
             before = yaml.safe_load((run.folder / CONFIG).read_text(encoding="utf-8"))
-            changes = [text for text in _changes(before, config) if not text.startswith("trainer.logger")]
+            changes = "; ".join(text for text in _changes(before, config) if not text.startswith("trainer.logger."))
             if changes:
                 raise ValueError(
-                    f"{run.folder} holds a run with other settings ({'; '.join(changes)}): "
-                    "pass another --out, or remove it"
+                    f"{run.folder} holds a run with other settings ({changes}): pass another --out, or remove it"
                 )
     return list(runs.values())
 

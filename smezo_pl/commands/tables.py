@@ -14,10 +14,8 @@ from smezo_pl.commands.sweep_plan import Run, short_names
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows of equal keys as an aligned Markdown table, the keys as its head; None is shown as a dash.
-
-    Written here because `pandas.DataFrame.to_markdown` needs another package for it (tabulate).
-    """
+    """Rows of equal keys as an aligned Markdown table, the keys as its head; None is shown as a dash."""
+    # `pandas.DataFrame.to_markdown` needs another package (tabulate).
     if not rows:
         return ""
     lines = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
@@ -96,12 +94,8 @@ def write_summary(runs: Sequence[Run], out: Path) -> str:
     head = "Mean ± standard deviation (of a sample) over the finished runs that differ in seeds alone.\n\n"
     (out / "sweep.md").write_text(head + table, encoding="utf-8")
     (out / "sweep.csv").write_text(as_csv(plain), encoding="utf-8")
-    document = {
-        "rows": rows,
-        "runs": [
-            {"name": run.name, "values": run.point, "state": run.state, "result": run.result() or None} for run in runs
-        ],
-    }
+    states = [{"name": r.name, "values": r.point, "state": r.state, "result": r.result() or None} for r in runs]
+    document = {"rows": rows, "runs": states}
     (out / "sweep.json").write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
     return table
 

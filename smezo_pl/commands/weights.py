@@ -34,9 +34,7 @@ def replay_main(args: Sequence[str]) -> None:
     )
     parser.add_argument("run", help="folder of a run, or its trajectory.smezo")
     parser.add_argument("--step", type=int, default=None, help="number of steps (default: all of the run)")
-    _add_arguments(parser)
-    given = parser.parse_args(args[1:])
-    _write_model(load(given.run, given.step), given)
+    _write_model(parser, args)
 
 
 def apply_main(args: Sequence[str]) -> None:
@@ -46,10 +44,9 @@ def apply_main(args: Sequence[str]) -> None:
         description="Apply an exported run to the model it was trained from, and write the result as a Hugging Face "
         "folder with the tokenizer. Other starting weights are refused. To undo it, load the base model again.",
     )
-    parser.add_argument("exported", help="file that `smezo export` wrote")
-    _add_arguments(parser)
-    given = parser.parse_args(args[1:])
-    _write_model(load(given.exported), given)
+    parser.add_argument("run", metavar="exported", help="file that `smezo export` wrote")
+    parser.set_defaults(step=None)
+    _write_model(parser, args)
 
 
 def export_main(args: Sequence[str]) -> None:
@@ -73,16 +70,14 @@ def export_main(args: Sequence[str]) -> None:
         print("the run noted no hash of the weights of this step: `smezo apply` cannot tell whether it gets the same")
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``replay`` and ``apply`` share."""
+def _write_model(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
+    """Load the base model, replay, write the folder, and report whether the weights are those of the run."""
     parser.add_argument("--model", default=None, help="base model: hub name, folder or GGUF file (default: the run's)")
     parser.add_argument("--out", required=True, help="folder to write, new or empty")
     parser.add_argument("--force", action="store_true", help="continue when the starting weights are not the run's")
     parser.add_argument("--kernel", default="auto", choices=get_args(KernelName), help="what computes the updates")
-
-
-def _write_model(trajectory: Trajectory, given: argparse.Namespace) -> None:
-    """Load the base model, replay, write the folder, and report whether the weights are those of the run."""
+    given = parser.parse_args(args[1:])
+    trajectory = load(given.run, given.step)
     out, force, kernel = Path(given.out), given.force, given.kernel
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TrajectoryError(f"--out {out} exists and is not empty: pass a new folder")

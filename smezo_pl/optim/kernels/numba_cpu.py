@@ -132,7 +132,7 @@ class NumbaKernel(TorchKernel):
         stream = mask.stream or Stream(0, 0, 0, 0)
         task = [theta.data_ptr(), 0, theta.numel(), stream.start, 0, 0, 0, 0, *_mask_fields(mask, theta.dtype)]
         task[BITS] = bits.data_ptr()
-        _run("pack", theta, 0, -(-theta.numel() // BLOCK), task + _row(stream, MASK, 0.0))
+        _run("pack", theta, 0, -(-theta.numel() // BLOCK), task + _row(stream, MASK))
         return bits
 
     def histogram(self, theta: Tensor, shift: int, prefix: int | None) -> Tensor:
@@ -173,9 +173,9 @@ def _task(
     task = [theta.data_ptr(), out.data_ptr(), theta.numel(), streams[0].start, int(noise != "gaussian"), len(streams)]
     task += [base.float_bits(decay), int(stochastic), *_mask_fields(mask, theta.dtype)]
     for stream, scale in zip(streams, scales, strict=True):
-        task += _row(stream, NOISE, scale)
-    task += _NO_ROW if mask.stream is None else _row(mask.stream, MASK, 0.0)
-    task += _row(rounding, ROUNDING, 0.0) if stochastic and rounding is not None else _NO_ROW
+        task += _row(stream, NOISE, base.float_bits(scale))
+    task += _NO_ROW if mask.stream is None else _row(mask.stream, MASK)
+    task += _row(rounding, ROUNDING) if stochastic and rounding is not None else _NO_ROW
     return task
 
 
@@ -196,16 +196,9 @@ def _check_device(theta: Tensor) -> None:
         raise ValueError(f"the numba kernel works on CPU memory only, got a tensor on {theta.device}")
 
 
-def _row(stream: Stream, kind: int, scale: float) -> list[int]:
-    seed = stream.seed
-    return [
-        seed & 0xFFFFFFFF,
-        seed >> 32,
-        stream.tensor,
-        stream.step,
-        stream.sample | kind << 24,
-        base.float_bits(scale),
-    ]
+def _row(stream: Stream, kind: int, scale_bits: int = 0) -> list[int]:
+    seed, step, sample = stream.seed, stream.step, stream.sample | kind << 24
+    return [seed & 0xFFFFFFFF, seed >> 32, stream.tensor, step, sample, scale_bits]
 
 
 def _mask_fields(mask: Mask, dtype: torch.dtype) -> tuple[int, int, int, int, int]:

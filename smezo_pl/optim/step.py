@@ -116,7 +116,7 @@ class StepPerturbation:
             groups: The parameter groups.
         """
         first_eps, gradients = groups[0]["eps"], record.projected_gradients
-        exact, rounded = {}, {}
+        exact, rounded = {}, {}  # by group: for float64 weights, and for all others
         for group, lr, weight_decay in zip(groups, record.lr, record.weight_decay, strict=True):
             rate, ratio = -lr if group["maximize"] else lr, first_eps / group["eps"]
             scales, decay = [rate * g / len(gradients) * ratio for g in gradients], lr * weight_decay

@@ -80,7 +80,7 @@ DEFAULT_CALLBACKS: dict[str, tuple[type[Callback], ...]] = {
 """Callbacks that a subcommand, and `build` as ``fit``, adds where the configuration names none of that class."""
 
 ZEROTH_ORDER_CALLBACKS = (MaskRefresh, SeedCheckpoint, ZerothOrderMonitor)
-"""Callbacks that a first-order run does without."""
+"""Callbacks that a run without SparseMeZO has no use for."""
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs",
@@ -141,7 +141,7 @@ class SmezoCLI(LightningCLI):
         default = DEFAULT_CALLBACKS[self.subcommand or "fit"]
         if not self.model.zeroth_order:
             if left_out := [type(c).__name__ for c in callbacks if isinstance(c, ZEROTH_ORDER_CALLBACKS)]:
-                log.info("left out, as method %s is first-order: %s", self.model.method, ", ".join(left_out))
+                log.info("left out, as method %s does not use SparseMeZO: %s", self.model.method, ", ".join(left_out))
             callbacks = [c for c in callbacks if not isinstance(c, ZEROTH_ORDER_CALLBACKS)]
             default = tuple(WeightCheckpoint if kind is SeedCheckpoint else kind for kind in default)
             default = tuple(kind for kind in default if kind not in ZEROTH_ORDER_CALLBACKS)

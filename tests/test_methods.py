@@ -237,7 +237,7 @@ def test_lora_by_the_command_line(
     assert metrics["curve"]["held_out"][0]["step"] == 0
     assert len(metrics["curve"]["train_loss"]) == 4
     log = capsys.readouterr().err
-    assert "left out, as method lora is first-order: SeedCheckpoint" in log
+    assert "left out, as method lora does not use SparseMeZO: SeedCheckpoint" in log
     assert "method lora (LoRA with AdamW): 1,792 weights are trained" in log
     assert not (run / "trajectory.smezo").exists()
     main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--name=t"])

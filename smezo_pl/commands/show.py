@@ -21,7 +21,7 @@ from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.database import is_written
 from smezo_pl.trajectory.exports import load
 from smezo_pl.trajectory.header import TrajectoryError
-from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_record, locate
+from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_trajectory, locate
 
 
 def main(args: Sequence[str]) -> None:
@@ -53,7 +53,7 @@ def main(args: Sequence[str]) -> None:
 def read(path: str | Path) -> Trajectory:
     """A trajectory, as far as it is valid, or an exported run."""
     file = locate(path)
-    return Trajectory.read(file, damaged=True) if is_record(file) or file.name == FILE_NAME else load(file)
+    return Trajectory.read(file, damaged=True) if is_trajectory(file) or file.name == FILE_NAME else load(file)
 
 
 def read_below(folder: Path) -> tuple[list[Trajectory], list[str]]:
@@ -74,7 +74,7 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
     """Everything that is shown of a run, in plain types."""
     header, records = trajectory.header, trajectory.records
     losses = [row.loss for row in records if row.losses and not row.skipped]
-    recorded = is_record(trajectory.path)
+    recorded = is_trajectory(trajectory.path)
     return {
         "path": str(trajectory.path),
         "kind": "record" if recorded else "export",

@@ -1,7 +1,7 @@
-"""The record of a run: all that a fine-tune adds to its starting weights, in a file that can be mailed.
+"""The trajectory of a run: all that a fine-tune adds to its starting weights, in a file that can be mailed.
 
-A zeroth-order step is a seed and one number, so the record of a run is a header and a few bytes a step. From the
-starting weights and the record come the weights of any step, to the last bit, with no data and no forward::
+A zeroth-order step is a seed and one number, so a trajectory is a header and a few bytes per step. From the starting
+weights and the trajectory come the weights of any step, to the last bit, with no data and no forward::
 
     with record(optimizer, "run/trajectory.smezo"):  # a plain loop; in the Trainer SeedCheckpoint does it
         ...

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.files import write_atomically
 from smezo_pl.trajectory.header import MAX_HEADER_BYTES, Header, TrajectoryError, inflate
-from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_record, locate
+from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_trajectory, locate
 from smezo_pl.trajectory.records import MAX_SAMPLES, RATES, Event
 
 KIND = "smezo_tune"
@@ -160,7 +160,7 @@ def load(path: str | Path, steps: int | None = None) -> Trajectory:
         TrajectoryError: If it is neither, corrupted, or does not reach that far.
     """
     path = locate(path)
-    if is_record(path) or path.name == FILE_NAME:  # by its name even if its first page is corrupted
+    if is_trajectory(path) or path.name == FILE_NAME:  # by its name even if its first page is corrupted
         return Trajectory.read(path, damaged=steps is not None).upto(steps)
     return read_export(path).upto(steps)
 

@@ -121,7 +121,7 @@ def locate(path: str | Path) -> Path:
     return path
 
 
-def is_record(path: Path) -> bool:
+def is_trajectory(path: Path) -> bool:
     """Whether a file is an SQLite file, by its first bytes: a trajectory and no exported run."""
     with open(path, "rb") as file:
         return file.read(16) == b"SQLite format 3\x00"

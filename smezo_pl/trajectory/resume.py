@@ -290,7 +290,7 @@ def _continue(earlier: Trajectory, path: Path) -> TrajectoryWriter:
     whole = Trajectory.read(path, damaged=True)
     later = [event.steps for event in whole.events_of("checkpoint") if event.steps > steps]
     if whole.damage is not None:
-        kept, anew = _free_name(path, "damaged"), _free_name(path, "sound")
+        kept, anew = _free_name(path, "damaged"), _free_name(path, "valid")
         log.warning(
             "%s is corrupted (%s): its valid part is rewritten, the file is kept as %s", path, whole.damage, kept
         )

@@ -27,7 +27,7 @@ from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_trajectory, locate
 def main(args: Sequence[str]) -> None:
     """Print a summary of one run or several, and where others differ from the first."""
     parser = argparse.ArgumentParser("smezo show", description=__doc__)
-    help_text = "folder of a run, its trajectory.smezo, an exported run, or a folder with such in it"
+    help_text = "folder of a run, its trajectory.smezo, an exported run, or a folder that contains any of these"
     parser.add_argument("run", nargs="+", help=help_text)
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(args[1:])

@@ -67,7 +67,7 @@ def export_main(args: Sequence[str]) -> None:
     if written.verified:
         print("it holds a hash of the final weights, so `smezo apply` can tell whether it gets the same")
     else:
-        print("the run noted no hash of the weights of this step: `smezo apply` cannot tell whether it gets the same")
+        print("the run stored no hash of the weights at this step: `smezo apply` cannot tell whether it gets the same")
 
 
 def _write_model(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
@@ -96,7 +96,7 @@ def _write_model(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
     if same:
         print("identical: every bit is as in the run")
     elif same is None:
-        print("the run noted no hash of its weights at this step, so there is nothing to compare them with")
+        print("the run stored no hash of its weights at this step, so there is nothing to compare them with")
     elif force:
         print("not the run's weights: they start from others (--force)")
     else:

@@ -52,20 +52,20 @@ class PromptDataModule(pl.LightningDataModule):
             ``tokenizer`` is taken.
         batch_size: Training examples per step and process, at least 1.
         eval_batch_size: How much a forward reads in evaluation. ``auto``: as many tokens as are fast on a CPU; on a
-            GPU as many as fit, found once by trying; the number is logged. A number, at least 1: so many texts (an
-            example is one if its candidates have one token, otherwise about one per candidate).
+            GPU as many as fit, found once by trying; the number is logged. A number, at least 1: that many
+            texts (one per example if its candidates have one token, otherwise about one per candidate).
         num_train: Training examples; the task's own number (1000 for most) if not given.
         num_dev: Dev examples; the task's own number (500 for most) if not given.
         num_test: Test examples at most; the task's own number (1000) if not given.
-        k_shot: Training examples of each class, instead of ``num_train``, and as many for dev.
+        k_shot: Training examples of each class, instead of ``num_train``, and the same number for dev.
         num_demonstrations: Few-shot demonstrations, taken from the training split, before each dev and test example:
             in-context learning, for ``validate`` and ``test`` (MeZO: 32). They are cut on the left where they do not
             fit in ``max_length``.
         demonstration_seed: Decides the one set of demonstrations for all examples, in [0, 2^32); without it each
             example gets a set of its own.
         data_seed: Decides which examples are drawn and in which order they come, in [0, 2^32).
-        max_length: Most tokens of a prompt and a candidate together, at least 2. What is longer loses the beginning of
-            its prompt; a beginning-of-sequence token stays.
+        max_length: Maximum number of tokens of a prompt and a candidate together, at least 2. What is longer loses
+            the beginning of its prompt; a beginning-of-sequence token stays.
         objective: What a step minimizes, instead of the task's own loss: ``classification`` (cross-entropy over the
             candidates), ``lm`` (of the gold answer's tokens), or one minus a metric of the batch's answers, such as
             ``accuracy``, ``f1`` or ``em``. Nothing needs to be differentiable. The dev loss stays a loss.
@@ -73,7 +73,7 @@ class PromptDataModule(pl.LightningDataModule):
             ``score(predictions, references)`` with a list of answers as texts and, for each, the list of correct ones,
             and returns one number or one per answer, whose mean counts. If it raises or returns NaN, the step is
             skipped.
-        max_new_tokens: Most tokens of a generated answer; the task's own number (50) if not given.
+        max_new_tokens: Maximum number of tokens of a generated answer; the task's own number (50) if not given.
         calibration: How candidates are chosen in evaluation: ``none``, by mean log-probability; ``sfc``, by the
             log-probability gained over a content-free prompt (surface form competition, as in MeZO); ``icl_sfc``:
             the same with the demonstrations before that prompt too.

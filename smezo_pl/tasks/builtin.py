@@ -276,7 +276,7 @@ def get_task(name: str) -> Task:
         return known[name]
     near = get_close_matches(name.lower().replace("-", "").replace("_", ""), TASKS, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
-    raise ValueError(f"unknown task {name!r}{hint} There are {', '.join(sorted(known))}")
+    raise ValueError(f"unknown task {name!r}{hint} Choose from {', '.join(sorted(known))}")
 
 
 def masked_form(task: Task) -> Task:

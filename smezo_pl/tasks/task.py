@@ -48,7 +48,7 @@ def unknown(what: str, name: str, known: Collection[str], more: str = "") -> Val
     """The error for a name that is none of those known: similar ones, then all of them."""
     near = get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return ValueError(f"{what} {name!r}{hint} There are {', '.join(known)}{more}")
+    return ValueError(f"{what} {name!r}{hint} Choose from {', '.join(known)}{more}")
 
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")

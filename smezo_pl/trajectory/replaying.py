@@ -80,7 +80,7 @@ class Applied:
 
     Attributes:
         steps: Steps of the optimizer that the weights have behind them.
-        identical: Whether they are the run's to the last bit; None where the run noted no hash of its own.
+        identical: Whether they are the run's to the last bit; None where the run stored no hash.
         made_by: Kernel of the run.
         applied_by: Kernel that applied it here.
     """
@@ -127,14 +127,14 @@ def tensors_of(
     missing = [info.name for info in header.tensors if info.name not in found]
     if missing:
         raise TrajectoryError(
-            f"{source} is of another model: {len(missing)} of its {len(header.tensors)} tensors are not in this one, "
+            f"{source} is for another model: {len(missing)} of its {len(header.tensors)} tensors are not in this one, "
             f"the first {missing[0]!r}{_called(header)}"
         )
     for info in header.tensors:
         shape, dtype = tuple(found[info.name].shape), str(found[info.name].dtype).removeprefix("torch.")
         if shape != info.shape:
             raise TrajectoryError(
-                f"{source} is of another model: {info.name!r} has shape {list(info.shape)} there, {list(shape)} here"
+                f"{source} is for another model: {info.name!r} has shape {list(info.shape)} there, {list(shape)} here"
                 f"{_called(header)}"
             )
         if check_dtypes and dtype != info.dtype:
@@ -218,7 +218,7 @@ def set_rates(optimizer: SparseMeZO, record: StepRecord) -> None:
 
 
 def matches_run(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> bool | None:
-    """Whether weights are those that the run had at its last step; None if it noted no hash of them."""
+    """Whether weights are those that the run had at its last step; None if it stored no hash of them."""
     root = trajectory.final_root
     return None if root is None else root_digest(fingerprint(tensors)).hex() == root
 

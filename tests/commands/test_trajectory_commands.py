@@ -173,7 +173,7 @@ class TestReplayAndApply:
         early, _ = load_model(tiny_folder, dtype=torch.bfloat16)
         train(early, tmp_path / "two", 2)
         assert same(load_model(tmp_path / "model", dtype=torch.bfloat16)[0], early)
-        assert "noted no hash of its weights at this step" in capsys.readouterr().out
+        assert "stored no hash of its weights at this step" in capsys.readouterr().out
 
     def test_of_an_exported_one(
         self, run: tuple[Path, Any], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

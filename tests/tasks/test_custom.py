@@ -87,7 +87,7 @@ def test_a_number_in_words() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({**TOPIC, "candidate": 1}, "task has no key 'candidate'; did you mean 'candidates'? There are prompt, "),
+        ({**TOPIC, "candidate": 1}, "task has no key 'candidate'; did you mean 'candidates'? Choose from prompt, "),
         ({"candidates": ["a", "b"]}, "task needs 'prompt': text with columns in braces; got None"),
         ({"prompt": "{a}\n"}, "task needs either `candidates`, to choose from, or `target`"),
         ({**TOPIC, "target": "x"}, "it has both"),
@@ -141,7 +141,7 @@ def generation() -> Task:
 @pytest.mark.parametrize(
     ("task", "metric", "message"),
     [
-        (make_task(TOPIC), "acuracy", "unknown metric 'acuracy'; did you mean 'accuracy'? There are accuracy, f1, "),
+        (make_task(TOPIC), "acuracy", "unknown metric 'acuracy'; did you mean 'accuracy'? Choose from accuracy, f1, "),
         (
             make_task(TOPIC),
             "rougeL",
@@ -161,7 +161,7 @@ def test_a_metric_that_is_unknown_or_does_not_fit(task: Task, metric: str, messa
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ("acuracy", "unknown objective 'acuracy'; did you mean 'accuracy'? There are classification, lm, accuracy"),
+        ("acuracy", "unknown objective 'acuracy'; did you mean 'accuracy'? Choose from classification, lm, accuracy"),
         ("rougeL", "objective 'rougeL' does not fit"),
         ("no_such_module_1.score", "reward 'no_such_module_1.score': cannot import 'no_such_module_1'"),
         ("math.skore", "module 'math' has no function 'skore'; it has acos"),

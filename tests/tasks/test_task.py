@@ -72,7 +72,7 @@ def test_an_unknown_name_suggests_the_nearest(name: str, near: str) -> None:
 
 
 def test_an_unknown_name_lists_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"unknown task 'zzzzzzzz'\. There are aqua, boolq, .*, wsc$"):
+    with pytest.raises(ValueError, match=r"unknown task 'zzzzzzzz'\. Choose from aqua, boolq, .*, wsc$"):
         get_task("zzzzzzzz")
 
 

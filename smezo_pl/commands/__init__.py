@@ -13,7 +13,7 @@ SUBCOMMANDS = {
     "preview": ("commands.preview:main", "what the model sees: prompts, scored tokens, lengths, label balance"),
     "show": ("commands.show:main", "settings, progress and loss of a run, and whether its trajectory is valid"),
     "replay": ("commands.weights:replay_main", "weights of any step, from the trajectory, as a Hugging Face folder"),
-    "evaluate": ("commands.evaluate:main", "the validation curve of a finished run, computed from its trajectory"),
+    "evaluate": ("commands.evaluate:main", "the validation curve of a run, computed afterwards from its trajectory"),
     "export": ("commands.weights:export_main", "a whole fine-tune in one small file"),
     "apply": ("commands.weights:apply_main", "an exported run on its base model, as a Hugging Face folder"),
 }

@@ -1,8 +1,4 @@
-"""Greedy generation for many prompts at once, over one key-value cache with room to grow.
-
-On SQuAD with SmolLM2-135M on two cores it takes 13.4 s for 32 questions, where `generate` of transformers on batches
-sorted by length takes 24.8 s for the same tokens.
-"""
+"""Greedy generation for many prompts at once, over one key-value cache with room to grow."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -275,6 +275,22 @@ def test_several_best_checkpoints_under_names_with_metrics(
         assert result["val/loss"] == losses[step]
 
 
+def test_a_metric_that_is_nan_first_does_not_stay_the_best(
+    straight: tuple[Path, Classifier, Watch], tmp_path: Path
+) -> None:
+    class NaNFirst(Classifier):
+        def validation_step(self, *args: Any) -> Any:
+            result = super().validation_step(*args)
+            first = min(straight[2].val) == self.trainer.global_step
+            self.log("val/score", float("nan") if first else 1.0 + self.trainer.global_step)
+            return result
+
+    callback = SeedCheckpoint(every_n_steps=3, monitor="val/score")
+    fit(tmp_path, NaNFirst(), callback)
+    assert callback.best_step == sorted(straight[2].val)[1]
+    assert callback.state_dict()["best_score"] == 1.0 + callback.best_step
+
+
 def test_lightning_finds_the_best_and_the_last(straight: tuple[Path, Classifier, Watch], tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, SeedCheckpoint(every_n_steps=3), max_steps=12)
     trainer.fit(Classifier(), Examples())

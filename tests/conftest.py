@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -21,6 +22,11 @@ _WORDS = (
     "the a of and is was this that it to in with not movie food hotel service story room true question answer passage "
     "terrible great good bad Yes No Maybe It was mean Does because so better worse lovely awful nice poor"
 )
+
+
+# The same examples in every run, and no file beside the tests.
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+settings.load_profile("fixed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -99,6 +99,15 @@ def test_a_returned_weight_keeps_its_value():
     assert torch.equal(late, early)
 
 
+def test_the_parameters_that_forwards_read_are_known():
+    model = build(TiedLanguageModel)
+    model.spare = nn.Linear(8, 8)
+    optimizer = attached(model)
+    optimizer.step(loss_closure(model))
+    spare = {id(parameter) for parameter in model.spare.parameters()}
+    assert optimizer._layerwise.read == {id(parameter) for parameter in model.parameters()} - spare
+
+
 def test_detach_leaves_no_trace():
     model = build(Attention)
     pristine = build(Attention)

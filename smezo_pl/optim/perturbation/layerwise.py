@@ -134,6 +134,9 @@ class Layerwise:
         module: The network. It must contain every parameter, and must not be compiled.
         parameters: The parameters to perturb, by name.
 
+    Attributes:
+        read: Ids of the parameters whose perturbed copies were handed out to forwards since the caller cleared the set.
+
     Raises:
         ValueError: If the module does not hold a parameter, or is compiled.
     """
@@ -170,6 +173,7 @@ class Layerwise:
         self._watch: ReadWatch | None = None
         self._handles: dict[nn.Module, tuple[RemovableHandle, RemovableHandle]] = {}
         self._watched_once = False
+        self.read: set[int] = set()
         self.write_seconds = 0.0
         for owner in self._held_by:
             self._hook(owner)
@@ -310,6 +314,7 @@ class Layerwise:
         table = torch.empty(rows[0].numel(), slot.parameter.shape[1], dtype=slot.parameter.dtype)
         direction.perturb_rows(slot.parameter, rows[0], table)
         holding.taken.append((slot, None))
+        self.read.add(id(slot.parameter))
         slot.owner._parameters[slot.name] = nn.Parameter(table, requires_grad=slot.parameter.requires_grad)
         return rows[1]
 
@@ -328,6 +333,7 @@ class Layerwise:
                 # torch.matmul folds or not by requires_grad, also under no_grad: the copy must look like the original
                 copy = copies[id(parameter)] = nn.Parameter(buffer, requires_grad=parameter.requires_grad)
             holding.taken.append((slot, chunk))
+            self.read.add(id(parameter))
             slot.owner._parameters[slot.name] = copy
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from smezo_pl.tasks.builtin import MASKED, TASKS, get_task, masked_form
 from smezo_pl.tasks.custom import make_task
-from smezo_pl.tasks.example import Example, ExampleError, make_example
+from smezo_pl.tasks.example import Example, make_example
 from smezo_pl.tasks.task import GeneratedAnswer, ListCandidates, Loss, Source, Task
+from smezo_pl.tasks.text import ExampleError
 
 __all__ = [
     "MASKED",

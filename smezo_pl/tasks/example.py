@@ -1,19 +1,15 @@
 """From a row of a dataset to an example: its prompt, its candidates and which of them are correct."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 from smezo_pl.tasks.task import FILTERS, GeneratedAnswer, ListCandidates, Task, render
+from smezo_pl.tasks.text import ExampleError, as_text, is_missing
 
 UNKNOWN = -1
 """An unknown label: hidden test sets carry it."""
-
-
-class ExampleError(ValueError):
-    """A row that cannot be made into an example. The message names the file, the row and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ def make_example(
         index=index,
         answers=answers,
         references=tuple(answers[candidate] for candidate in correct),
-        group=_group(task, values, row),
+        group=_group(task, values, row, where),
         calibration=None if task.calibration is None else render(task.calibration, values).strip(" "),
         line=line,
     )
@@ -121,7 +117,7 @@ def gold_candidates(
     labels = task.labels[: len(answers)]
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of integers with an empty cell is read as floats
-    if _missing(value) or (isinstance(value, str) and not value.strip()):
+    if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return []
     if isinstance(value, (list, tuple)):
         texts = [str(text).strip() for text in value]
@@ -160,33 +156,36 @@ def _label_name(value: Any, labels: Sequence[str]) -> str:
     return next((label for label in labels if label.lower() == name.lower()), str(int(name.lower() == "true")))
 
 
-def _missing(value: Any) -> bool:
-    """Whether a cell is empty: null, or NaN where an empty cell became a float."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
 def _quoted(values: Iterable[str]) -> str:
     return ", ".join(map(repr, values))
 
 
 def _text(task: Task, column: str, value: Any, where: str) -> str:
-    if isinstance(value, (list, tuple, Mapping)):
-        raise ExampleError(f"{where}: column {column!r} must hold a text, got {str(value)[:60]}")
-    text = "" if _missing(value) else str(value)
-    if column in task.words:
-        if text not in task.words[column]:
-            raise ExampleError(f"{where}: column {column!r} is {text!r}, must be one of {_quoted(task.words[column])}")
-        return task.words[column][text]
+    words = task.words.get(column)
+    if words is not None and isinstance(value, bool):
+        # YAML's `true` as a key became "True".
+        value = next((key for key in words if key.lower() == str(value).lower()), str(value))
+    text = "" if is_missing(value) else as_text(value, column, where)
+    if words is not None:
+        if text not in words:
+            raise ExampleError(f"{where}: column {column!r} is {text!r}, must be one of {_quoted(words)}")
+        return words[text]
     if not text.strip() and column not in task.may_be_empty:
         raise ExampleError(f"{where}: empty example, column {column!r} holds no text")
     return text
 
 
-def _items(candidates: ListCandidates, value: Any, where: str) -> tuple[str, ...]:
-    if _missing(value) or isinstance(value, str) or not isinstance(value, Iterable):
-        raise ExampleError(f"{where}: column {candidates.column!r} must hold a list of texts, got {value!r}")
+def _options(candidates: ListCandidates, value: Any, where: str) -> list[str | None]:
+    """The options as they stand in the list; None for a null, which is no option but keeps its position."""
+    column = candidates.column
+    if not isinstance(value, (list, tuple)):
+        raise ExampleError(f"{where}: column {column!r} must hold a list of texts, got {str(value)[:60]!r}")
     change = FILTERS[candidates.filter or "strip"]
-    items = [change(str(item)) for item in value]
+    return [None if is_missing(item) else change(as_text(item, column, where)) for item in value]
+
+
+def _items(candidates: ListCandidates, value: Any, where: str) -> tuple[str, ...]:
+    items = [item for item in _options(candidates, value, where) if item is not None]
     # Labels that name an index need every element kept.
     distinct = tuple(items if candidates.names else dict.fromkeys(items))
     if len(distinct) < 2:
@@ -195,21 +194,42 @@ def _items(candidates: ListCandidates, value: Any, where: str) -> tuple[str, ...
 
 
 def _references(column: str, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """The distinct references of a generated answer; none if they are unknown."""
+    """The distinct references of a generated answer; none if they are unknown.
+
+    A field is that of a structure, or of each structure of a list.
+    """
     root, *fields = column.split(".")
     value = row.get(root)
     for name in fields:
-        if value is not None and (not isinstance(value, Mapping) or name not in value):
-            raise ExampleError(f"{where}: column {root!r} has no field {name!r} (of {column!r}): {value!r}")
-        value = None if value is None else value[name]
+        if isinstance(value, list):
+            value = [_field_of(item, name, column, where) for item in value]
+        else:
+            value = _field_of(value, name, column, where)
     values = value if isinstance(value, (list, tuple)) else (value,)
-    texts = (str(text).strip() for text in values if not _missing(text))
+    for text in values:
+        if isinstance(text, Mapping):
+            fields = [f"{column}.{name}" for name in text]
+            raise ExampleError(
+                f"{where}: column {column!r} holds a structure: name the field that is the answer, {', '.join(fields)}"
+            )
+    texts = (as_text(text, column, where).strip() for text in values if not is_missing(text))
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _group(task: Task, values: Mapping[str, str], row: Mapping[str, Any]) -> int:
+def _field_of(value: Any, name: str, column: str, where: str) -> Any:
+    if value is not None and (not isinstance(value, Mapping) or name not in value):
+        raise ExampleError(f"{where}: column {column.split('.')[0]!r} has no field {name!r} (of {column!r}): {value!r}")
+    return None if value is None else value[name]
+
+
+def _group(task: Task, values: Mapping[str, str], row: Mapping[str, Any], where: str) -> int:
     """A hash of the group's columns: the same in every process, and for equal texts wherever they stand."""
     if not task.group:
         return 0
-    text = "\0".join(str(values.get(column, row.get(column))) for column in task.group)
+    texts = []
+    for column in task.group:
+        if column not in values and is_missing(row.get(column)):
+            raise ExampleError(f"{where}: column {column!r} of the task's group is empty")
+        texts.append(values[column] if column in values else as_text(row[column], column, where))
+    text = "\0".join(texts)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

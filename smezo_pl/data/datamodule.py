@@ -123,7 +123,7 @@ class PromptDataModule(pl.LightningDataModule):
             task = replace(task, candidates=replace(task.candidates, max_new_tokens=max_new_tokens))
         for name in task.metrics:
             get_metric(name, task)
-        self.task = task
+        self.task = self._given_task = task
         if objective is not None and reward is not None:
             raise ValueError(f"objective {objective!r} and reward {reward!r}: give one of them")
         if reward is not None and "." not in reward:
@@ -163,29 +163,27 @@ class PromptDataModule(pl.LightningDataModule):
             raise ValueError(f"task {task.name!r} has no content-free prompt, so it cannot be calibrated")
         self.calibration = calibration
         self._tokenizer = tokenizer
-        self._encoded: dict[SplitName, list[Encoded]] = {}
-        self._limit: BatchLimit | None = None
+        # With what each was made of, so that another model, or another prompt, makes it again.
+        self._encoded: dict[SplitName, tuple[tuple[Any, ...], list[Encoded]]] = {}
+        self._limit: tuple[tuple[Any, ...], BatchLimit] | None = None
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take this tokenizer from now on."""
-        if tokenizer is not self._tokenizer:
-            self._tokenizer = tokenizer
-            self._encoded.clear()
+        """Take this tokenizer from now on, whatever the module's."""
+        self._tokenizer = tokenizer
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer: the one given, or the module's."""
+        """The tokenizer: the one given, or that of the module that the Trainer runs."""
+        if isinstance(self._tokenizer, str):
+            self._tokenizer = load_tokenizer(self._tokenizer)
         tokenizer = self._tokenizer
-        if isinstance(tokenizer, str):
-            tokenizer = load_tokenizer(tokenizer)
-        elif tokenizer is None:
+        if tokenizer is None:
             tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
         if tokenizer is None:
             raise RuntimeError(
                 "the data module has no tokenizer: give PromptDataModule(tokenizer=...), call set_tokenizer, or use"
                 " a module with an attribute `tokenizer`"
             )
-        self._tokenizer = tokenizer
         return tokenizer
 
     def prepare_data(self) -> None:
@@ -198,16 +196,16 @@ class PromptDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Draw the examples that a stage needs, with prompts for the module's kind of model."""
         masked = getattr(getattr(self.trainer, "lightning_module", None), "is_masked_lm", None)
-        if masked is not None and not masked and self.task.is_masked:
-            raise ValueError(
-                f"task {self.task.name!r} has a prompt with {MASK}, and the model is no masked language model"
-            )
-        if masked and not self.task.is_masked:
-            self.task = masked_form(self.task)
-            self.splits.task = self.task
+        task = self._given_task
+        if masked is not None and not masked and task.is_masked:
+            raise ValueError(f"task {task.name!r} has a prompt with {MASK}, and the model is no masked language model")
+        if masked and not task.is_masked:
+            task = masked_form(task)
+        if task != self.task:  # of the model before this one, if it was of the other kind
+            self.task = self.splits.task = task
             self.splits.drawn.clear()
-            self._encoded.clear()
-            logger.info("a masked language model: prompts of %s are %r", self.task.name, self.task.prompt)
+            if masked:
+                logger.info("a masked language model: prompts of %s are %r", task.name, task.prompt)
         if masked and (self.num_demonstrations or self.calibration != "none"):
             raise ValueError("demonstrations and calibration are for causal, not for masked language models")
         if stage in (None, "fit", "validate"):
@@ -228,16 +226,19 @@ class PromptDataModule(pl.LightningDataModule):
 
     def encoded(self, split: SplitName) -> list[Encoded]:
         """The examples of a split as tokens, in the order of `examples`."""
-        if split not in self._encoded:
+        tokenizer, examples = self.tokenizer, self.examples(split)
+        key, encoded = self._encoded.get(split, ((), []))
+        if len(key) != 2 or key[0] is not tokenizer or key[1] is not examples:
             encoder: Encoder | MaskedLMEncoder
             if self.task.is_masked:
-                encoder = MaskedLMEncoder(self.tokenizer, self.max_length)
+                encoder = MaskedLMEncoder(tokenizer, self.max_length)
             else:
                 new_tokens = getattr(self.task.candidates, "max_new_tokens", 0)
                 calibrated = self.calibration != "none" and split != "train"
-                encoder = Encoder(self.tokenizer, self.max_length, new_tokens, calibrated)
-            self._encoded[split] = encoder.encode(self.examples(split), self.origin(split))
-        return self._encoded[split]
+                encoder = Encoder(tokenizer, self.max_length, new_tokens, calibrated)
+            encoded = encoder.encode(examples, self.origin(split))
+            self._encoded[split] = (tokenizer, examples), encoded
+        return encoded
 
     def collate(self, training: bool = False) -> Collate:
         """What makes batches of encoded examples, for training steps or for evaluation."""
@@ -284,12 +285,18 @@ class PromptDataModule(pl.LightningDataModule):
         if not encoded:
             return []
         collate = self.collate()
-        if self._limit is None:
-            if self.eval_batch_size == "auto":
-                self._limit = BatchLimit(tokens=find_token_budget(self.trainer, encoded, collate))
-            else:
-                self._limit = BatchLimit(rows=self.eval_batch_size)
-        return evaluation_loader(encoded, collate, self._limit, self.num_workers, *self._processes())
+        limit = self._batch_limit(encoded, collate)
+        return evaluation_loader(encoded, collate, limit, self.num_workers, *self._processes())
+
+    def _batch_limit(self, encoded: list[Encoded], collate: Collate) -> BatchLimit:
+        """What a forward of the present model reads at most on its device."""
+        if self.eval_batch_size != "auto":
+            return BatchLimit(rows=self.eval_batch_size)
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        reader = (module, getattr(module, "device", None), getattr(self.trainer, "precision", None))
+        if self._limit is None or self._limit[0] != reader:
+            self._limit = reader, BatchLimit(tokens=find_token_budget(self.trainer, encoded, collate))
+        return self._limit[1]
 
     def _processes(self) -> tuple[int, int]:
         """The number of processes and the rank of this one."""

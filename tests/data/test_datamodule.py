@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import os
@@ -201,6 +202,56 @@ def test_a_tokenizer_by_name_and_a_change_of_tokenizer(
 
     data.set_tokenizer(word_tokenizer([" It", " was", " terrible", " great"]))
     assert data.encoded("test") != before
+
+
+def test_two_models_read_one_data_module_each_in_its_own_tokens(
+    small: Callable[..., PromptDataModule], tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_tokens(["great", "terrible"])
+    data = small(tokenizer=None)
+    tokens = []
+    for tokenizer in (tiny_tokenizer, other, tiny_tokenizer):
+        trainer(tmp_path).validate(Reader(tokenizer), data, verbose=False)
+        assert data.tokenizer is tokenizer
+        tokens.append([(example.prompt, example.candidates) for example in data.encoded("dev")])
+    assert tokens[0] == tokens[2] != tokens[1]
+    given = small(tokenizer=tiny_tokenizer)
+    trainer(tmp_path).validate(Reader(other), given, verbose=False)
+    assert given.tokenizer is tiny_tokenizer
+
+
+def test_a_causal_model_after_a_masked_one(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    data = PromptDataModule("demo", tokenizer=tiny_tokenizer, num_train=8, num_dev=4)
+    prompts = []
+    for masked in (False, True, False):
+        module = Reader()
+        module.is_masked_lm = masked  # type: ignore[assignment]
+        data.trainer = trainer(tmp_path)
+        data.trainer.strategy.connect(module)
+        data.setup("fit")
+        assert data.task.is_masked == masked
+        prompts.append([example.prompt for example in data.examples("train")])
+    assert prompts[0] == prompts[2] != prompts[1]
+
+
+def test_the_token_budget_is_found_for_each_model(
+    small: Callable[..., PromptDataModule],
+    tmp_path: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def budget(of: pl.Trainer, *_: Any) -> int:
+        asked.append(of.lightning_module)
+        return 4096
+
+    monkeypatch.setattr("smezo_pl.data.datamodule.find_token_budget", budget)
+    data, modules = small(eval_batch_size="auto"), [Reader(tiny_tokenizer) for _ in range(2)]
+    for module in (modules[0], modules[0], modules[1]):
+        trainer(tmp_path).validate(module, data, verbose=False)
+    assert asked == modules
 
 
 @pytest.mark.parametrize("stop", [2, 4, 6])

@@ -1,11 +1,11 @@
 """Rows of datasets: a user's own files, a local folder of Parquet files, the Hugging Face hub, the bundled demo."""
 
-import csv
 import json
 import logging
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smezo_pl.data.demo import demo_rows
+from smezo_pl.data.files import READERS
 from smezo_pl.tasks import Source, Task
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class Rows:
     origin: str  # the file or dataset, for messages
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what integers of a column stand for, if known
     lines: Sequence[int] = ()  # the line of the file that each row begins on, where there are lines
+    whole: frozenset[str] = frozenset()  # columns of whole numbers that were read as floats
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -35,8 +37,11 @@ class Rows:
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows at these indices."""
         if isinstance(self.table, list):
-            return [self.table[index] for index in indices]
-        taken: list[dict[str, Any]] = self.table.take(pa.array(indices, pa.int64())).to_pylist()
+            taken = [self.table[index] for index in indices]
+        else:
+            taken = self.table.take(pa.array(indices, pa.int64())).to_pylist()
+        if self.whole:
+            taken = [row | {name: _as_integers(row[name]) for name in self.whole & row.keys()} for row in taken]
         return taken
 
     def line(self, index: int) -> str:
@@ -59,7 +64,7 @@ def load_file(name: str | Path, task: Task, split: str, labelled: bool = True) -
             rows = Rows(table, str(path), _class_names(table.schema))
         else:
             records = READERS[path.suffix](path)
-            rows = Rows([row for _, row in records], str(path), lines=[line for line, _ in records])
+            rows = Rows([row for _, row in records], str(path), lines=[line for line, _ in records if line])
     elif (hub := _HUB_NAME.match(str(name))) and not path.exists():
         rows = _from_hub(Source(hub["name"], hub["config"]), hub["split"] or split)
     else:
@@ -67,7 +72,7 @@ def load_file(name: str | Path, task: Task, split: str, labelled: bool = True) -
             f"{str(name)!r} is neither a file that ends in {', '.join((*READERS, '.parquet'))} nor a dataset on the"
             " hub (owner/name, owner/name@config:split)"
         )
-    _check(rows, task, task.columns if labelled else task.columns[:-1])
+    rows = _checked(rows, task, task.columns if labelled else task.columns[:-1])
     logger.info("%s: %d rows of %s", task.name, len(rows), rows.origin)
     return rows
 
@@ -92,11 +97,10 @@ def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> Ro
         rows = _from_hub(source, split)
     else:
         raise ValueError(f"task {task.name!r} has no dataset on the hub: give data_dir")
-    _check(rows, task, task.columns)
-    return rows
+    return _checked(rows, task, task.columns)
 
 
-def _check(rows: Rows, task: Task, needed: Sequence[str]) -> None:
+def _checked(rows: Rows, task: Task, needed: Sequence[str]) -> Rows:
     if not len(rows):
         raise ValueError(f"{rows.origin} holds no rows")
     table = rows.table
@@ -110,6 +114,41 @@ def _check(rows: Rows, task: Task, needed: Sequence[str]) -> None:
             f" task {task.name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; it has"
             f" {', '.join(map(repr, present))}"
         )
+    return replace(rows, whole=frozenset(column for column in task.columns if _is_whole(rows.table, column)))
+
+
+def _is_whole(table: pa.Table | list[dict[str, Any]], column: str) -> bool:
+    """Whether a column holds floats and all are whole: integers beside an empty cell, as pandas writes them."""
+    if isinstance(table, list):
+        values: Any = (row.get(column) for row in table)
+    elif column in table.column_names and re.search("float|double", str(table.schema.field(column).type)):
+        values = table[column].to_pylist()
+    else:
+        return False
+    seen = False
+    for number in _floats(values):
+        # Above, floats skip integers.
+        if not (number.is_integer() and abs(number) < 2**53):
+            return False
+        seen = True
+    return seen
+
+
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        if not math.isnan(value):
+            yield value
+    elif not isinstance(value, (str, bytes, int)) and isinstance(value, Iterable):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _floats(item)
+
+
+def _as_integers(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isnan(value) else int(value)
+    if isinstance(value, list):
+        return [_as_integers(item) for item in value]
+    return {key: _as_integers(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _from_folder(task: Task, split: str, data_dir: Path, name: str) -> Rows:
@@ -155,9 +194,16 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 def _read_parquet(path: Path) -> pa.Table:
     try:
-        return pq.read_table(path)
+        return _widened(pq.read_table(path))
     except pa.ArrowInvalid as error:
         raise ValueError(f"cannot read {path} as Parquet: {error}") from error
+
+
+def _widened(table: pa.Table) -> pa.Table:
+    for index, column in enumerate(table.schema):
+        if column.type == pa.float32():  # 0.1 of 32 bits is 0.1, not 0.10000000149011612
+            table = table.set_column(index, column.name, table[index].cast(pa.string()).cast(pa.float64()))
+    return table
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
@@ -194,90 +240,4 @@ def _from_hub(source: Source, split: str) -> Rows:
         ) from error
     logger.info("%d rows of %s from the Hugging Face hub", len(data), origin)
     names = {column: list(f.names) for column, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
-    return Rows(data.with_format("arrow")[:], origin, names)
-
-
-Record = tuple[int, dict[str, Any]]
-"""The line that a row begins on, from 1, and the row."""
-
-
-def read_json_lines(path: Path) -> list[Record]:
-    """One JSON object per line; blank lines are left out."""
-    records = []
-    # Only line feeds end a line: JSON texts may hold the other characters that `splitlines` splits at.
-    for line, text in enumerate(_decoded(path).split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {line}: no JSON, {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict):
-            kind = "a list" if isinstance(row, list) else repr(row)
-            raise ValueError(f"{path}, line {line}: a line must hold one JSON object, {{...}}, got {kind[:60]}")
-        records.append((line, row))
-    return records
-
-
-def read_csv(path: Path) -> list[Record]:
-    """Comma-separated values with a header; a field in double quotes may hold commas, line breaks, doubled quotes."""
-    # The default of 128 KiB per field refuses long documents. It is a setting of the whole process.
-    before = csv.field_size_limit(2**31 - 1)
-    rows, line = [], 1
-    reader = csv.reader(_decoded(path).splitlines(keepends=True), strict=True)
-    try:
-        for fields in reader:
-            rows.append((line, fields))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: not readable as CSV: {error}") from error
-    finally:
-        csv.field_size_limit(before)
-    return _with_header(path, rows)
-
-
-def read_tsv(path: Path) -> list[Record]:
-    """Tab-separated values with a header; one row per line, and quotes are text like any other."""
-    lines = enumerate(_decoded(path).split("\n"), start=1)
-    return _with_header(path, [(line, text.removesuffix("\r").split("\t")) for line, text in lines])
-
-
-def _with_header(path: Path, rows: list[tuple[int, list[str]]]) -> list[Record]:
-    rows = [(line, fields) for line, fields in rows if len(fields) > 1 or "".join(fields).strip()]
-    if not rows:
-        return []
-    line, header = rows[0][0], [name.strip() for name in rows[0][1]]
-    if not all(header) or len(set(header)) < len(header):
-        raise ValueError(f"{path}, line {line}: the header must name every column once, got {header}")
-    for line, fields in rows[1:]:
-        if len(fields) != len(header):
-            raise ValueError(
-                f"{path}, line {line}: {len(fields)} {'field' if len(fields) == 1 else 'fields'}, but the header has"
-                f" {len(header)} ({', '.join(header)})"
-            )
-    return [(line, dict(zip(header, fields, strict=True))) for line, fields in rows[1:]]
-
-
-def _decoded(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte order mark."""
-    data = path.read_bytes()
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"{path}, line 1: the file is UTF-16, and must be UTF-8")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}, line {line}: byte {data[error.start]:#04x} is not UTF-8; save the file as UTF-8 (it may be"
-            " Latin-1 or Windows-1252)"
-        ) from error
-
-
-READERS: dict[str, Callable[[Path], list[Record]]] = {
-    ".jsonl": read_json_lines,
-    ".ndjson": read_json_lines,
-    ".json": read_json_lines,
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-}
-"""What reads a file by its suffix, ``.parquet`` apart."""
+    return Rows(_widened(data.with_format("arrow")[:]), origin, names)

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smezo_pl.data.sources import load_file, load_split, read_csv, read_json_lines, read_tsv
-from smezo_pl.tasks import Source, Task, get_task, make_task
+from smezo_pl.data.files import read_csv, read_json, read_json_lines, read_tsv
+from smezo_pl.data.sources import load_file, load_split
+from smezo_pl.tasks import Source, Task, get_task, make_example, make_task
 
 SST2 = get_task("sst2")
 
@@ -212,7 +213,6 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_real_files(name: str, data_folder: Path) -> None:
-    from smezo_pl.tasks import make_example
     from smezo_pl.tasks.task import render
 
     task = get_task(name)
@@ -249,6 +249,64 @@ def test_json_lines(write_file: Write) -> None:
     assert read_json_lines(path) == [(1, {"text": "é\u2028", "label": 0}), (3, {"text": "b\u2028c", "label": None})]
 
 
+ROWS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n',
+        json.dumps(ROWS),
+        json.dumps(ROWS, indent=2),
+        '[{"text": "a", "label": 0}\n,{"text": "b", "label": 1}\n]',
+        '\ufeff{"text": ["a", "b"], "label": [0, 1]}',
+        json.dumps({"label": [0, 1], "text": ["a", "b"]}, indent=1),
+        '{"text": {"0": "a", "1": "b"}, "label": {"0": 0, "1": 1}}',
+        json.dumps({"version": "1", "data": ROWS}),
+        json.dumps({"data": ROWS}),
+    ],
+)
+def test_the_forms_of_a_json_file(write_file: Write, task: Task, document: str) -> None:
+    assert load_file(write_file("a.json", document), task, "train").rows([0, 1]) == ROWS
+
+
+def test_one_row_of_json(write_file: Write) -> None:
+    assert read_json(write_file("a.json", '{"text": "a", "options": ["b", "c"]}')) == [
+        (0, {"text": "a", "options": ["b", "c"]})
+    ]
+
+
+def test_squad_as_it_is_published(write_file: Write) -> None:
+    answers = [{"text": "Paris", "answer_start": 5}]
+    question = {"id": "1", "question": "Where?", "answers": answers}
+    article = {"title": "France", "paragraphs": [{"context": "It is Paris.", "qas": [question, question]}]}
+    squad = get_task("squad")
+    rows = load_file(write_file("a.json", json.dumps({"version": "1.1", "data": [article]})), squad, "train")
+    assert len(rows) == 2
+    example = make_example(squad, rows.rows([1])[0])
+    assert example.prompt == "Title: France\nContext: It is Paris.\nQuestion: Where?\nAnswer:"
+    assert example.references == ("Paris",)
+
+
+def test_integers_that_were_read_as_floats(write_file: Write, tmp_path: Path) -> None:
+    """As pandas writes a column of integers with an empty cell."""
+    task = make_task({"prompt": "{year} {price}", "target": "stars"})
+    rows = [{"year": 1999.0, "price": 3.0, "stars": [3.0]}, {"year": None, "price": 2.5, "stars": [float("nan"), 4.0]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write_file("a.jsonl", "\n".join(map(json.dumps, rows)))
+    for name in ("a.parquet", "a.jsonl"):
+        data = load_file(tmp_path / name, task, "train")
+        example = make_example(task, data.rows([0])[0])
+        assert (example.prompt, example.candidates) == ("1999 3.0", (" 3\n",))
+        assert data.rows([1])[0]["stars"][1:] == [4]
+
+
+def test_fractions_of_32_bits(tmp_path: Path, task: Task) -> None:
+    table = pa.table({"text": pa.array([0.1, None, 3], pa.float32()), "label": [0, 1, 1]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [row["text"] for row in load_file(tmp_path / "a.parquet", task, "train").rows([0, 1, 2])] == [0.1, None, 3.0]
+
+
 def test_csv_counts_the_lines_of_quoted_fields(write_file: Write) -> None:
     path = write_file("a.csv", 'text,label\r\n"one, ""two""\nthree",0\r\n\r\nfour,1\r\n')
     assert read_csv(path) == [
@@ -277,6 +335,18 @@ def test_ten_megabytes_in_one_field(write_file: Write) -> None:
     [
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl, line 2: no JSON, Expecting value at column 10"),
         ("a.jsonl", "[1, 2]\n", "a.jsonl, line 1: a line must hold one JSON object, {...}, got a list"),
+        ("a.jsonl", '{"text": "a", "text": "b"}\n', "a.jsonl, line 1: not readable as JSON: key 'text' is there twice"),
+        ("a.json", '[{"text": "a"},\n {"text": }]', "a.json, line 2: no JSON, Expecting value at column 11"),
+        ("a.json", '[{"text": "a"}, "b"]', "a.json, row 1: must be a JSON object, {...}, got 'b'"),
+        ("a.json", '"a"', "a.json: a document must be an array of objects or an object, got 'a'"),
+        (
+            "a.json",
+            '{"text": ["a", "b"], "label": [0]}',
+            "a.json: the columns have different numbers of rows: 2 in",
+        ),
+        ("a.json", '{"text": {"0": "a"}, "label": {"1": 0}}', "a.json: the columns text, label have different rows"),
+        ("a.json", '{"data": [{"paragraphs": [{"context": ""}]}]}', "a.json, article 0: not nested as in SQuAD's"),
+        ("a.json", "[]", "a.json holds no rows"),
         ("a.csv", "text,label\na,0\nb,1,2\n", "a.csv, line 3: 3 fields, but the header has 2 (text, label)"),
         ("a.csv", 'text,label\n"a\nb",0\nc\n', "a.csv, line 4: 1 field, but the header has 2"),
         ("a.csv", 'text,label\na,0\n"b,1\n', "a.csv, line 3: not readable as CSV: unexpected end of data"),

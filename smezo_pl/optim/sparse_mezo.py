@@ -27,6 +27,7 @@ from smezo_pl.optim.parameters import (
     matches,
     require_matches,
 )
+from smezo_pl.optim.participation import Participation
 from smezo_pl.optim.perturbation import deferred_interrupt, run_forwards
 from smezo_pl.optim.perturbation.layerwise import Closure, Layerwise
 from smezo_pl.optim.selection import MaskStat, Selection
@@ -153,7 +154,7 @@ class SparseMeZO(Optimizer):
         """Make the parts that are not copied with the optimizer."""
         self._listed: list[OptimizedTensor] = []
         self._layerwise: Layerwise | None = None
-        self._selection = Selection()
+        self._selection, self.participation = Selection(), Participation()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, numbered after those given before (see `torch.optim.Optimizer.add_param_group`)."""
@@ -184,6 +185,8 @@ class SparseMeZO(Optimizer):
             "noise": self.noise,
             "bits": dict(self._selection.bits),
         }
+        if unread := self.participation.unread:
+            state["smezo"]["unread"] = [t.number for t in self._tensors() if unread >> t.number & 1]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -211,17 +214,18 @@ class SparseMeZO(Optimizer):
         self._skipped_in_row = own["skipped_in_row"]
         self.seed, self.num_samples, self.noise = own["seed"], own["num_samples"], own["noise"]
         self._selection.load_bits(self._tensors(), own["bits"])
+        self.participation.unread = sum(1 << number for number in own.get("unread", ()))
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in _COPIED}
-        return {**super().__getstate__(), **own, "bits": self._selection.bits}
+        return {**super().__getstate__(), **own, "bits": self._selection.bits, "unread": self.participation.unread}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        bits = state.pop("bits", None)
+        bits, unread = state.pop("bits", None), state.pop("unread", 0)
         super().__setstate__(state)
         if bits is not None:  # a copy; `load_state_dict` comes by here too, and keeps its parts
             self._wire()
-            self._selection.bits = bits
+            self._selection.bits, self.participation.unread = bits, unread
 
     def _tensors(self) -> list[OptimizedTensor]:
         """The parameters with their groups: listed once, and again when a group was added or replaced."""
@@ -284,7 +288,7 @@ class SparseMeZO(Optimizer):
         self._refreshed = True
 
     def adopt_masks(self, other: SparseMeZO) -> None:
-        """Take thresholds and constant masks from an optimizer of the same parameters, as after a replay.
+        """Take masks, and which tensors take part, from an optimizer of the same parameters, as after a replay.
 
         Raises:
             ValueError: If it has other parameters.
@@ -294,6 +298,7 @@ class SparseMeZO(Optimizer):
         for own, theirs in zip(self.param_groups, other.param_groups, strict=True):
             own.update(thresholds=list(theirs["thresholds"]), ready=theirs["ready"], mask_step=theirs["mask_step"])
         self._selection.load_bits(self._tensors(), other._selection.bits)
+        self.participation.unread = other.participation.unread
 
     def thresholds(self) -> dict[str, float]:
         """Threshold of every optimized tensor, by name; infinity where it has none."""
@@ -362,8 +367,11 @@ class SparseMeZO(Optimizer):
         started = perf_counter()
         self.prepare_masks()
         step = self._perturbation(self._steps_done)
-        losses, forward_seconds, self._copied_bytes = run_forwards(
-            closure, self.num_samples, step, self._layerwise, self._log_once
+        # the group's own number says the same as self._refreshed, and outlives a resume between refresh and step
+        fresh = any(group["mask_step"] == self._steps_done for group in self.param_groups)
+        watched = self.participation.watched(self._tensors(), fresh)
+        losses, forward_seconds, self._copied_bytes, read = run_forwards(
+            closure, self.num_samples, step, self._layerwise, watched, self._log_once
         )
         eps = self.param_groups[0]["eps"]
         gradients = tuple(float32((plus - minus) / (2.0 * eps)) for plus, minus in losses)
@@ -375,6 +383,7 @@ class SparseMeZO(Optimizer):
             **self._rates(),
             skipped=skipped,
             refreshed=self._refreshed,
+            unread=self.participation.after_forwards(self._tensors(), fresh, read, self._steps_done),
             forward_seconds=forward_seconds,
         )
         self._apply(record, step)
@@ -393,6 +402,7 @@ class SparseMeZO(Optimizer):
         lr: Sequence[float],
         weight_decay: Sequence[float],
         skipped: bool = False,
+        unread: int = 0,
     ) -> None:
         """Make the update of a step again from its record, with no forward.
 
@@ -402,12 +412,13 @@ class SparseMeZO(Optimizer):
             lr: Learning rate of each group.
             weight_decay: Weight decay of each group.
             skipped: Whether the step changed nothing.
+            unread: The tensors that took no part (see `StepRecord`).
 
         Raises:
             ValueError: If the step is not the next one, or numbers are missing.
         """
         rates = self._rates() | {"lr": tuple(lr), "weight_decay": tuple(weight_decay)}
-        self.replay_steps([StepRecord(step, (), tuple(projected_gradients), **rates, skipped=skipped)])
+        self.replay_steps([StepRecord(step, (), tuple(projected_gradients), **rates, skipped=skipped, unread=unread)])
 
     @torch.no_grad()
     def replay_steps(self, steps: Sequence[StepRecord]) -> None:
@@ -436,7 +447,7 @@ class SparseMeZO(Optimizer):
             self._steps_done += 1
             self._skipped += record.skipped
             self._skipped_in_row = self._skipped_in_row + 1 if record.skipped else 0
-            self._refreshed = False
+            self._refreshed, self.participation.unread = False, record.unread
 
     def _rates(self) -> dict[str, Any]:
         """What a record has for each parameter group."""

@@ -32,6 +32,8 @@ class StepRecord:
         skipped: Whether a loss was not finite, so that no weight was changed.
         refreshed: Whether masks were refreshed since the step before.
         thresholds: The thresholds of that refresh as a trajectory stores them; empty where they are not kept.
+        unread: Tensors that were left alone because no forward has read them since the last refresh: bit ``n`` stands
+            for the tensor of number ``n``.
         forward_seconds: Wall-clock seconds in the closure, without the writing of perturbed copies on a CPU. On an
             accelerator launches return early and the time of the perturbations inside a layer counts here.
         total_seconds: Wall-clock seconds of the whole step. Neither of the two is compared or stored.
@@ -47,6 +49,7 @@ class StepRecord:
     skipped: bool = False
     refreshed: bool = False
     thresholds: bytes = b""
+    unread: int = 0
     forward_seconds: float = field(default=0.0, compare=False)
     total_seconds: float = field(default=0.0, compare=False)
 
@@ -54,6 +57,11 @@ class StepRecord:
     def loss(self) -> float:
         """Mean of ``l+`` and ``l-`` over the samples."""
         return sum(plus + minus for plus, minus in self.losses) / (2 * len(self.losses))
+
+    @property
+    def samples(self) -> int:
+        """Number of samples; 0 if the step was skipped and its losses were not kept."""
+        return len(self.losses or self.projected_gradients)
 
 
 def check_record(record: StepRecord, step: int, groups: int, samples: int) -> None:
@@ -124,6 +132,8 @@ class StepPerturbation:
             rounded[id(group)] = [float32(scale) for scale in scales], float32(decay)
         updates: dict[Kernel, list[Update]] = {}
         for tensor, kernel, mask, streams in self.passes.values():
+            if record.unread >> tensor.number & 1:
+                continue
             theta = tensor.flat
             scales, decay = (exact if theta.dtype == torch.float64 else rounded)[id(tensor.group)]
             updates.setdefault(kernel, []).append(Update(theta, mask, streams, scales, decay, streams[0]))

@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from smezo_pl.trajectory.files import atomic_path, lock_file
-from smezo_pl.trajectory.header import FORMAT, TrajectoryError
+from smezo_pl.trajectory.header import FORMAT, LATEST_FORMAT, TrajectoryError
 
 APPLICATION_ID = int.from_bytes(b"SMZO", "big")
 
@@ -162,9 +162,10 @@ def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
     if found != APPLICATION_ID:
         raise TrajectoryError(f"{path} is an SQLite file but no trajectory of smezo_pl (application id {found:#x})")
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if not 1 <= version <= FORMAT:
+    if not 1 <= version <= LATEST_FORMAT:
         raise TrajectoryError(
-            f"{path}: format {version}; this version of smezo_pl reads formats up to {FORMAT}: install a later one"
+            f"{path}: format {version}; this version of smezo_pl reads formats up to {LATEST_FORMAT}: install a later "
+            "one"
         )
     schema = dict(connection.execute("SELECT name, sql FROM sqlite_master").fetchall())
     if schema != _TABLES:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,11 @@ from safetensors.numpy import save
 
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.files import write_atomically
-from smezo_pl.trajectory.header import MAX_HEADER_BYTES, Header, TrajectoryError, inflate
+from smezo_pl.trajectory.header import FORMAT, LATEST_FORMAT, MAX_HEADER_BYTES, Header, TrajectoryError, inflate
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_trajectory, locate
-from smezo_pl.trajectory.records import MAX_SAMPLES, RATES, Event
+from smezo_pl.trajectory.records import MAX_SAMPLES, RATES, Event, format_of
 
 KIND = "smezo_tune"
-EXPORT_FORMAT = 1
 MAX_FILE_BYTES = 1 << 25
 """Largest file that is opened: eight million steps."""
 
@@ -110,7 +110,11 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
     """
     trajectory = source.upto(steps) if isinstance(source, Trajectory) else load(source, steps)
     records, about, root = trajectory.records, trajectory.header, trajectory.final_root
-    packed = {name: pack_columns([getattr(record, name) for record in records]) for name in RATES}
+    form = max((format_of(record, about) for record in records), default=FORMAT)
+    columns_of = {name: [getattr(record, name) for record in records] for name in RATES}
+    if form > FORMAT:
+        columns_of["samples"] = [(float(record.samples),) for record in records]
+    packed = {name: pack_columns(values) for name, values in columns_of.items()}
     content = {
         "header": json.loads(zlib.decompress(about.to_bytes())),
         "pieces": {name: runs for name, (runs, _) in packed.items()},
@@ -119,10 +123,14 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
         "refreshed": [index for index, record in enumerate(records) if record.refreshed],
         "final": root,
     }
+    if form > FORMAT:
+        unread = [record.unread for record in records]
+        content["unread"] = [[i, f"{now:x}"] for i, (last, now) in enumerate(pairwise([0, *unread])) if now != last]
     header = zlib.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), 9)
     columns = b"".join(column for _, column in packed.values())
-    rows = [(0.0,) * about.num_samples if record.skipped else record.projected_gradients for record in records]
-    gradients = np.array(rows, dtype="<f4").reshape(-1, about.num_samples)
+    width = max([about.num_samples, *(len(record.projected_gradients) for record in records)])
+    rows = [(*record.projected_gradients, *(0.0,) * (width - len(record.projected_gradients))) for record in records]
+    gradients = np.array(rows, dtype="<f4").reshape(-1, width)
     arrays = {
         "projected_gradients": gradients,
         "header": np.frombuffer(header, np.uint8),
@@ -130,7 +138,7 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
     }
     metadata = {  # what any safetensors tool shows; only the first three are read back
         "kind": KIND,
-        "format": str(EXPORT_FORMAT),
+        "format": str(form),
         "sha256": _seal(header, columns, gradients),
         "run": about.run,
         "model": about.model.get("name", "unknown"),
@@ -178,10 +186,10 @@ def read_export(path: Path) -> Trajectory:
             metadata = file.metadata() or {}
             if metadata.get("kind") != KIND:
                 raise TrajectoryError(f"{path} is a safetensors file, but no exported run (no {KIND!r} in it)")
-            if metadata.get("format") != str(EXPORT_FORMAT):
+            if metadata.get("format") not in {str(known) for known in range(FORMAT, LATEST_FORMAT + 1)}:
                 raise TrajectoryError(
-                    f"{path}: export format {metadata.get('format')!s:.20}; this version reads {EXPORT_FORMAT}: "
-                    "install a later smezo_pl"
+                    f"{path}: export format {metadata.get('format')!s:.20}; this version reads formats up to "
+                    f"{LATEST_FORMAT}: install a later smezo_pl"
                 )
             arrays = {name: file.get_tensor(name) for name in ("projected_gradients", "header", "columns")}
     except (SafetensorError, OSError, TypeError, ValueError) as error:
@@ -199,28 +207,34 @@ def _from_content(
     path: Path, content: dict[str, Any], columns: bytes, gradients: npt.NDArray[np.float32]
 ) -> Trajectory:
     header = Header.from_bytes(zlib.compress(json.dumps(content["header"]).encode(), 1), str(path))
-    samples = header.num_samples
-    if gradients.dtype != np.float32 or gradients.shape != (len(gradients), samples) or samples > MAX_SAMPLES:
-        raise ValueError(f"gradients are {gradients.dtype} {gradients.shape} for {samples} samples")
-    steps, groups = len(gradients), len(header.groups)
+    steps, groups, runs = len(gradients), len(header.groups), content["pieces"]
+    widths = {**dict.fromkeys(RATES, groups), **({"samples": 1} if "unread" in content else {})}
     lengths = [int(length) for length in content["columns"]]
-    if len(lengths) != len(RATES) or min(lengths) < 0 or sum(lengths) != len(columns):
+    if len(lengths) != len(widths) or min(lengths) < 0 or sum(lengths) != len(columns):
         raise ValueError("the columns do not have the lengths that the header says")
-    rates, offset = [], 0
-    for name, length in zip(RATES, lengths, strict=True):
-        rates.append(unpack_columns(content["pieces"][name], columns[offset : offset + length], steps, groups))
+    values, offset = {}, 0
+    for (name, width), length in zip(widths.items(), lengths, strict=True):
+        values[name] = unpack_columns(runs[name], columns[offset : offset + length], steps, width)
         offset += length
+    samples = [int(number) for (number,) in values.pop("samples", [(float(header.num_samples),)] * steps)]
+    most = max([header.num_samples, *samples])
+    if gradients.dtype != np.float32 or gradients.shape != (steps, most) or most > MAX_SAMPLES:
+        raise ValueError(f"gradients are {gradients.dtype} {gradients.shape} for {most} samples")
     skipped, refreshed = _indices(content["skipped"], steps), _indices(content["refreshed"], steps)
+    if any(number < 1 for index, number in enumerate(samples) if index not in skipped):
+        raise ValueError("a step has no samples")
+    unread = _unread(content.get("unread", []), steps, header)
     records = [
         StepRecord(
             step=header.first_step + index,
             losses=(),
-            projected_gradients=() if index in skipped else tuple(values),
-            **dict(zip(RATES, each, strict=True)),
+            projected_gradients=() if index in skipped else tuple(row[: samples[index]]),
+            **dict(zip(values, rates, strict=True)),
             skipped=index in skipped,
             refreshed=index in refreshed,
+            unread=unread[index],
         )
-        for index, (values, *each) in enumerate(zip(gradients.tolist(), *rates, strict=True))
+        for index, (row, *rates) in enumerate(zip(gradients.tolist(), *values.values(), strict=True))
     ]
     root = content["final"]
     if root is not None and (not isinstance(root, str) or len(root) != 64):
@@ -233,6 +247,16 @@ def _indices(values: Sequence[Any], steps: int) -> frozenset[int]:
     if not isinstance(values, list) or not all(isinstance(v, int) and 0 <= v < steps for v in values):
         raise ValueError("a step is named that does not exist")
     return frozenset(values)
+
+
+def _unread(changes: Sequence[Any], steps: int, header: Header) -> list[int]:
+    """Of each step the tensors that took no part, from where that changed."""
+    at = dict(changes)
+    _indices(list(at), steps)
+    unread = list(accumulate(range(steps), lambda last, step: int(at[step], 16) if step in at else last, initial=0))
+    if any(mask < 0 or mask >> header.last_number + 1 for mask in unread):
+        raise ValueError("a tensor took no part that is not optimized")
+    return unread[1:]
 
 
 def _seal(header: bytes, columns: bytes, gradients: npt.NDArray[np.float32]) -> str:

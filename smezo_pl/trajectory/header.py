@@ -21,7 +21,11 @@ class TrajectoryError(RuntimeError):
 
 
 FORMAT = 1
-"""Version of the trajectory format. A reader takes every version up to its own."""
+"""Version of the header, and of a trajectory that needs no later one."""
+LATEST_FORMAT = 2
+"""Version of a trajectory or an exported run in which tensors took no part in a step, or the number of samples changed.
+
+A reader takes every version up to this one."""
 
 MAX_HEADER_BYTES = 1 << 25
 MAX_NUMEL = 1 << 48
@@ -88,6 +92,11 @@ class Header:
     machine: dict[str, Any] = field(default_factory=dict)
     noise_scheme: int = NOISE_SCHEME
     format: int = FORMAT
+
+    @property
+    def last_number(self) -> int:
+        """Largest number of an optimized tensor."""
+        return max((number for group in self.groups for number in group.numbers), default=-1)
 
     @property
     def active(self) -> tuple[str, ...]:

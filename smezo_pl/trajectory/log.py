@@ -12,8 +12,16 @@ from typing import Any
 
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory import database
-from smezo_pl.trajectory.header import Header, TrajectoryError, header_digest
-from smezo_pl.trajectory.records import CHECK_SIZE, Event, pack_event, pack_step, unpack_event, unpack_step
+from smezo_pl.trajectory.header import FORMAT, LATEST_FORMAT, Header, TrajectoryError, header_digest
+from smezo_pl.trajectory.records import (
+    CHECK_SIZE,
+    Event,
+    format_of,
+    pack_event,
+    pack_step,
+    unpack_event,
+    unpack_step,
+)
 
 FILE_NAME = "trajectory.smezo"
 """Name of the trajectory in a run's folder."""
@@ -143,6 +151,8 @@ def _read_steps(
             if not isinstance(data, bytes) or not isinstance(thresholds, bytes | None):
                 return records, checks, f"step {step} is corrupted: not bytes"
             before = unpack_step(step, data, thresholds, before, check, len(header.groups))
+            if before.unread >> header.last_number + 1:
+                return records, checks, f"step {step} is corrupted: it leaves a tensor alone that is not optimized"
             check = data[-CHECK_SIZE:]
             records.append(before)
             checks.append(check)
@@ -243,6 +253,8 @@ class TrajectoryWriter:
             self._connection.execute("INSERT INTO steps VALUES (?, ?)", (record.step, data))
             if record.refreshed:
                 self._connection.execute("INSERT INTO refreshes VALUES (?, ?)", (record.step, record.thresholds))
+            if format_of(record, self.header) > FORMAT:  # so that no earlier version misreads the step
+                self._connection.execute(f"PRAGMA user_version = {LATEST_FORMAT}")
         self.steps, self._last, self.check = record.step + 1, record, data[-CHECK_SIZE:]
         if self.steps - self._synced_step >= SYNC_STEPS or monotonic() - self._synced_at >= SYNC_SECONDS:
             self.sync()

@@ -95,7 +95,7 @@ class Recorder:
             done = f"holds {writer.steps} steps, the optimizer has done {optimizer.steps_done}"
             wrong = f"{done}: replay the trajectory first, or record to another file"
         elif not _fits(optimizer, writer.header):
-            settings = "seed, noise, mask, num_samples or groups"
+            settings = "seed, noise, mask or groups"
             wrong = f"is of an optimizer with other settings ({settings}): record to another file"
         if wrong is not None:
             writer.close()
@@ -124,7 +124,7 @@ class Recorder:
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         if not _fits(self.optimizer, self.writer.header):
             raise TrajectoryError(
-                f"{self.writer.path}: the optimizer's groups, seed, noise, mask or num_samples changed during the run; "
+                f"{self.writer.path}: the optimizer's groups, seed, noise or mask changed during the run; "
                 "a trajectory holds them once: start another one"
             )
         step = self.optimizer.last_step
@@ -233,7 +233,7 @@ def _fits(optimizer: SparseMeZO, header: Header) -> bool:
     """Whether an optimizer has the settings that a header holds once for the whole run."""
     fields = ("mask", "mask_update", "maximize")
     return (
-        (optimizer.seed, optimizer.noise, optimizer.num_samples) == (header.seed, header.noise, header.num_samples)
+        (optimizer.seed, optimizer.noise) == (header.seed, header.noise)
         and len(optimizer.param_groups) == len(header.groups)
         and all(
             tuple(group["numbers"]) == info.numbers and all(group[field] == getattr(info, field) for field in fields)

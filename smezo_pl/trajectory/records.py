@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any
 
 from smezo_pl.optim import StepRecord
-from smezo_pl.trajectory.header import inflate
+from smezo_pl.trajectory.header import FORMAT, LATEST_FORMAT, Header, inflate
 
 CHECK_SIZE = 8  # bytes of the checksum at the end of a packed step or event
 _FLOAT32_MAX = 3.4028234663852886e38
@@ -30,6 +30,12 @@ class Flag(IntFlag):
     WEIGHT_DECAY = 8
     EPS = 16
     SPARSITY = 32
+    UNREAD = 64
+
+
+def format_of(record: StepRecord, header: Header) -> int:
+    """The format that a reader of this step must know."""
+    return LATEST_FORMAT if record.unread or record.samples not in (0, header.num_samples) else FORMAT
 
 
 RATES = {"lr": Flag.LR, "weight_decay": Flag.WEIGHT_DECAY, "eps": Flag.EPS, "sparsity": Flag.SPARSITY}
@@ -39,7 +45,7 @@ RATES = {"lr": Flag.LR, "weight_decay": Flag.WEIGHT_DECAY, "eps": Flag.EPS, "spa
 def pack_step(record: StepRecord, before: StepRecord | None, check: bytes) -> bytes:
     """Bytes of a step, tied to the one before it and its checksum, or for the first step to the header's.
 
-    Learning rates and the like are stored where they change.
+    Learning rates and the like are stored where they change, and so is which tensors were left alone.
     """
     flags = Flag.SKIPPED * record.skipped | Flag.REFRESHED * record.refreshed
     rates = b""
@@ -49,7 +55,12 @@ def pack_step(record: StepRecord, before: StepRecord | None, check: bytes) -> by
             flags |= flag
             rates += struct.pack(f"<{len(new)}d", *new)
     values = [*record.projected_gradients, *(narrow(value) for pair in record.losses for value in pair)]
-    body = bytes([flags]) + struct.pack(f"<{len(values)}f", *values) + rates
+    unread = b""
+    if record.unread != (before.unread if before is not None else 0):
+        flags |= Flag.UNREAD
+        unread = record.unread.to_bytes(-(-record.unread.bit_length() // 8), "little")
+        unread += struct.pack("<I", len(unread))
+    body = bytes([flags]) + struct.pack(f"<{len(values)}f", *values) + rates + unread
     return body + _step_check(check, record.step, body, record.thresholds)
 
 
@@ -66,6 +77,12 @@ def unpack_step(
     flags = Flag(body[0])
     if bool(flags & Flag.REFRESHED) != (thresholds is not None):
         raise ValueError("its mask refresh is missing, or there is one that it does not name")
+    unread = before.unread if before is not None else 0
+    if flags & Flag.UNREAD:
+        end = len(body) - 4 - int.from_bytes(body[-4:], "little")
+        if end < 1:
+            raise ValueError("it ends within the tensors that were left alone")
+        body, unread = body[:end], int.from_bytes(body[end:-4], "little")
     changed = [name for name, flag in RATES.items() if flags & flag]
     if before is None and len(changed) < len(RATES):
         raise ValueError("the first step names no learning rate")
@@ -87,6 +104,7 @@ def unpack_step(
         skipped=bool(flags & Flag.SKIPPED),
         refreshed=thresholds is not None,
         thresholds=thresholds or b"",
+        unread=unread,
     )
 
 

@@ -211,7 +211,8 @@ def replay_records(
 
 
 def set_rates(optimizer: SparseMeZO, record: StepRecord) -> None:
-    """Give each group the learning rate, weight decay, eps and sparsity of a step."""
+    """Give each group the learning rate, weight decay, eps and sparsity of a step, and the optimizer its samples."""
+    optimizer.num_samples = record.samples or optimizer.num_samples
     for name in RATES:
         for group, value in zip(optimizer.param_groups, getattr(record, name), strict=True):
             group[name] = value
@@ -296,6 +297,8 @@ def _load_snapshot(path: Path, before: Trajectory, tensors: Mapping[str, Tensor]
     state["smezo"]["bits"] = {
         numbers[name.removeprefix(_MASK)]: packed for name, packed in content.items() if name.startswith(_MASK)
     }
+    if records:
+        state["smezo"]["unread"] = [number for number in numbers.values() if records[-1].unread >> number & 1]
     optimizer.load_state_dict(state)
     return optimizer
 

@@ -119,8 +119,8 @@ def changed(path: Path, metadata: dict[str, str] | None = None, **arrays: Any) -
 
 
 def test_a_later_format_is_named(exported: Path) -> None:
-    with pytest.raises(TrajectoryError, match="export format 2; this version reads 1"):
-        load(changed(exported, {"format": "2"}))
+    with pytest.raises(TrajectoryError, match="export format 3; this version reads formats up to 2"):
+        load(changed(exported, {"format": "3"}))
 
 
 @pytest.mark.parametrize(

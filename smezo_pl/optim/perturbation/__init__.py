@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from types import FrameType
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.perturbation.layerwise import Closure, Layerwise
+from smezo_pl.optim.perturbation.reads import ReadWatch
 from smezo_pl.optim.step import Direction, StepPerturbation
 
 
@@ -23,12 +25,14 @@ def run_forwards(
     samples: int,
     step: StepPerturbation,
     layerwise: Layerwise | None,
+    watched: Sequence[nn.Parameter],
     log_once: Callable[[str], None],
-) -> tuple[tuple[tuple[float, float], ...], float, int]:
+) -> tuple[tuple[tuple[float, float], ...], float, int, set[int]]:
     """Run a closure on both perturbations of every sample, in place where there is no ``layerwise``.
 
     Returns:
-        ``(l+, l-)`` of each sample, the seconds spent in the closure, and the bytes of copies of the active weights.
+        ``(l+, l-)`` of each sample, the seconds spent in the closure, the bytes of copies of the active weights, and
+        the ids of those parameters of ``watched`` that were read, and perhaps of others.
 
     Raises:
         TypeError: If the closure does not return a number.
@@ -38,8 +42,9 @@ def run_forwards(
     way: Layerwise | InPlace
     if layerwise is not None:
         way = layerwise
+        layerwise.read.clear()
     else:
-        way = InPlace(step)
+        way = InPlace(step, watched)
         copied_bytes = way.nbytes()
         log_once(
             f"in place: {copied_bytes / 2**20:.1f} MiB of copies of the active weights; attach(module) "
@@ -49,10 +54,10 @@ def run_forwards(
         for sign in (1.0, -1.0):
             with way.perturbed(Direction(step, sample, sign)):
                 started = perf_counter()
-                raw.append(_check_loss(closure() if layerwise is None else layerwise.run(closure, log_once)))
+                raw.append(_check_loss(way.run(closure, log_once)))
                 seconds += perf_counter() - started - way.write_seconds
     values = _read_losses(raw)
-    return tuple(zip(values[::2], values[1::2], strict=True)), seconds, copied_bytes
+    return tuple(zip(values[::2], values[1::2], strict=True)), seconds, copied_bytes, way.read
 
 
 class InPlace:
@@ -60,17 +65,32 @@ class InPlace:
 
     Args:
         step: Perturbs the weights of this step.
+        watched: Parameters of which `read` says whether a closure read them.
+
+    Attributes:
+        read: Their ids.
     """
 
     write_seconds = 0.0
     """Seconds of perturbing within the closure: none."""
 
-    def __init__(self, step: StepPerturbation) -> None:
+    def __init__(self, step: StepPerturbation, watched: Sequence[nn.Parameter]) -> None:
+        self._watched, self.read = watched, set[int]()
         self._saved = [(t, kernel, *kernel.select(t.flat, mask)) for t, kernel, mask, _ in step.passes.values()]
 
     def nbytes(self) -> int:
         """Bytes of the copies and of their packed masks."""
         return sum(part.nbytes for _, _, *parts in self._saved for part in parts)
+
+    def run(self, closure: Closure, log_once: Callable[[str], None]) -> Tensor | float:
+        """Run the closure."""
+        if not self._watched:
+            return closure()
+        # a compiled graph reads weights unseen, and torch would go on without it once it met the watch
+        with eagerly(), ReadWatch(self._watched) as watch:
+            loss = closure()
+        self.read.update(id(reading.parameter) for reading in watch.readings)
+        return loss
 
     @contextmanager
     def perturbed(self, direction: Direction) -> Iterator[None]:
@@ -83,6 +103,12 @@ class InPlace:
         finally:
             for tensor, kernel, bits, saved in self._saved:
                 kernel.restore(tensor.flat, bits, saved)
+
+
+def eagerly() -> AbstractContextManager[object]:
+    """A block in which compiled functions run as they were written."""
+    # without torch._dynamo, which takes a second to import, nothing is compiled
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -75,6 +75,8 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
     header, records = trajectory.header, trajectory.records
     losses = [row.loss for row in records if row.losses and not row.skipped]
     recorded = is_trajectory(trajectory.path)
+    unread = records[-1].unread.bit_count() if records else 0
+    samples = list(dict.fromkeys([header.num_samples, *(row.samples for row in records if row.samples)]))
     return {
         "path": str(trajectory.path),
         "kind": "record" if recorded else "export",
@@ -88,7 +90,7 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "dtypes": sorted({info.dtype for info in header.tensors}),
         "seed": header.seed,
         "noise": header.noise,
-        "samples": header.num_samples,
+        "samples": samples[0] if len(samples) == 1 else samples,
         "settings": header.settings,
         "steps": trajectory.next_step,
         "skipped": sum(row.skipped for row in records),
@@ -103,6 +105,7 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "final_weights": trajectory.final_root,
         "versions": header.versions,
         "machine": header.machine,
+        **({"unread": unread} if unread else {}),
     }
 
 
@@ -121,6 +124,10 @@ def as_text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
         "steps": f"{facts['steps']:,} ({facts['skipped']} skipped, {refreshes} mask refreshes)"
         + ("; a run is writing it" if facts["writing"] else ""),
     }
+    if "unread" in facts:
+        lines["unread"] = (
+            f"{facts['unread']} of {len(trajectory.header.active)} tensors take no part: no forward reads them"
+        )
     if facts["loss"]:
         lines["loss"] = f"{sparkline(trajectory.records)}  {facts['loss']['first']:.4f} -> {facts['loss']['last']:.4f}"
     if facts["checkpoints"]:
@@ -189,7 +196,9 @@ def comparison(one: Trajectory, other: Trajectory) -> dict[str, Any]:
     same_start = one.header.root == other.header.root
     fields = ("seed", "noise", "num_samples", "groups", "first_step")
     differing = [name for name in fields if getattr(one.header, name) != getattr(other.header, name)]
-    update = attrgetter("projected_gradients", "lr", "weight_decay", "eps", "sparsity", "skipped", "refreshed")
+    update = attrgetter(
+        "projected_gradients", "lr", "weight_decay", "eps", "sparsity", "skipped", "refreshed", "unread"
+    )
     pairs = zip(one.records, other.records, strict=False)
     step = next((a.step for a, b in pairs if update(a) != update(b)), None)
     if not same_start:

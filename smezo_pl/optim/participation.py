@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smezo_pl.optim.parameters import OptimizedTensor, some
 
@@ -30,42 +30,39 @@ class Participation:
         self.unread = 0
         self.over_processes: Callable[[Tensor], Tensor] | None = None
 
-    def watched(self, tensors: Sequence[OptimizedTensor], fresh: bool) -> list[nn.Parameter]:
-        """The parameters to watch in a step: all if the masks are ``fresh``, else those that were not read."""
-        if not fresh and not self.unread:
-            return []
-        return [tensor.parameter for tensor in tensors if fresh or self.unread >> tensor.number & 1]
+    def unread_of(self, tensors: Sequence[OptimizedTensor]) -> list[OptimizedTensor]:
+        """Those of some tensors that take no part."""
+        return [tensor for tensor in tensors if self.unread >> tensor.number & 1] if self.unread else []
 
-    def after_forwards(self, tensors: Sequence[OptimizedTensor], fresh: bool, read: set[int], step: int) -> int:
+    def watched(self, tensors: Sequence[OptimizedTensor], fresh: bool) -> Sequence[OptimizedTensor]:
+        """The tensors to watch in a step: all if the masks are ``fresh``, else those that take no part."""
+        return tensors if fresh else self.unread_of(tensors)
+
+    def after_forwards(self, watched: Sequence[OptimizedTensor], fresh: bool, read: set[int], step: int) -> int:
         """The tensors, as in `unread`, that take no part in a step whose forwards read the parameters ``read``, by id.
 
         Where no read at all was seen, as of a closure that hands the weights to another program, all take part.
         """
-        if not fresh and not self.unread:
+        if not watched:
             return 0
-        flags = [id(tensor.parameter) in read for tensor in tensors]
+        flags = [id(tensor.parameter) in read for tensor in watched]
         if self.over_processes is not None:
-            both = torch.tensor(flags, dtype=torch.int32, device=tensors[0].parameter.device)
-            flags = self.over_processes(both).bool().tolist()
+            own = torch.tensor(flags, dtype=torch.int32, device=watched[0].parameter.device)
+            flags = self.over_processes(own).bool().tolist()
         if fresh and not any(flags):
             logger.warning("step %d: no forward was seen to read a weight that is optimized; all take part", step)
             return 0
-        without = [
-            t for t, is_read in zip(tensors, flags, strict=True) if not is_read and (fresh or self._is_unread(t))
-        ]
-        joining = [t.name for t, is_read in zip(tensors, flags, strict=True) if is_read and self._is_unread(t)]
-        if joining:
+        left = [tensor for tensor, is_read in zip(watched, flags, strict=True) if not is_read]
+        unread = sum(1 << tensor.number for tensor in left)
+        if joining := [tensor.name for tensor in self.unread_of(watched) if not unread >> tensor.number & 1]:
             logger.info("step %d reads %d tensors that were left alone before: %s", step, len(joining), some(joining))
-        unread = sum(1 << tensor.number for tensor in without)
         if unread & ~self.unread:
             logger.info(
-                "no forward reads %d of %d tensors: they are left alone until one does. Every step watches for that; "
-                "exclude saves it: %s",
-                len(without),
-                len(tensors),
-                some(tensor.name for tensor in without),
+                "no forward of step %d reads %d of %d tensors. They are left alone until one does, for which every "
+                "step watches (exclude saves that): %s",
+                step,
+                len(left),
+                len(watched),
+                some(tensor.name for tensor in left),
             )
         return unread
-
-    def _is_unread(self, tensor: OptimizedTensor) -> bool:
-        return bool(self.unread >> tensor.number & 1)

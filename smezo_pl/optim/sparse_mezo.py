@@ -185,8 +185,8 @@ class SparseMeZO(Optimizer):
             "noise": self.noise,
             "bits": dict(self._selection.bits),
         }
-        if unread := self.participation.unread:
-            state["smezo"]["unread"] = [t.number for t in self._tensors() if unread >> t.number & 1]
+        if unread := self.participation.unread_of(self._tensors()):
+            state["smezo"]["unread"] = [tensor.number for tensor in unread]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -321,6 +321,10 @@ class SparseMeZO(Optimizer):
         packed = self.packed_masks()
         return [MaskStat(t.name, t.parameter.numel(), count_ones(packed[t.name]), t.threshold) for t in self._tensors()]
 
+    def unread(self) -> list[str]:
+        """Names of the tensors that take no part now, because no forward has read them since the last refresh."""
+        return [tensor.name for tensor in self.participation.unread_of(self._tensors())]
+
     @property
     def steps_done(self) -> int:
         """Steps done, skipped ones included; the index of the next step."""
@@ -371,7 +375,7 @@ class SparseMeZO(Optimizer):
         fresh = any(group["mask_step"] == self._steps_done for group in self.param_groups)
         watched = self.participation.watched(self._tensors(), fresh)
         losses, forward_seconds, self._copied_bytes, read = run_forwards(
-            closure, self.num_samples, step, self._layerwise, watched, self._log_once
+            closure, self.num_samples, step, self._layerwise, [tensor.parameter for tensor in watched], self._log_once
         )
         eps = self.param_groups[0]["eps"]
         gradients = tuple(float32((plus - minus) / (2.0 * eps)) for plus, minus in losses)
@@ -383,7 +387,7 @@ class SparseMeZO(Optimizer):
             **self._rates(),
             skipped=skipped,
             refreshed=self._refreshed,
-            unread=self.participation.after_forwards(self._tensors(), fresh, read, self._steps_done),
+            unread=self.participation.after_forwards(watched, fresh, read, self._steps_done),
             forward_seconds=forward_seconds,
         )
         self._apply(record, step)

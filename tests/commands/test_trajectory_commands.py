@@ -17,7 +17,7 @@ from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory import TrajectoryError
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.recorder import Recorder, describe, record
-from tests.trajectory.runs import same
+from tests.trajectory.runs import network, recorded_detour, same
 
 STEPS = 6
 
@@ -77,6 +77,17 @@ class TestShow:
         }
         assert facts["weights"] == sum(p.numel() for p in run[1].parameters())
         assert facts["refreshes"] == [0] and facts["lr"] == [1e-3]
+
+    def test_tensors_that_take_no_part_and_samples_that_changed(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        recorded_detour(tmp_path / "trajectory.smezo", network())
+        smezo("show", tmp_path)
+        printed = capsys.readouterr().out
+        assert "2 of 6 tensors take no part: no forward reads them" in printed and "samples [1, 2]" in printed
+        smezo("show", tmp_path, "--json")
+        facts = json.loads(capsys.readouterr().out)
+        assert (facts["unread"], facts["samples"]) == (2, [1, 2])
 
     def test_while_it_is_written(
         self, run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -91,8 +91,8 @@ def test_what_is_read_later_takes_part_from_there(attach: bool, caplog: pytest.L
     assert of("experts.2") <= changed(model, third)
     lines = [record.getMessage() for record in caplog.records if "left alone" in record.getMessage()]
     assert lines == [
-        "no forward reads 5 of 9 tensors: they are left alone until one does. Every step watches for that; exclude "
-        "saves it: experts.1.weight, experts.1.bias, experts.2.weight, experts.2.bias and 1 more",
+        "no forward of step 0 reads 5 of 9 tensors. They are left alone until one does, for which every step watches "
+        "(exclude saves that): experts.1.weight, experts.1.bias, experts.2.weight, experts.2.bias and 1 more",
         "step 2 reads 2 tensors that were left alone before: experts.2.weight, experts.2.bias",
     ]
 

@@ -25,6 +25,7 @@ __all__ = [
     "loss_of",
     "make_trainer",
     "network",
+    "recorded_detour",
     "recorded_run",
     "same",
 ]
@@ -43,6 +44,37 @@ def recorded_run(
             if step == refresh_at:
                 optimizer.refresh_masks(0.5)
             optimizer.step(lambda: loss_of(model, x, y))
+        recorder.mark_weights()
+    return optimizer
+
+
+def recorded_detour(
+    path: Path, model: nn.Sequential, steps: int = 8, attach: bool = True, **settings: Any
+) -> SparseMeZO:
+    """A loop that needs format 2.
+
+    The third layer is read in step 3 alone, the masks are refreshed before step 5, the number of samples is 1 up to
+    there and then 2, and step 6 is skipped.
+    """
+    optimizer = SparseMeZO(
+        model.named_parameters(), **{"lr": 1e-2, "weight_decay": 0.1, "seed": 7, "kernel": "torch", **settings}
+    )
+    if attach:
+        optimizer.attach(model)
+    x = torch.stack([features for features, _ in examples()]).to(model[0].weight.dtype)
+
+    def loss(step: int) -> Tensor:
+        hidden = torch.tanh(model[0](x))
+        return model[3](model[2](hidden) if step == 3 else hidden).float().square().mean() * (
+            1 if step != 6 else torch.nan
+        )
+
+    with record(optimizer, path) as recorder:
+        for step in range(optimizer.steps_done, steps):
+            if step == 5:
+                optimizer.refresh_masks(0.5)
+                optimizer.num_samples = 2
+            optimizer.step(lambda step=step: loss(step))
         recorder.mark_weights()
     return optimizer
 

@@ -16,7 +16,7 @@ from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory import TrajectoryError, apply, export, load
 from smezo_pl.trajectory.exports import KIND, _seal, pack_columns, unpack_columns
 from smezo_pl.trajectory.log import Trajectory
-from tests.trajectory.runs import network, recorded_run, same
+from tests.trajectory.runs import network, recorded_detour, recorded_run, same
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +186,42 @@ def test_content_that_cannot_be_is_refused(exported: Path, changes: dict[str, An
         load(resealed(exported, {**content_of(exported), **changes}))
 
 
+@pytest.fixture
+def detour(tmp_path: Path) -> Path:
+    recorded_detour(tmp_path / "t", network())
+    return export(tmp_path / "t", tmp_path / "tune.safetensors").path
+
+
+def test_an_export_of_format_2_holds_the_recorded_steps(detour: Path) -> None:
+    recorded, found = Trajectory.read(detour.parent / "t"), load(detour)
+    assert found.records == [replace(row, losses=(), thresholds=b"") for row in recorded.records]
+    again = export(found, detour.parent / "again.safetensors")
+    assert load(again.path).records == found.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unread": [[8, "c"]]}, "a step is named that does not exist"),
+        ({"unread": [[0, "1" + 100 * "0"]]}, "a tensor took no part that is not optimized"),
+        ({"unread": [[0, "-1"]]}, "a tensor took no part that is not optimized"),
+        ({"unread": [[0, 3]]}, "corrupted"),
+        ({"unread": [[[], "c"]]}, "corrupted"),
+        ({"unread": 5}, "corrupted"),
+        ({"columns": [0, 0, 0, 0]}, "columns do not have the lengths"),
+        ({"pieces": {"samples": [[0, 1.0], [5, 1e9]]}}, "gradients are float32"),
+        ({"pieces": {"samples": [[0, 0.0], [5, 2.0]]}}, "a step has no samples"),
+        ({"pieces": {"samples": [[0, float("nan")], [5, 2.0]]}}, "corrupted"),
+        ({"pieces": {"samples": [[0, 1.0, 1.0]]}}, "run-length encoding"),
+    ],
+)
+def test_content_of_format_2_that_cannot_be_is_refused(detour: Path, changes: dict[str, Any], message: str) -> None:
+    content = content_of(detour)
+    pieces = {**content["pieces"], **changes.get("pieces", {})}
+    with pytest.raises(TrajectoryError, match=message):
+        load(resealed(detour, {**content, **changes, "pieces": pieces}))
+
+
 def test_samples_must_fit(exported: Path) -> None:
     content = content_of(exported)
     content["header"]["num_samples"] = 3
@@ -193,8 +229,9 @@ def test_samples_must_fit(exported: Path) -> None:
         load(resealed(exported, content))
 
 
-def test_mutated_content_is_read_or_refused_cleanly(exported: Path) -> None:
-    noise = random.Random(1)
+@pytest.mark.parametrize("name", ["exported", "detour"])
+def test_mutated_content_is_read_or_refused_cleanly(name: str, request: pytest.FixtureRequest) -> None:
+    exported, noise = request.getfixturevalue(name), random.Random(1)
     text = json.dumps(content_of(exported)).encode()
     refused = 0
     for _ in range(500):

@@ -3,6 +3,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,14 @@ def test_a_later_format_is_refused(path: Path, header: Header) -> None:
     connection.execute("PRAGMA user_version = 3")
     connection.close()
     with pytest.raises(TrajectoryError, match="format 3; this version of smezo_pl reads formats up to 2"):
+        Trajectory.read(path)
+
+
+def test_a_step_that_leaves_unknown_tensors_alone_is_corrupted(path: Path, header: Header) -> None:
+    with TrajectoryWriter.create(path, header) as writer:
+        writer.append(record(0))
+        writer.append(replace(record(1), unread=1 << 1000))
+    with pytest.raises(TrajectoryError, match="step 1 is corrupted: it leaves a tensor alone that is not optimized"):
         Trajectory.read(path)
 
 

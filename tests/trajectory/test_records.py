@@ -7,6 +7,7 @@ import pytest
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.records import (
     CHECK_SIZE,
+    _step_check,
     pack_step,
     pack_thresholds,
     unpack_step,
@@ -62,8 +63,29 @@ def test_rates_are_stored_where_they_change() -> None:
     assert unpack_step(1, data, None, BEFORE, KEY, groups=2) == changed
 
 
-def test_every_flipped_bit_is_found() -> None:
-    data = pack_step(make(3), None, KEY)
+def test_tensors_that_take_no_part_are_stored_where_they_change() -> None:
+    first = make(1, unread=0b1100 | 1 << 5000)
+    data = pack_step(first, BEFORE, KEY)
+    assert unpack_step(1, data, None, BEFORE, KEY, groups=2) == first
+    for unread, size in ((first.unread, 0), (0b1000, 1 + 4), (0, 4)):
+        later = make(2, unread=unread)
+        data = pack_step(later, first, KEY)
+        assert len(data) == 1 + 12 + size + 8
+        assert unpack_step(2, data, None, first, KEY, groups=2) == later
+    skipped = make(2, projected_gradients=(), skipped=True, unread=7, refreshed=True, thresholds=b"abc")
+    assert unpack_step(2, pack_step(skipped, first, KEY), b"abc", first, KEY, groups=2) == skipped
+
+
+def test_a_length_beyond_the_step_is_refused() -> None:
+    data = bytearray(pack_step(make(1, unread=7), BEFORE, KEY)[:-CHECK_SIZE])
+    data[-4:] = b"\xff\xff\xff\x7f"
+    with pytest.raises(ValueError, match="ends within the tensors"):
+        unpack_step(1, bytes(data) + _step_check(KEY, 1, bytes(data), b""), None, BEFORE, KEY, groups=2)
+
+
+@pytest.mark.parametrize("unread", [0, 0b1100])
+def test_every_flipped_bit_is_found(unread: int) -> None:
+    data = pack_step(make(3, unread=unread), None, KEY)
     for bit in range(8 * len(data)):
         wrong = bytearray(data)
         wrong[bit // 8] ^= 1 << bit % 8

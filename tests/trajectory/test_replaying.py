@@ -12,7 +12,7 @@ from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import Trajectory
 from smezo_pl.trajectory.recorder import record
 from smezo_pl.trajectory.replaying import replay as replay_with
-from tests.trajectory.runs import examples, loss_of, network, recorded_run, same
+from tests.trajectory.runs import examples, loss_of, network, recorded_detour, recorded_run, same
 
 replay = partial(replay_with, kernel="torch")  # nothing to compile
 
@@ -69,6 +69,37 @@ def test_every_kernel_gives_the_same(tmp_path: Path) -> None:
     trained, again = network(dtype=torch.bfloat16), network(dtype=torch.bfloat16)
     recorded_run(tmp_path / "t", trained, kernel="torch")
     replay(tmp_path / "t", again, kernel="auto")
+    assert same(trained, again)
+
+
+@pytest.mark.parametrize("attach", [True, False], ids=["layerwise", "in place"])
+@pytest.mark.parametrize("settings", [{}, {"mask_update": "constant"}, {"mask": "random"}], ids=name_of)
+def test_tensors_that_take_no_part_and_samples_that_change(
+    tmp_path: Path, attach: bool, settings: dict[str, Any]
+) -> None:
+    trained, again, start = network(), network(), network()
+    optimizer = recorded_detour(tmp_path / "t", trained, attach=attach, **settings)
+    replayed = replay(tmp_path / "t", again)
+    assert same(trained, again)
+    assert replayed.num_samples == 2 and replayed.unread() == optimizer.unread() == ["2.weight", "2.bias"]
+    for steps, changed in ((3, False), (4, True), (5, True)):
+        early = network()
+        replay(tmp_path / "t", early, steps)
+        assert same(early[2], start[2]) is not changed
+    records = Trajectory.read(tmp_path / "t").records
+    assert [record.unread for record in records] == [12, 12, 12, 0, 0, 12, 12, 12]
+    assert [record.samples for record in records] == [1, 1, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_trajectory_that_begins_while_tensors_take_no_part(tmp_path: Path) -> None:
+    trained, again = network(), network()
+    optimizer = recorded_detour(tmp_path / "early", trained, steps=2)
+    again.load_state_dict(trained.state_dict())
+    x = torch.ones(2, 12)
+    with record(optimizer, tmp_path / "late"):
+        optimizer.step(lambda: trained[3](torch.tanh(trained[0](x))).square().mean())
+    assert [step.unread for step in Trajectory.read(tmp_path / "late").records] == [12]
+    replay(tmp_path / "late", again)
     assert same(trained, again)
 
 

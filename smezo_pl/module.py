@@ -1,6 +1,7 @@
 """The LightningModule: builds network and optimizer, defines the closure, logs and scores."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -17,9 +18,11 @@ from smezo_pl.data.batch import batch_size, batch_weight, split_batch
 from smezo_pl.methods import FirstOrder, FirstOrderBaseline, MethodName
 from smezo_pl.models import add_adapter, kind_of, load_network, load_tokenizer
 from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim.sparse_mezo import NON_FINITE_ADVICE, NonFiniteLossError
 from smezo_pl.scoring import evaluation
 from smezo_pl.scoring.linear_probe import LinearProbe
 from smezo_pl.strategies import check_trainer, silence_expected_warnings
+from smezo_pl.tasks.metrics import LOADER, logged_name
 from smezo_pl.tasks.objectives import reward_loss
 from smezo_pl.trajectory import resume
 
@@ -39,9 +42,9 @@ class SparseMeZOModule(LightningModule):
 
     ``method`` chooses another method instead, for comparison on the same data with the same scoring. The network is in
     ``eval()`` mode throughout. Logged: ``train/loss`` at every step (zeroth-order: the mean of both sides),
-    ``val/loss``, ``val/accuracy``, ``test/loss`` and ``test/accuracy`` over the whole split; ``ModelCheckpoint`` and
-    ``EarlyStopping`` can monitor these. For another kind of model subclass and override `loss`; for other metrics
-    override `evaluate_batch`.
+    ``val/loss``, ``val/accuracy``, ``test/loss`` and ``test/accuracy`` over the whole split (of several dataloaders
+    ``val/loss/dataloader_idx_0`` and so on); ``ModelCheckpoint`` and ``EarlyStopping`` can monitor these. For another
+    kind of model subclass and override `loss`; for other metrics override `evaluate_batch`.
 
     Args:
         pretrained: Name on the Hugging Face hub, local folder, GGUF file, or (from Python) a ready ``nn.Module``.
@@ -105,7 +108,8 @@ class SparseMeZOModule(LightningModule):
         self.zeroth_order = order == 0
         self.baseline = FirstOrderBaseline(str(method), first_order) if order == 1 else None
         self.save_folder = save_pretrained
-        self._means = evaluation.WeightedMeans()
+        self._means: dict[int, evaluation.WeightedMeans] = defaultdict(evaluation.WeightedMeans)  # by dataloader
+        self._results: list[dict[str, Any]] = []  # what the Trainer keeps of each dataloader of an evaluation
         if isinstance(pretrained, nn.Module):
             self.model = self._adapted(pretrained)
 
@@ -245,31 +249,57 @@ class SparseMeZOModule(LightningModule):
             return {"loss": (self.loss(batch).float() * weight, weight)}
         return evaluation.batch_sums(self.model, batch, self.text_tokenizer)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a batch to the metrics of the split."""
-        self._means.update(self.evaluate_batch(batch), self.device)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the metrics of its dataloader."""
+        self._means[dataloader_idx].update(self.evaluate_batch(batch), self.device)
 
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/...``, and step a scheduler that waits for it."""
+        """Log ``val/...``, and step a scheduler that waits for it.
+
+        Raises:
+            NonFiniteLossError: In ``fit``, if the scores of all examples are infinite or NaN.
+        """
         values = self._log_means("val")
+        if self.trainer.state.fn == TrainerFn.FITTING and values and not any(m.scored for m in self._means.values()):
+            raise NonFiniteLossError(
+                f"the scores of all validation examples are infinite or NaN after {self.trainer.global_step} steps. "
+                + NON_FINITE_ADVICE
+            )
         in_fit = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         scheduler = self.lr_schedulers() if in_fit else None
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             monitor = scheduler.monitor if isinstance(scheduler, ReduceLROnPlateau) else "val/loss"
-            scheduler.step(values[monitor])
+            scheduler.step(values[logged_name(monitor, values)])
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/...``."""
         self._log_means("test")
 
+    def on_validation_end(self) -> None:
+        """Leave to each dataloader's results, which the Trainer prints, its own metrics alone."""
+        for index, results in enumerate(self._results if len(self._results) > 1 else ()):
+            for name in [n for n in results if LOADER.format("") in n and not n.endswith(LOADER.format(index))]:
+                del results[name]
+
+    on_test_end = on_validation_end
+
     def _log_means(self, stage: str) -> dict[str, Tensor]:
-        values = {f"{stage}/{name}": value.float() for name, value in self._means.compute().items()}
-        self.log_dict(values, prog_bar=True)
+        loop = self.trainer.test_loop if stage == "test" else self.trainer.validate_loop
+        self._results = list(loop._logged_outputs)
+        several = len(getattr(self.trainer, f"num_{stage}_batches")) > 1
+        values: dict[str, Tensor] = {}
+        for index, means in sorted(self._means.items()):
+            suffix = LOADER.format(index) if several else ""
+            values |= {f"{stage}/{name}{suffix}": value.float() for name, value in means.compute().items()}
+            if means.scored < 1:
+                share = f"the scores of {1 - means.scored:.3%} of the examples are infinite or NaN, so metrics are NaN"
+                logger.warning("%s%s: %s; `smezo predict` names the examples", stage, suffix, share)
+        self.log_dict(values, prog_bar=True, add_dataloader_idx=False)
         return values
 
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """The prediction for each example: its index in the dataset, the answer, and the gold one."""
         return evaluation.prediction_rows(self.model, batch, self.text_tokenizer)
 
@@ -297,7 +327,7 @@ class SparseMeZOModule(LightningModule):
     def on_validation_start(self) -> None:
         """Restore the weights of a checkpoint that holds none, and drop what an interrupted evaluation left."""
         resume.restore(self.trainer)
-        self._means = evaluation.WeightedMeans()
+        self._means.clear()
 
     on_test_start = on_predict_start = on_validation_start
 

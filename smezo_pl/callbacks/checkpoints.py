@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from smezo_pl.callbacks.common import run_folder, zeroth_order_optimizer
+from smezo_pl.tasks.metrics import logged_name
 from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.log import FILE_NAME
 from smezo_pl.trajectory.recorder import Recorder, named_tensors
@@ -31,7 +32,8 @@ class WeightCheckpoint(ModelCheckpoint):
         every_n_steps: Steps between two checkpoints, at least 1; one is also written at the end of the run and after
             each validation.
         monitor: Metric that decides which checkpoint is the best, read after each validation; None for no
-            ``best.ckpt``.
+            ``best.ckpt``. Without ``/dataloader_idx_N``, the first of several dataloaders decides. A value that is
+            infinite or NaN is never the best.
         mode: Whether the smallest or the largest value is the best.
         save_top_k: Number of best checkpoints to keep; -1 for one per validation.
         filename: Their name without ``.ckpt``, with metrics in braces: ``step={step}-loss={val/loss:.3f}``. By default
@@ -124,13 +126,20 @@ class WeightCheckpoint(ModelCheckpoint):
         """Write a checkpoint, and keep it if it is one of the best."""
         if self._should_skip_saving_checkpoint(trainer):
             return
-        if self.monitor is not None and self.monitor not in trainer.callback_metrics:
-            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            raise ValueError(
-                f"{type(self).__name__}: monitor={self.monitor!r} is no metric of this run; there are: {known}"
-            )
         metrics = self._monitor_candidates(trainer)
-        self._save_topk_checkpoint(trainer, metrics)
+        if self.monitor is not None:
+            name = logged_name(self.monitor, metrics)
+            if name not in metrics:
+                known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+                raise ValueError(
+                    f"{type(self).__name__}: monitor={self.monitor!r} is no metric of this run; there are: {known}"
+                )
+            metrics[self.monitor] = metrics[name]
+            if self.best_model_score is None and name != self.monitor:
+                log.info("the best checkpoint is that by %s", name)
+        # What is not finite is no score: none of the best, and never in the way of a later one.
+        if self.monitor is None or self.save_top_k == -1 or metrics[self.monitor].isfinite():
+            self._save_topk_checkpoint(trainer, metrics)
         self._save_last_checkpoint(trainer, metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,7 +172,8 @@ class SeedCheckpoint(WeightCheckpoint):
         every_n_steps: Steps between two checkpoints, at least 1; one is also written at the end of an epoch and of the
             run, and after each validation.
         monitor: Metric that decides which checkpoint is the best, read after each validation; None for no
-            ``best.ckpt``.
+            ``best.ckpt``. Without ``/dataloader_idx_N``, the first of several dataloaders decides. A value that is
+            infinite or NaN is never the best.
         mode: Whether the smallest or the largest value is the best.
         anchor_every_n_steps: Steps between two files with the full weights in ``anchors/``, of which the last is kept:
             a resume then replays at most that many steps. None for none; a multiple of ``every_n_steps``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from math import isfinite
+from math import isfinite, nan
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from smezo_pl.optim import MaskStat
+from smezo_pl.tasks.metrics import logged_name
 
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9772b", "#9aa3ad"
 
@@ -155,8 +156,12 @@ class Curve:
         """The figure."""
         points = self.points()
         held_out = points["held_out"]
-        shown = next((name for name in _SHOWN if any(name in values for values in held_out)), "accuracy")
-        loss, accuracy = ([(v["step"], v[name]) for v in held_out if name in v] for name in ("loss", shown))
+        names = {name for values in held_out for name in values}
+        shown = next((known for name in _SHOWN if (known := logged_name(name, names)) in names), "accuracy")
+        loss, accuracy = (
+            [(v["step"], v[name]) for v in held_out if isfinite(v.get(name, nan))]
+            for name in (logged_name("loss", names), shown)
+        )
         return curve_figure(title, points["train_loss"], loss, accuracy, shown)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections import deque
@@ -22,7 +21,7 @@ from rich.table import Table
 from smezo_pl.callbacks.common import find_zeroth_order, log_scalars, logged_metrics, run_folder, task_and_model
 from smezo_pl.callbacks.figures import Curve
 from smezo_pl.callbacks.monitor import peak_memory
-from smezo_pl.trajectory.files import write_atomically
+from smezo_pl.trajectory.files import write_json
 from smezo_pl.trajectory.fingerprint import machine, versions
 
 STEP_SECONDS, PEAK_MEMORY = "run/step_seconds", "run/peak_memory"
@@ -191,7 +190,7 @@ class RunMetrics(Callback):
             title = f"{Path(model).name} on {task}" if task else Path(model).name
             self._curve.draw(title).savefig(self._folder / "curve.png")
             # Last: where the file is, the run has ended.
-            write_atomically(self._folder / "metrics.json", (json.dumps(self.result, indent=2) + "\n").encode())
+            write_json(self._folder / "metrics.json", self.result)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, when the progress bar is gone."""

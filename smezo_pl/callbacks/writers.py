@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from smezo_pl.callbacks.common import logged_metrics, run_folder, task_and_model
 from smezo_pl.data import PromptDataModule
-from smezo_pl.trajectory.files import write_atomically
+from smezo_pl.trajectory.files import as_json, write_atomically, write_json
 from smezo_pl.trajectory.fingerprint import machine, versions
 
 log = logging.getLogger(__name__)
@@ -35,20 +34,22 @@ class PredictionWriter(Callback):
     def __init__(self, path: str | None = None) -> None:
         super().__init__()
         self.path = path
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[tuple[int, dict[str, Any]]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start without rows."""
         self._rows = []
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Keep the rows of a batch."""
         if not isinstance(outputs, list) or not all(isinstance(row, dict) and "index" in row for row in outputs):
             raise TypeError(
                 "PredictionWriter needs a predict_step that returns a list of dicts, one per example, with 'index'; "
                 f"got {type(outputs).__name__}"
             )
-        self._rows.extend(outputs)
+        self._rows.extend((dataloader_idx, row) for row in outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the rows of all processes, each example once."""
@@ -58,18 +59,20 @@ class PredictionWriter(Callback):
             torch.distributed.all_gather_object(gathered, self._rows)
         if not trainer.is_global_zero:
             return
-        rows = {row["index"]: row for part in gathered for row in part}
-        texts = _with_text(rows, getattr(trainer, "datamodule", None))
+        found = sorted({(loader, row["index"]): row for part in gathered for loader, row in part}.items())
+        if len(trainer.num_predict_batches) > 1:
+            rows = [{"dataloader_idx": loader, **row} for (loader, _), row in found]
+        else:
+            rows = _with_text({index: row for (_, index), row in found}, getattr(trainer, "datamodule", None))
         path = Path(self.path or run_folder(trainer) / "predictions.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts), encoding="utf-8")
+        write_atomically(path, "".join(as_json(row, ensure_ascii=False) + "\n" for row in rows).encode())
         log.info("%d predictions are in %s", len(rows), path)
 
 
 def _with_text(rows: dict[int, dict[str, Any]], data: Any) -> list[dict[str, Any]]:
     """Rows in the order of the data, with prompts and candidates where the data module has them as text."""
     if not isinstance(data, PromptDataModule):
-        return [row for _, row in sorted(rows.items())]
+        return list(rows.values())
     return [
         {
             "index": example.index,
@@ -132,5 +135,5 @@ class ScoreWriter(Callback):
             "machine": machine(module.device),
         }
         path = Path(self.path or run_folder(trainer) / f"{name}.json")
-        write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
+        write_json(path, result)
         log.info("metrics are in %s", path)

@@ -12,7 +12,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isclose
+from math import isclose, isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from matplotlib.ticker import MaxNLocator
 
 from smezo_pl.callbacks.figures import plain_axes, running_mean
 from smezo_pl.callbacks.run_metrics import PEAK_MEMORY, STEP_SECONDS
+from smezo_pl.commands.sweep_plan import number
 from smezo_pl.commands.tables import as_csv, markdown
 from smezo_pl.methods import METHODS
+from smezo_pl.tasks.metrics import logged_name
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory
 
 
@@ -69,7 +71,7 @@ def read_run(folder: Path) -> RunFacts:
     config = _read(folder / "config.yaml", yaml.safe_load)
     metrics = _read(folder / "metrics.json", json.loads)
     tests = [_read(path, json.loads) for path in (folder / "test.json", folder / "test" / "test.json")]
-    test = {name: float(value) for result in tests for name, value in result.get("metrics", {}).items()}
+    test = {name: number(value) for result in tests for name, value in result.get("metrics", {}).items()}
     finished = bool(metrics)
     metrics = metrics or _metrics_so_far(folder, config)
     settings, curve = metrics.get("hyperparameters") or {}, metrics["curve"]
@@ -82,7 +84,7 @@ def read_run(folder: Path) -> RunFacts:
         steps=metrics["steps"],
         max_steps=(config.get("trainer") or {}).get("max_steps"),
         finished=finished,
-        held_out=[(int(p["step"]), {k: v for k, v in p.items() if k != "step"}) for p in curve["held_out"]],
+        held_out=[(int(p["step"]), {k: number(v) for k, v in p.items() if k != "step"}) for p in curve["held_out"]],
         train_loss=[(float(step), float(loss)) for step, loss in curve["train_loss"]],
         step_seconds=metrics.get("step_seconds"),
         peak_memory=metrics.get("peak_memory_bytes"),
@@ -186,7 +188,8 @@ def rows_of(runs: Sequence[RunFacts], metric: str, targets: Sequence[float]) -> 
         for name in dict.fromkeys((metric, "loss")):
             row |= {f"{name} before": first.get(name), name: last.get(name)}
         if metric != "loss":
-            row[f"best {metric}"] = max((v[metric] for _, v in run.held_out if metric in v), default=None)
+            found = (values.get(metric, nan) for _, values in run.held_out)
+            row[f"best {metric}"] = max(filter(isfinite, found), default=None)
         row |= {f"test {name}": run.test.get(name) for name in dict.fromkeys((metric, "loss"))}
         for target in targets:
             steps = steps_to(run, metric, target)
@@ -285,7 +288,9 @@ def compare(paths: Sequence[str | Path], out: Path, metric: str | None = None, t
     runs = [read_run(folder) for folder in run_folders(paths)]
     known = list(dict.fromkeys(name for run in runs for _, values in run.held_out for name in values))
     if metric is None:
-        metric = "accuracy" if "accuracy" in known else next((name for name in known if name != "loss"), "loss")
+        metric = logged_name("accuracy", known)
+        if metric not in known:
+            metric = next((name for name in known if not name.startswith("loss")), logged_name("loss", known))
     elif known and metric not in known:
         raise ValueError(f"--metric {metric!r} was measured in none of these runs; there are {', '.join(known)}")
     rows = rows_of(runs, metric, targets)

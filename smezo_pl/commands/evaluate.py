@@ -7,8 +7,8 @@ Data and model are those of the run's config.yaml; arguments such as --data.task
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from smezo_pl.cli import build, show_log
 from smezo_pl.commands.tables import markdown
 from smezo_pl.trajectory.exports import load
+from smezo_pl.trajectory.files import write_json
 from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import Trajectory
 from smezo_pl.trajectory.replaying import check_start, rebuild, replay_records, tensors_of
@@ -48,7 +49,7 @@ def main(args: Sequence[str]) -> None:
     run = build(config, *overrides, "--trainer.logger=false")
     scores = evaluate(trajectory, run.trainer, run.model, run.datamodule, steps, given.split)
     out = Path(given.out) if given.out else trajectory.path.parent / "evaluation.json"
-    out.write_text(json.dumps({"run": trajectory.header.run, "split": given.split, "scores": scores}, indent=1) + "\n")
+    write_json(out, {"run": trajectory.header.run, "split": given.split, "scores": scores})
     print(markdown(marked(scores)))
     print(f"scores   {out}")
 
@@ -106,14 +107,17 @@ def evaluate(
     scores = []
     for step in steps:
         replayed.target = step
-        [metrics] = run(module, data, verbose=False)
-        scores.append({"step": step, **metrics})
+        results = run(module, data, verbose=False)  # of each dataloader
+        scores.append({"step": step, **{name: value for result in results for name, value in result.items()}})
     return scores
 
 
 def marked(scores: Sequence[dict[str, float]]) -> list[dict[str, str]]:
-    """Scores as text, the best of each metric with an asterisk."""
-    best = {n: (min if n.endswith("loss") else max)(row[n] for row in scores) for n in scores[0]}
+    """Scores as text, the best of each metric that is finite with an asterisk."""
+    best = {
+        n: (min if "loss" in n else max)((row[n] for row in scores if isfinite(row[n])), default=None)
+        for n in scores[0]
+    }
     return [
         {n: f"{v:,}" if n == "step" else f"{v:.4f}" + "*" * (v == best[n]) for n, v in row.items()} for row in scores
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,13 @@ class Run:
         """The metrics of a finished run, after training and, as ``test_...``, on the test set."""
         result = self.result()
         test = result.get("test", {}).get("metrics", {})
-        return {**(result.get("after") or {}), **{f"test_{name}": value for name, value in test.items()}}
+        scores = {**(result.get("after") or {}), **{f"test_{name}": value for name, value in test.items()}}
+        return {name: number(value) for name, value in scores.items()}
+
+
+def number(value: float | None) -> float:
+    """A metric as a report holds it: NaN and infinity are null there."""
+    return math.nan if value is None else float(value)
 
 
 def plan(base: Mapping[str, Any], points: Sequence[Point], out: Path, test: Tested | None = None) -> list[Run]:

@@ -6,11 +6,13 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from smezo_pl.commands.sweep_plan import Run, short_names
+from smezo_pl.trajectory.files import write_json
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:
@@ -63,12 +65,17 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "of": len(group),
                 "seeds": [{**run.seeds, "seed": result.get("seed")} for run, result in done],
                 "measurements": {
-                    name: {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None}
-                    for name, values in measured.items()
+                    name: {"mean": fmean(values), "std": _deviation(values)} for name, values in measured.items()
                 },
             }
         )
     return rows
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    if not all(map(isfinite, values)):  # `stdev` fails
+        return nan
+    return stdev(values) if len(values) > 1 else None
 
 
 def write_summary(runs: Sequence[Run], out: Path) -> str:
@@ -96,7 +103,7 @@ def write_summary(runs: Sequence[Run], out: Path) -> str:
     (out / "sweep.csv").write_text(as_csv(plain), encoding="utf-8")
     states = [{"name": r.name, "values": r.point, "state": r.state, "result": r.result() or None} for r in runs]
     document = {"rows": rows, "runs": states}
-    (out / "sweep.json").write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
+    write_json(out / "sweep.json", document)
     return table
 
 

@@ -42,6 +42,9 @@ _COPIED = (
 """Attributes that a copied or pickled optimizer keeps beside torch's own."""
 
 
+NON_FINITE_ADVICE = "Try a smaller lr, a smaller eps, or bfloat16 in place of float16"
+
+
 class NonFiniteLossError(RuntimeError):
     """Too many losses in a row were infinite or NaN."""
 
@@ -395,7 +398,7 @@ class SparseMeZO(Optimizer):
         if self._skipped_in_row >= self.max_skipped:
             raise NonFiniteLossError(
                 f"the loss was not finite in {self._skipped_in_row} steps in a row (last pair {losses[-1]}); the "
-                "weights are those before them. Try a smaller lr, a smaller eps, or bfloat16 in place of float16"
+                f"weights are those before them. {NON_FINITE_ADVICE}"
             )
         return torch.tensor(self._last_step.loss, dtype=torch.float32)
 

@@ -17,6 +17,9 @@ ROOM_BYTES = 1 << 30
 _CPU_PART = 1024
 """Prompt tokens read at once on a CPU: more do not stay in its caches."""
 
+NO_TOKEN = -1
+"""Stands in an answer for a token that cannot be chosen, as the logits are not finite; the answer ends with it."""
+
 _LEAVE = 0.75
 """Finished rows leave when at most this fraction of the rows is still running, since leaving copies the cache."""
 
@@ -38,12 +41,13 @@ def generate(
     text again for every token.
 
     Returns:
-        int64 ``[R, max_new_tokens]``, in the order of the prompts: stop tokens included, then ``pad_id``.
+        int64 ``[R, max_new_tokens]``, in the order of the prompts: stop tokens included (`NO_TOKEN` is one), then
+        ``pad_id``.
     """
     if not max_new_tokens >= 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     answers = input_ids.new_full((input_ids.shape[0], max_new_tokens), pad_id)
-    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=input_ids.device)
+    stops = torch.tensor([NO_TOKEN, *stop_ids], dtype=torch.long, device=input_ids.device)
     lengths = attention_mask.sum(1)
     waiting: list[_Part] = []
     for rows in _parts(lengths):
@@ -104,7 +108,13 @@ def _read(model: nn.Module, rows: Tensor, ids: Tensor, mask: Tensor) -> _Part | 
     """Read prompts that are padded on the left; None if the model keeps no cache."""
     output = _call(model, ids, mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
     past = getattr(output, "past_key_values", None)
-    return None if past is None else _Part(rows, output.logits[:, -1].argmax(-1), mask, past)
+    return None if past is None else _Part(rows, _best(output.logits[:, -1]), mask, past)
+
+
+def _best(logits: Tensor) -> Tensor:
+    """The token of the largest logit, `NO_TOKEN` where it is not finite."""
+    token = logits.argmax(-1, keepdim=True)  # NaN counts as the largest
+    return token.masked_fill(~logits.gather(-1, token).isfinite(), NO_TOKEN).squeeze(-1)
 
 
 def _call(model: nn.Module, ids: Tensor, mask: Tensor, **inputs: Any) -> Any:
@@ -186,9 +196,9 @@ def _decode(model: nn.Module, answers: Tensor, part: _Part, stops: Tensor) -> No
                 layer.keep(kept, unused)
         mask = nn.functional.pad(mask, (0, 1), value=1)
         positions = mask.sum(1, keepdim=True) - 1
-        output = _call(model, token.unsqueeze(1), mask, past_key_values=past, position_ids=positions)
+        output = _call(model, token.clamp_min(0).unsqueeze(1), mask, past_key_values=past, position_ids=positions)
         past = output.past_key_values
-        token = output.logits[:, -1].argmax(-1)
+        token = _best(output.logits[:, -1])
         answers[rows[running], position] = token[running]
         running &= ~torch.isin(token, stops)
 
@@ -211,7 +221,7 @@ def _decode_uncached(
             inputs["attention_mask"] = torch.ones_like(fed)
         end = lengths + position
         each = torch.arange(len(rows), device=rows.device)
-        token = logits_at(model, fed, each, end - 1, inputs).argmax(-1)
+        token = _best(logits_at(model, fed, each, end - 1, inputs))
         answers[rows, position] = token
         text[each, end] = token
         running = ~torch.isin(token, stops)

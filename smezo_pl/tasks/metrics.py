@@ -1,9 +1,10 @@
 """Answers of a model, and their metrics; those on texts by the definitions of SQuAD, DROP and ROUGE."""
 
+import math
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -32,6 +33,7 @@ class Answer:
         label: Index of the gold candidate, the one that is trained on.
         correct: Whether the chosen candidate counts as correct.
         group: A number that answers to one question share.
+        scored: Whether there is an answer; False where the model's scores or logits are not finite.
     """
 
     index: int
@@ -41,6 +43,7 @@ class Answer:
     label: int = -1
     correct: bool = False
     group: int = 0
+    scored: bool = True
 
 
 def gathered(answers: list[Answer]) -> list[Answer]:
@@ -174,6 +177,10 @@ class Metric:
     grouped: bool = False
     lower_is_better: bool = False
 
+    def value(self, answers: Sequence[Answer], labels: int) -> float:
+        """The number of these answers; NaN if one of them is missing, as the others alone say nothing of the model."""
+        return self.measure(answers, labels) if all(answer.scored for answer in answers) else math.nan
+
     def misfit(self, task: Task) -> str | None:
         """Why it cannot be measured on that task, None if it can."""
         listed: Kind = "listed" if isinstance(task.candidates, ListCandidates) else "labels"
@@ -275,6 +282,16 @@ fraction of questions with every answer correct. ``drop_f1``, ``drop_em``: DROP'
 one reference. ``rouge1``, ``rouge2``, ``rougeL``: F-measures. ``mae``, ``pearson``, ``spearman``: of the first number
 in the answer (0 if there is none), and ``readable``, the fraction of answers that have one.
 """
+
+
+LOADER = "/dataloader_idx_{}"
+"""What Lightning adds to the name of a metric where there are several dataloaders."""
+
+
+def logged_name(name: str, metrics: Container[str]) -> str:
+    """The name that a metric has among those logged: with several dataloaders, a name without one is the first's."""
+    first = name + LOADER.format(0)
+    return first if name not in metrics and first in metrics else name
 
 
 def get_metric(name: str, task: Task, what: str = "metric") -> Metric:

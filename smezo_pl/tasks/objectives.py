@@ -60,8 +60,10 @@ def reward_loss(objective: str, answers: Sequence[Answer], num_labels: int = 0) 
 
     The function of a reward gets the answers as texts and, for each, the list of references; it returns a number, or
     one per answer, whose mean counts; more is better. NaN, which skips the step, if it raises or returns something not
-    finite. ``num_labels`` is 0 where labels are not shared.
+    finite, or if an answer is missing. ``num_labels`` is 0 where labels are not shared.
     """
+    if not all(answer.scored for answer in answers):
+        return math.nan
     if "." not in objective:
         metric = METRICS[objective]
         value = metric.measure(answers, num_labels)

@@ -1,13 +1,16 @@
-"""Files that appear whole or not at all, and locks that end with their process."""
+"""Files that appear whole or not at all, reports as JSON, and locks that end with their process."""
 
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -54,6 +57,30 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, see `atomic_path`."""
     with atomic_path(path) as part:
         part.write_bytes(data)
+
+
+def as_json(document: Mapping[str, Any], indent: int | None = None, ensure_ascii: bool = True) -> str:
+    """A document as JSON, which knows neither NaN nor infinity: these are null, and ``not_finite`` lists where."""
+    missing: list[str] = []
+    plain = _finite(document, "", missing)
+    note = {"not_finite": missing} if missing else {}
+    return json.dumps({**plain, **note}, indent=indent, ensure_ascii=ensure_ascii, default=str, allow_nan=False)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a report whole or not at all, see `as_json`."""
+    write_atomically(path, (as_json(document, indent=2) + "\n").encode())
+
+
+def _finite(value: Any, where: str, missing: list[str]) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        missing.append(f"{where} is {value}")
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(part, f"{where}.{key}".lstrip("."), missing) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part, f"{where}[{index}]", missing) for index, part in enumerate(value)]
+    return value
 
 
 def lock_file(path: Path) -> int | None:

@@ -54,7 +54,7 @@ class Classifier(SparseMeZOModule):
         right = self.scores(batch).argmax(1) == batch[1]
         return {"loss": (self.loss(batch) * len(batch[1]), len(batch[1])), "accuracy": (right.sum(), len(batch[1]))}
 
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         return [
             {"index": 4 * batch_idx + i, "scores": row.tolist(), "prediction": int(row.argmax()), "label": int(label)}
             for i, (row, label) in enumerate(zip(self.scores(batch), batch[1], strict=True))

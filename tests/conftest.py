@@ -127,7 +127,7 @@ def make_tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Pr
         ids = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config_class(**ids, **shape, **changes))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config_class(**{**ids, **shape, **changes}))
         # transformers starts with tiny weights, which would give every candidate nearly the same score.
         with torch.no_grad():
             for weight in model.parameters():

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint
+from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint, WeightCheckpoint
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory import files as checkpoint_files
 from smezo_pl.trajectory import resume
@@ -275,20 +275,42 @@ def test_several_best_checkpoints_under_names_with_metrics(
         assert result["val/loss"] == losses[step]
 
 
-def test_a_metric_that_is_nan_first_does_not_stay_the_best(
-    straight: tuple[Path, Classifier, Watch], tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "top", "mode", "value"),
+    [
+        (SeedCheckpoint, 1, "max", "nan"),
+        (SeedCheckpoint, 2, "min", "nan"),
+        (WeightCheckpoint, 1, "min", "-inf"),
+        (WeightCheckpoint, 2, "max", "inf"),
+    ],
+)
+def test_a_metric_that_is_not_finite_is_never_the_best(
+    straight: tuple[Path, Classifier, Watch],
+    tmp_path: Path,
+    kind: type[WeightCheckpoint],
+    top: int,
+    mode: Literal["min", "max"],
+    value: str,
 ) -> None:
-    class NaNFirst(Classifier):
+    class Odd(Classifier):
         def validation_step(self, *args: Any) -> Any:
             result = super().validation_step(*args)
-            first = min(straight[2].val) == self.trainer.global_step
-            self.log("val/score", float("nan") if first else 1.0 + self.trainer.global_step)
+            first = self.trainer.global_step < 10
+            self.log("val/score", float(value) if first else 1.0 + self.trainer.global_step)
             return result
 
-    callback = SeedCheckpoint(every_n_steps=3, monitor="val/score")
-    fit(tmp_path, NaNFirst(), callback)
-    assert callback.best_step == sorted(straight[2].val)[1]
+    def best() -> WeightCheckpoint:
+        return kind(every_n_steps=3, monitor="val/score", mode=mode, save_top_k=top)
+
+    steps = [step for step in sorted(straight[2].val) if step >= 10]
+    with pytest.raises(KilledError):
+        make_trainer(tmp_path, KillAfter(8), best()).fit(Odd(), Examples())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    callback = best()
+    make_trainer(tmp_path, callback).fit(Odd(), Examples(), ckpt_path=tmp_path / LAST)
+    assert callback.best_step == (steps[0] if mode == "min" else steps[-1])
     assert callback.state_dict()["best_score"] == 1.0 + callback.best_step
+    assert len(callback.best_k_models) == top
 
 
 def test_lightning_finds_the_best_and_the_last(straight: tuple[Path, Classifier, Watch], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from smezo_pl import methods
 from smezo_pl.data import PromptBatch, PromptDataModule
 from smezo_pl.data.batch import batch_size, batch_weight, split_batch
+from smezo_pl.data.loaders import LOADER, logged_name
 from smezo_pl.methods import FirstOrder, FirstOrderBaseline, MethodName
 from smezo_pl.models import add_adapter, kind_of, load_network, load_tokenizer
 from smezo_pl.optim import SparseMeZO
@@ -22,7 +23,6 @@ from smezo_pl.optim.sparse_mezo import NON_FINITE_ADVICE, NonFiniteLossError
 from smezo_pl.scoring import evaluation
 from smezo_pl.scoring.linear_probe import LinearProbe
 from smezo_pl.strategies import check_trainer, silence_expected_warnings
-from smezo_pl.tasks.metrics import LOADER, logged_name
 from smezo_pl.tasks.objectives import reward_loss
 from smezo_pl.trajectory import resume
 

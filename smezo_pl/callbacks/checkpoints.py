@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from smezo_pl.callbacks.common import run_folder, zeroth_order_optimizer
-from smezo_pl.tasks.metrics import logged_name
+from smezo_pl.data.loaders import logged_name
 from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.log import FILE_NAME
 from smezo_pl.trajectory.recorder import Recorder, named_tensors

@@ -12,8 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from smezo_pl.data.loaders import logged_name
 from smezo_pl.optim import MaskStat
-from smezo_pl.tasks.metrics import logged_name
 
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9772b", "#9aa3ad"
 

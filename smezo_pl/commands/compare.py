@@ -25,8 +25,8 @@ from smezo_pl.callbacks.figures import plain_axes, running_mean
 from smezo_pl.callbacks.run_metrics import PEAK_MEMORY, STEP_SECONDS
 from smezo_pl.commands.sweep_plan import number
 from smezo_pl.commands.tables import as_csv, markdown
+from smezo_pl.data.loaders import logged_name
 from smezo_pl.methods import METHODS
-from smezo_pl.tasks.metrics import logged_name
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory
 
 

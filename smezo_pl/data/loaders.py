@@ -1,7 +1,7 @@
 """Loaders: shuffled training batches that can be resumed; evaluation batches alike in length, filled up to a limit."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,16 @@ CPU_GENERATION_TOKENS = 16384
 """The same where answers are generated: all rows together read the weights once for every further token."""
 
 _FIRST, _MOST = 2048, 1 << 18  # tokens per forward that are tried on a GPU
+
+
+LOADER = "/dataloader_idx_{}"
+"""What Lightning adds to the name of a metric where there are several dataloaders."""
+
+
+def logged_name(name: str, metrics: Container[str]) -> str:
+    """The name that a metric has among those logged: with several dataloaders, a name without one is the first's."""
+    first = name + LOADER.format(0)
+    return first if name not in metrics and first in metrics else name
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -282,16 +282,6 @@ fraction of questions with every answer correct. ``drop_f1``, ``drop_em``: DROP'
 one reference. ``rouge1``, ``rouge2``, ``rougeL``: F-measures. ``mae``, ``pearson``, ``spearman``: of the first number
 in the answer (0 if there is none), and ``readable``, the fraction of answers that have one.
 """
-
-
-LOADER = "/dataloader_idx_{}"
-"""What Lightning adds to the name of a metric where there are several dataloaders."""
-
-
-def logged_name(name: str, metrics: Container[str]) -> str:
-    """The name that a metric has among those logged: with several dataloaders, a name without one is the first's."""
-    first = name + LOADER.format(0)
-    return first if name not in metrics and first in metrics else name
 
 
 def get_metric(name: str, task: Task, what: str = "metric") -> Metric:

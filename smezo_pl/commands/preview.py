@@ -89,6 +89,8 @@ def _lengths(data: PromptDataModule, splits: Sequence[SplitName]) -> Iterator[st
 
 def _labels(data: PromptDataModule, split: SplitName) -> Iterator[str]:
     names = data.task.labels
+    if told := data.labels(split):
+        yield f"\nlabels of {data.origin(split)}: {told}"
     if not names:
         return
     counts = Counter(example.label for example in data.examples(split))

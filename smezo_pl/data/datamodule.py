@@ -1,7 +1,7 @@
 """The LightningDataModule: a task's examples as batches of prompts, for every stage of the Trainer."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from smezo_pl.data.loaders import BatchLimit, evaluation_loader, find_token_budg
 from smezo_pl.data.sources import load_split
 from smezo_pl.data.splits import Split, SplitName, Splits, at_least
 from smezo_pl.models import load_tokenizer
-from smezo_pl.tasks import Example, GeneratedAnswer, Task, get_task, make_task, masked_form
+from smezo_pl.tasks import Example, GeneratedAnswer, Loss, Task, get_task, make_task, masked_form
 from smezo_pl.tasks.metrics import get_metric
 from smezo_pl.tasks.objectives import check_objective
 from smezo_pl.tasks.task import LOSSES, MASK
@@ -40,8 +40,9 @@ class PromptDataModule(pl.LightningDataModule):
             (RoBERTa) demo, sst2, sst5, mnli, snli, rte, qnli, mrpc, qqp, cola, trec. Or a task of your own as a
             mapping: ``prompt`` (text with columns in braces), ``candidates`` (``{label: text}``, a list of texts,
             texts with columns in braces, or ``{column: c}`` for a column that holds a list) or ``target`` (column of
-            the answer of a generation task), and optionally ``label`` (its column), ``metric``, ``objective``,
-            ``name``, ``words``, ``may_be_empty``, ``group``, ``calibration``, ``max_new_tokens``, ``stop``.
+            the answer of a generation task), and optionally ``label`` (its column), ``label_is`` (``position``,
+            ``text`` or ``name``), ``metric``, ``objective``, ``name``, ``words``, ``may_be_empty``, ``group``,
+            ``calibration``, ``max_new_tokens``, ``stop``.
         data_dir: Local folder with ``{task}/{split}*.parquet`` in the hub's columns. Without it the dataset is loaded
             from the Hugging Face hub.
         train_file: Your own training examples: a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file in UTF-8 (a TSV's
@@ -204,6 +205,7 @@ class PromptDataModule(pl.LightningDataModule):
         if task != self.task:  # of the model before this one, if it was of the other kind
             self.task = self.splits.task = task
             self.splits.drawn.clear()
+            self.splits.readings.clear()
             if masked:
                 logger.info("a masked language model: prompts of %s are %r", task.name, task.prompt)
         if masked and (self.num_demonstrations or self.calibration != "none"):
@@ -221,6 +223,10 @@ class PromptDataModule(pl.LightningDataModule):
         """The file or dataset that the examples of a split come from."""
         return self._split(split).origin
 
+    def labels(self, split: SplitName) -> str:
+        """Which label of a split's file is which candidate; empty where labels are the task's own names."""
+        return self._split(split).labels
+
     def _split(self, split: SplitName) -> Split:
         return self.splits.get(split, self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING)
 
@@ -237,13 +243,27 @@ class PromptDataModule(pl.LightningDataModule):
                 calibrated = self.calibration != "none" and split != "train"
                 encoder = Encoder(tokenizer, self.max_length, new_tokens, calibrated)
             encoded = encoder.encode(examples, self.origin(split))
+            self._check_repeats(encoded, self.origin(split))
             self._encoded[split] = (tokenizer, examples), encoded
         return encoded
 
+    @property
+    def _loss(self) -> Loss:
+        return next((name for name in LOSSES if name == self.objective), self.task.objective)
+
+    def _check_repeats(self, encoded: Sequence[Encoded], origin: str) -> None:
+        """Refuse options that repeat where the loss would be a choice between them."""
+        for example in encoded if self._loss == "classification" else ():
+            if len(set(example.candidates)) < len(example.candidates):
+                where = example.example.where if example.example else f"row {example.index}"
+                raise ValueError(
+                    f"{origin}, {where}: two options have the same text, and objective 'classification' would train on"
+                    " one against the other; objective: lm trains on the text of the gold one"
+                )
+
     def collate(self, training: bool = False) -> Collate:
         """What makes batches of encoded examples, for training steps or for evaluation."""
-        is_loss = self.objective in LOSSES
-        loss = next((name for name in LOSSES if name == self.objective), self.task.objective)
+        is_loss, loss = self.objective in LOSSES, self._loss
         collate = Collate(
             padding_id(self.tokenizer),
             loss,

@@ -44,6 +44,15 @@ class Rows:
             taken = [row | {name: _as_integers(row[name]) for name in self.whole & row.keys()} for row in taken]
         return taken
 
+    def values(self, column: str) -> list[Any]:
+        """The values of a column, None where a row has none."""
+        if isinstance(self.table, list):
+            values = [row.get(column) for row in self.table]
+        else:
+            there = column in self.table.column_names
+            values = self.table.column(column).to_pylist() if there else [None] * len(self)
+        return [_as_integers(value) for value in values] if column in self.whole else values
+
     def line(self, index: int) -> str:
         """Where a row is, for messages."""
         return f"line {self.lines[index]}" if self.lines else f"row {index}"

@@ -2,15 +2,18 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from smezo_pl.data.sources import Rows, load_file, load_split
-from smezo_pl.tasks import Example, ExampleError, GeneratedAnswer, Source, Task, make_example
+from smezo_pl.tasks import Example, ExampleError, GeneratedAnswer, LabelReading, Source, Task, make_example
+from smezo_pl.tasks.example import options_of
+from smezo_pl.tasks.labels import Cell
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +99,7 @@ class Split:
 
     examples: list[Example]
     origin: str
+    labels: str = ""  # how they were read, where that is not by the task's own names
 
 
 @dataclass
@@ -118,6 +122,7 @@ class Splits:
     demonstration_seed: int | None = None
     demonstrate_calibration: bool = False  # put demonstrations before the content-free prompt too
     drawn: dict[SplitName, Split] = field(init=False, default_factory=dict)
+    readings: dict[str, LabelReading] = field(init=False, default_factory=dict)  # by the file or dataset
 
     def __post_init__(self) -> None:
         if self.k_shot is not None:
@@ -188,15 +193,26 @@ class Splits:
             )
         return load_split(self.task, hub_split, self.data_dir)
 
+    def _reading(self, data: Rows) -> LabelReading:
+        """How a file's labels are read; the files that a task has read agree."""
+        if data.origin not in self.readings:
+            reading = read_labels(self.task, data)
+            for other in self.readings.values():
+                reading.check_agrees(other)
+            self.readings[data.origin] = reading
+            if told := reading.describe():
+                logger.info("labels of %s: %s", data.origin, told)
+        return self.readings[data.origin]
+
     def _usable(self, data: Rows, labelled: bool = True) -> list[int]:
         """The rows that examples are drawn from; with ``bad_rows: skip`` those that can be made into one."""
         if self.bad_rows == "refuse":
             return list(range(len(data)))
         kept, reasons = [], []
-        names = data.names.get(self.task.label)
+        reading = self._reading(data)
         for index, row in enumerate(data.rows(range(len(data)))):
             try:
-                example = make_example(self.task, row, index, data.origin, names, data.line(index))
+                example = make_example(self.task, row, index, data.origin, line=data.line(index), reading=reading)
             except ExampleError as error:
                 reasons.append(str(error))
                 continue
@@ -211,11 +227,12 @@ class Splits:
         return kept
 
     def _k_per_class(self, k: int, data: Rows, rows: list[int], dev: bool) -> tuple[list[int], list[int]]:
-        labels = [example.label for example in make_examples(self.task, data, rows)]
+        labels = [example.label for example in make_examples(self.task, data, rows, self._reading(data))]
         return sample_k_per_class(labels, k, self.task.labels, self.seed, data.origin, dev)
 
     def _split(self, name: SplitName, data: Rows, numbers: list[int], labelled: bool = True) -> Split:
-        examples = make_examples(self.task, data, numbers)
+        reading = self._reading(data)
+        examples = make_examples(self.task, data, numbers, reading)
         unknown = [example for example in examples if example.label < 0]
         if unknown and labelled:
             column, kind = self.task.label, "label"
@@ -229,7 +246,7 @@ class Splits:
             "%s: %d of %d rows of %s are %s examples (data_seed %d)",
             self.task.name, len(numbers), len(data), data.origin, name, self.seed,
         )  # fmt: skip
-        return Split(examples, data.origin)
+        return Split(examples, data.origin, reading.describe())
 
     def _with_demonstrations(self, name: SplitName, split: Split, data: Rows) -> Split:
         """The split with few-shot demonstrations before each example: prompts and gold answers, stripped.
@@ -253,7 +270,8 @@ class Splits:
             itself = example.index if split.origin == data.origin else None
             chosen.append([row for row in permutation(len(data), seed)[: count + 1] if row != itself][:count])
         demonstrations = {}
-        for shown in make_examples(self.task, data, sorted({row for rows in chosen for row in rows})):
+        drawn = sorted({row for rows in chosen for row in rows})
+        for shown in make_examples(self.task, data, drawn, self._reading(data)):
             if shown.label < 0:
                 raise ValueError(f"{data.origin}, {shown.where}: a demonstration needs a label, and this row has none")
             demonstrations[shown.index] = (shown.prompt + shown.candidates[shown.label]).strip()
@@ -264,14 +282,32 @@ class Splits:
             if self.demonstrate_calibration and content_free is not None:
                 content_free = before + content_free
             examples.append(replace(example, prompt=before + example.prompt, calibration=content_free))
-        return Split(examples, split.origin)
+        return replace(split, examples=examples)
 
 
-def make_examples(task: Task, data: Rows, numbers: Sequence[int]) -> list[Example]:
-    """The rows at these indices as examples."""
-    names = data.names.get(task.label)
+def make_examples(task: Task, data: Rows, numbers: Sequence[int], reading: LabelReading | None = None) -> list[Example]:
+    """The rows at these indices as examples; the labels of all rows decide how they are read."""
+    reading = reading or read_labels(task, data)
     rows = zip(numbers, data.rows(numbers), strict=True)
-    return [make_example(task, row, n, data.origin, names, data.line(n)) for n, row in rows]
+    return [make_example(task, row, n, data.origin, line=data.line(n), reading=reading) for n, row in rows]
+
+
+def read_labels(task: Task, data: Rows) -> LabelReading:
+    """How the labels of a file are read, decided by all of them."""
+    return LabelReading.of(task, _cells(task, data), data.names.get(task.label, ()), data.origin)
+
+
+def _cells(task: Task, data: Rows) -> Iterator[Cell]:
+    columns = (task.label, *task.candidate_columns)
+    seen = set()
+    for index, values in enumerate(zip(*map(data.values, columns), strict=True)):
+        # The same label again, with the same candidates, says nothing new.
+        if len(columns) == 1:
+            if (label := repr(values[0])) in seen:
+                continue
+            seen.add(label)
+        where = f"{data.origin}, {data.line(index)}"
+        yield where, values[0], partial(options_of, task, dict(zip(columns, values, strict=True)), where)
 
 
 def log_leaked_examples(train: Split, dev: Split) -> None:

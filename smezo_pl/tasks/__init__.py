@@ -3,6 +3,7 @@
 from smezo_pl.tasks.builtin import MASKED, TASKS, get_task, masked_form
 from smezo_pl.tasks.custom import make_task
 from smezo_pl.tasks.example import Example, make_example
+from smezo_pl.tasks.labels import LabelReading
 from smezo_pl.tasks.task import GeneratedAnswer, ListCandidates, Loss, Source, Task
 from smezo_pl.tasks.text import ExampleError
 
@@ -12,6 +13,7 @@ __all__ = [
     "Example",
     "ExampleError",
     "GeneratedAnswer",
+    "LabelReading",
     "ListCandidates",
     "Loss",
     "Source",

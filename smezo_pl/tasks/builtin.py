@@ -6,10 +6,12 @@ from functools import partial
 
 from smezo_pl.tasks.task import MASK, GeneratedAnswer, ListCandidates, Source, Task
 
+# A mapping's order is the dataset's own, so where a file has no names a number is a position in it.
+_ordered = partial(Task, label_is=("name", "position", "text"))
 _glue = partial(Source, "nyu-mll/glue")
 _superglue = partial(Source, "aps/super_glue")
 _sentiment = partial(
-    Task,
+    _ordered,
     prompt="{sentence|strip} It was",
     candidates={"negative": " terrible", "positive": " great"},
     calibration="It was",
@@ -22,14 +24,14 @@ _CAUSAL = (
     _sentiment("demo", source=Source(dev="validation", test="test")),
     # GLUE
     _sentiment("sst2", source=_glue("sst2")),
-    Task(
+    _ordered(
         name="mnli",
         prompt='{premise}\nDoes this mean that "{hypothesis}" is true? Yes, No or Maybe?\n',
         candidates={"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"},
         calibration="",
         source=_glue("mnli", test="validation_matched"),
     ),
-    Task(
+    _ordered(
         name="qnli",
         prompt=(
             "Passage: {sentence}\nQuestion: {question|strip}\nIs it possible to answer this question"
@@ -39,7 +41,7 @@ _CAUSAL = (
         calibration="",
         source=_glue("qnli"),
     ),
-    Task(
+    _ordered(
         name="mrpc",
         prompt="{sentence1} {sentence2} " + _IS_PARAPHRASE,
         candidates={"not_equivalent": "No", "equivalent": "Yes"},
@@ -47,7 +49,7 @@ _CAUSAL = (
         calibration="",
         source=_glue("mrpc"),
     ),
-    Task(
+    _ordered(
         name="qqp",
         prompt="{question1} {question2} " + _IS_PARAPHRASE,
         candidates={"not_duplicate": "No", "duplicate": "Yes"},
@@ -57,7 +59,7 @@ _CAUSAL = (
         # A few questions of the official dataset are blank.
         may_be_empty=("question1", "question2"),
     ),
-    Task(
+    _ordered(
         name="cola",
         prompt="{sentence} This is",
         candidates={"unacceptable": " incorrect", "acceptable": " correct"},
@@ -66,14 +68,14 @@ _CAUSAL = (
         source=_glue("cola"),
     ),
     # SuperGLUE
-    Task(
+    _ordered(
         name="rte",
         prompt='{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n',
         candidates={"entailment": "Yes", "not_entailment": "No"},
         calibration="",
         source=_superglue("rte"),
     ),
-    Task(
+    _ordered(
         name="cb",
         prompt='Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
         candidates={"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"},
@@ -84,14 +86,14 @@ _CAUSAL = (
         num_train=150,
         num_dev=100,
     ),
-    Task(
+    _ordered(
         name="boolq",
         prompt="{passage} {question|question}\n",
         candidates=_NO_YES,
         calibration="",
         source=_superglue("boolq"),
     ),
-    Task(
+    _ordered(
         name="wsc",
         prompt=(
             '{text}\nIn the previous sentence, does the pronoun "{span2_text|lower}" refer to {span1_text}?'
@@ -104,7 +106,7 @@ _CAUSAL = (
         num_train=54,
         num_dev=500,
     ),
-    Task(
+    _ordered(
         name="wic",
         prompt=(
             'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n{sentence1}\n{sentence2}\n'
@@ -113,7 +115,7 @@ _CAUSAL = (
         calibration="",
         source=_superglue("wic"),
     ),
-    Task(
+    _ordered(
         name="multirc",
         prompt=(
             '{paragraph}\nQuestion: {question|strip}\nI found this answer "{answer}". Is that correct? Yes or No?\n'
@@ -124,7 +126,7 @@ _CAUSAL = (
         group=("paragraph", "question"),
         source=_superglue("multirc"),
     ),
-    Task(
+    _ordered(
         name="copa",
         prompt="{premise|no_period} {question}",
         words={"question": {"effect": "so", "cause": "because"}},
@@ -141,6 +143,7 @@ _CAUSAL = (
         prompt="{passage|bullets}\n-",
         candidates=ListCandidates("entities", text=" {query|strip}", slot="@placeholder"),
         label="answers",
+        label_is=("text",),
         objective="lm",
         metrics=("accuracy", "f1", "em"),
         calibration="-",
@@ -159,7 +162,6 @@ _CAUSAL = (
             "NUM": " Number",
         },
         label="coarse_label",
-        named_labels=True,
         metrics=("accuracy", "f1_macro"),
         calibration="Type:",
         # It has no validation split; the hub keeps a loading script beside its own conversion.
@@ -191,6 +193,7 @@ _CAUSAL = (
         ),
         objective="lm",
         label="correct",
+        label_is=("name",),
         source=Source("deepmind/aqua_rat", "raw"),
     ),
     # Generation
@@ -231,7 +234,7 @@ _MASKED_FORMS = {
 """Prompt of a task for masked language models, and a word for each of its labels in their order."""
 
 _MASKED_ONLY = (
-    Task(
+    _ordered(
         name="sst5",
         prompt="{text|strip} It was" + MASK + ".",
         candidates={
@@ -243,7 +246,7 @@ _MASKED_ONLY = (
         },
         source=Source("SetFit/sst5", test="test"),
     ),
-    Task(
+    _ordered(
         name="snli",
         prompt=_ENTAILS,
         candidates={"entailment": " Yes", "neutral": " Maybe", "contradiction": " No"},

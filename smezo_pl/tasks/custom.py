@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from smezo_pl.tasks.task import GeneratedAnswer, ListCandidates, Loss, Task, columns_in, unknown
+from smezo_pl.tasks.task import READINGS, GeneratedAnswer, ListCandidates, Loss, Reading, Task, columns_in, unknown
 
 KEYS = {
     "prompt": "text with columns in braces",
     "candidates": "a mapping from labels to texts, a list of texts, or {column: ...} for a column that holds a list",
     "target": "column of the answer that the model generates",
     "label": "column of the label, 'label' by default",
+    "label_is": "position, text or name: how the labels are read",
     "metric": "a name or a list of names",
     "objective": "classification or lm",
     "name": "the task's name",
@@ -32,7 +33,7 @@ def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
     Either ``candidates`` or ``target`` is required:
 
     - ``candidates: {0: " sports", 1: " politics"}``: for each value of the label column, the text of the answer;
-    - ``candidates: [" sports", " politics"]``: the same, the label being an index (0, 1, ...) or the text;
+    - ``candidates: [" sports", " politics"]``: the same, all labels being positions (0, 1, ...) or all texts;
     - ``candidates: [" {choice1}", " {choice2}"]`` (or a mapping): multiple choice, the texts come from columns;
     - ``candidates: {column: options}``: multiple choice, a column holds the list of texts;
     - ``target: summary``: the model generates the answer; ``answers.text`` is a field of a structured column, and a
@@ -66,6 +67,7 @@ def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
         prompt=prompt,
         candidates=candidates,
         label=str(keys.get("label", "label")),
+        label_is=_label_is(keys),
         objective=keys.get("objective", objective),
         metrics=_texts(keys, "metric", ("em", "f1") if generation else ("accuracy",)),
         words=_words(keys.get("words", {})),
@@ -104,6 +106,18 @@ def _candidates(value: Any) -> Mapping[str, str] | ListCandidates:
     if len(set(labels)) < len(labels):
         raise ValueError(f"task: two candidates have the same label, {labels}")
     return dict(zip(labels, texts, strict=True))
+
+
+def _label_is(keys: Mapping[str, Any]) -> tuple[Reading, ...]:
+    listed = not isinstance(keys.get("candidates", {}), Mapping)
+    if "label_is" not in keys:
+        return ("position", "text") if listed else ()
+    kind = keys["label_is"]
+    if kind not in READINGS or (listed and kind == "name"):
+        raise ValueError(
+            f"task: 'label_is' must be {KEYS['label_is']}, and a list of candidates has no names; got {kind!r}"
+        )
+    return (kind,)
 
 
 def _target(keys: Mapping[str, Any]) -> GeneratedAnswer:

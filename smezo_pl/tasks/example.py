@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+from smezo_pl.tasks.labels import UNKNOWN, LabelReading
 from smezo_pl.tasks.task import FILTERS, GeneratedAnswer, ListCandidates, Task, render
 from smezo_pl.tasks.text import ExampleError, as_text, is_missing
-
-UNKNOWN = -1
-"""An unknown label: hidden test sets carry it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ def make_example(
     origin: str = "row",
     label_names: Sequence[str] | None = None,
     line: str = "",
+    reading: LabelReading | None = None,
 ) -> Example:
     """Fill in the task's prompt and candidates from one row.
 
@@ -63,6 +62,7 @@ def make_example(
         origin: The file that it comes from, for errors.
         label_names: The dataset's names for the integers of its label column, if it declares them.
         line: Its line in that file, for errors; ``row <index>`` if empty.
+        reading: How the labels of its file are read; this row's label alone decides it if None.
 
     Raises:
         ExampleError: A blank text, a value that the task does not know, a label outside the task.
@@ -77,83 +77,49 @@ def make_example(
             return Example(prompt, (), UNKNOWN, (), index, line=line)
         text = render(task.candidates.text, {"answer": references[0]})
         return Example(prompt, (text,), 0, (0,), index, references[:1], references, line=line)
-    items: tuple[str, ...] = ()
+    value, options = row.get(task.label), options_of(task, row, where)
+    if reading is None:
+        reading = LabelReading.of(task, [(where, value, lambda: options)], label_names or (), origin)
+    gold = reading.gold(value, options, where)
+    kept = reading.kept(options)
+    answers = tuple(str(options[option]) for option in kept)
     texts = [render(template, values) for template in task.candidate_templates]
     if isinstance(task.candidates, ListCandidates):
-        items = _items(task.candidates, row.get(task.candidates.column), where)
-        texts = [texts[0].replace(task.candidates.slot, item) for item in items]
+        texts = [texts[0].replace(task.candidates.slot, answer) for answer in answers]
     texts = [text.rstrip(" ") for text in texts]
     for text in texts:
         if not text.strip():
             raise ExampleError(f"{where}: a candidate of task {task.name!r} is blank")
-        if texts.count(text) > 1:
+        # An option that repeats is one answer; others are not.
+        same = [answer for other, answer in zip(texts, answers, strict=True) if other == text]
+        if len(same) > 1 and (isinstance(task.candidates, Mapping) or len(set(same)) > 1):
             raise ExampleError(f"{where}: two candidates have the same text {text!r}, so no label can tell them apart")
-    answers = items or tuple(text.strip() for text in texts)
-    gold = gold_candidates(task, row.get(task.label), answers, label_names, where)
-    correct = tuple(sorted(gold))
+    trained, *_ = [kept.index(option) for option in gold if option in kept] or [UNKNOWN]
+    correct = tuple(index for index, option in enumerate(kept) if option in gold)
     return Example(
         prompt,
         tuple(texts),
-        label=gold[0] if gold else UNKNOWN,
+        label=trained,
         correct=correct,
         index=index,
         answers=answers,
-        references=tuple(answers[candidate] for candidate in correct),
+        references=tuple(dict.fromkeys(answers[candidate] for candidate in correct)),
         group=_group(task, values, row, where),
         calibration=None if task.calibration is None else render(task.calibration, values).strip(" "),
         line=line,
     )
 
 
-def gold_candidates(
-    task: Task, value: Any, answers: Sequence[str], label_names: Sequence[str] | None, where: str
-) -> list[int]:
-    """Indices of the correct candidates, the one that is trained on first; none if the label is unknown.
+def options_of(task: Task, row: Mapping[str, Any], where: str) -> list[str | None]:
+    """The texts that a row's label may be one of: the options as they stand in its list, or the task's candidates.
 
-    A label may be a name of the task's, an index as an integer or in digits, a boolean, the text of a candidate, or a
-    list of texts; null, NaN, an empty text and -1 are unknown; any other value raises an `ExampleError`. ``answers``
-    are the candidates' names, ``label_names`` what the dataset calls the integers of its label column.
+    Raises:
+        ExampleError: If a value is no text.
     """
-    labels = task.labels[: len(answers)]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of integers with an empty cell is read as floats
-    if is_missing(value) or (isinstance(value, str) and not value.strip()):
-        return []
-    if isinstance(value, (list, tuple)):
-        texts = [str(text).strip() for text in value]
-        gold = list(dict.fromkeys(answers.index(text) for text in texts if text in answers))
-        if value and not gold:
-            raise ExampleError(f"{where}: none of the answers {list(value)} in column {task.label!r} is a candidate")
-        return gold
-    name = _label_name(value, labels)
-    number = int(name) if name.removeprefix("-").isdecimal() else None
-    if number == UNKNOWN and name not in labels:
-        return []
-    if number is not None and label_names is not None and set(labels) <= set(label_names):
-        name = label_names[number] if 0 <= number < len(label_names) else name
-    elif number is not None and name not in labels:
-        if task.named_labels:
-            raise ExampleError(
-                f"{where}: column {task.label!r} holds the number {value}, but numberings of {task.name!r} differ"
-                f" between copies; it must hold, or be declared with, the names {_quoted(labels)}"
-            )
-        if 0 <= number < len(answers) and name not in answers:
-            return [number]
-    for names in (labels, answers):
-        if name in names:
-            return [names.index(name)]
-    raise ExampleError(
-        f"{where}: label {value!r} in column {task.label!r} is outside task {task.name!r},"
-        f" allowed are {_quoted(labels or answers)} or 0 to {len(answers) - 1}"
-    )
-
-
-def _label_name(value: Any, labels: Sequence[str]) -> str:
-    """The label as a text; ``true`` of JSON, YAML and CSV are one label."""
-    name = str(value).strip()
-    if name.lower() not in ("true", "false") or name in labels:
-        return name
-    return next((label for label in labels if label.lower() == name.lower()), str(int(name.lower() == "true")))
+    if isinstance(task.candidates, ListCandidates):
+        return _options(task.candidates, row.get(task.candidates.column), where)
+    values = {column: _text(task, column, row.get(column), where) for column in task.candidate_columns}
+    return [render(template, values).strip() for template in task.candidate_templates]
 
 
 def _quoted(values: Iterable[str]) -> str:
@@ -181,16 +147,11 @@ def _options(candidates: ListCandidates, value: Any, where: str) -> list[str | N
     if not isinstance(value, (list, tuple)):
         raise ExampleError(f"{where}: column {column!r} must hold a list of texts, got {str(value)[:60]!r}")
     change = FILTERS[candidates.filter or "strip"]
-    return [None if is_missing(item) else change(as_text(item, column, where)) for item in value]
-
-
-def _items(candidates: ListCandidates, value: Any, where: str) -> tuple[str, ...]:
-    items = [item for item in _options(candidates, value, where) if item is not None]
-    # Labels that name an index need every element kept.
-    distinct = tuple(items if candidates.names else dict.fromkeys(items))
+    options = [None if is_missing(item) else change(as_text(item, column, where)) for item in value]
+    distinct = tuple(dict.fromkeys(option for option in options if option is not None))
     if len(distinct) < 2:
-        raise ExampleError(f"{where}: column {candidates.column!r} must hold at least two candidates, got {distinct}")
-    return distinct
+        raise ExampleError(f"{where}: column {column!r} must hold at least two candidates, got {distinct}")
+    return options
 
 
 def _references(column: str, row: Mapping[str, Any], where: str) -> tuple[str, ...]:

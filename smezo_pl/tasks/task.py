@@ -10,6 +10,9 @@ from typing import Literal, get_args
 Loss = Literal["classification", "lm"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 
+Reading = Literal["name", "position", "text"]
+READINGS: tuple[Reading, ...] = get_args(Reading)
+
 MASK = "<mask>"
 """Marks in a prompt where a masked language model predicts the label word, whatever its tokenizer's mask is called."""
 
@@ -124,7 +127,7 @@ class Source:
 
 @dataclass(frozen=True)
 class ListCandidates:
-    """Candidates from a column that holds a list: one for each distinct element.
+    """Candidates from a column that holds a list: one for each element, or each distinct one if labels are texts.
 
     Args:
         column: The column with the list.
@@ -132,7 +135,8 @@ class ListCandidates:
         slot: The characters in the rendered ``text`` that are replaced by the element.
         filter: Name of a template filter that each element goes through first.
         names: Label values that name an element by its index (``A``, ``B``, ...). Without them a label is an element's
-            index, its text, or a list of texts that all count as correct (the first one is trained on).
+            index, counted as they stand in the list, or its text, or a list of texts that all count as correct (the
+            first one is trained on).
     """
 
     column: str
@@ -183,17 +187,17 @@ class Task:
         name: Name in the registry and of the local folder.
         prompt: Template of the prompt. Spaces at its end and white space at its start are dropped once it is filled in.
             One with ``<mask>`` is for a masked language model, which predicts the candidate there.
-        candidates: For each label value, in the dataset's own order, the template of its text; or a
-            `ListCandidates`; or a `GeneratedAnswer`.
-        label: Column of the label: the name of a label, its index, or a boolean.
+        candidates: For each label's name the template of its text; or a `ListCandidates`; or a `GeneratedAnswer`.
+        label: Column of the label.
+        label_is: How a label may be read: as a ``name``, as a ``position`` among the candidates from 0, or as the
+            ``text`` of one. Of several the file decides, see ``smezo_pl.tasks.labels``. Empty: any of them, but no
+            position where a mapping, or numbers as names, give the labels names.
         objective: ``"classification"``: cross-entropy over the candidates' mean log-probabilities. ``"lm"``: token
             cross-entropy on the gold candidate alone.
         metrics: Names of what is measured beside the loss (and the accuracy, where there are candidates), the first
             one first; see ``smezo_pl.tasks.metrics``.
         source: Where the dataset comes from; ``None`` for local files.
         words: For a column, its values in the dataset and what stands for them in the prompt.
-        named_labels: Integers in the label column mean something only together with the dataset's own label names
-            (numberings differ between copies).
         may_be_empty: Columns of the prompt that may be blank.
         group: Columns that the answers to one question share (MultiRC), for metrics over whole questions.
         calibration: Template of the content-free prompt, for calibrated scores; ``None`` where there is none.
@@ -209,11 +213,11 @@ class Task:
     prompt: str
     candidates: Mapping[str, str] | ListCandidates | GeneratedAnswer
     label: str = "label"
+    label_is: tuple[Reading, ...] = ()
     objective: Loss = "classification"
     metrics: tuple[str, ...] = ("accuracy",)
     source: Source | None = None
     words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    named_labels: bool = False
     may_be_empty: tuple[str, ...] = ()
     group: tuple[str, ...] = ()
     calibration: str | None = None
@@ -235,6 +239,11 @@ class Task:
                 f"task {self.name!r} has {MASK} in its prompt: its candidates must be a word for each label, and its"
                 f" objective 'classification', got {self.objective!r}"
             )
+        for kind in self.label_is:
+            if kind not in READINGS:
+                raise ValueError(f"label_is must be one of {', '.join(READINGS)}, got {kind!r}")
+            if self.is_generation or (kind == "name" and not self.labels):
+                raise ValueError(f"label_is {kind!r} is for labels with names, and task {self.name!r} has none")
         # Parsed now, so that a misspelled template is refused where it is written.
         _ = self.text_columns
         if self.is_generation and self.objective == "classification":
@@ -273,6 +282,28 @@ class Task:
         if isinstance(self.candidates, Mapping):
             return tuple(str(name) for name in self.candidates)
         return self.candidates.names if isinstance(self.candidates, ListCandidates) else ()
+
+    @property
+    def readings(self) -> tuple[Reading, ...]:
+        """How a label may be read, the first that fits first."""
+        if self.label_is or self.is_generation:
+            return self.label_is or ("text",)
+        if not self.labels:
+            return ("position", "text")
+        numbered = isinstance(self.candidates, Mapping) or any(map(str.isdecimal, self.labels))
+        return ("name", "text") if numbered else ("name", "position", "text")
+
+    @property
+    def names_first(self) -> bool:
+        """Whether a label that is the name of one is nothing else."""
+        return isinstance(self.candidates, Mapping) and self.readings[0] == "name"
+
+    @cached_property
+    def candidate_columns(self) -> tuple[str, ...]:
+        """The columns that the texts of the candidates come from; none where all rows have the same."""
+        if isinstance(self.candidates, ListCandidates):
+            return (self.candidates.column,)
+        return tuple(dict.fromkeys(column for text in self.candidate_templates for column in columns_in(text)))
 
     @cached_property
     def text_columns(self) -> tuple[str, ...]:

@@ -19,14 +19,14 @@ def test_labels_of_any_type_name_a_candidate() -> None:
         ("accuracy", "f1_macro"),
     )
     row = {"title": "A", "body": "B"}
-    for value in (1, "1", 1.0, " 1 ", True, "politics"):
+    for value in (1, "1", 1.0, " 1 ", "1.0", "politics"):
         example = make_example(task, {**row, "topic": value})
         assert (example.prompt, example.candidates, example.label) == ("A\nB\nTopic:", (" sports", " politics"), 1)
     for value in (None, float("nan"), "", "  ", -1, "-1"):
         assert make_example(task, {**row, "topic": value}).label == -1
 
 
-@pytest.mark.parametrize("value", [True, "True", "true", "TRUE", 1])
+@pytest.mark.parametrize("value", [True, "True", "true", "TRUE"])
 def test_booleans_of_yaml_json_and_csv_are_one_label(value: Any) -> None:
     task = make_task({"prompt": "{a}\n", "candidates": {False: "No", True: "Yes"}})
     assert task.labels == ("False", "True")
@@ -114,7 +114,7 @@ def test_bad_keys(keys: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"topic": 7}, "file, line 4: label 7 in column 'topic' is outside task 'own', allowed are '0', '1' or 0 to 1"),
+        ({"topic": 7}, "file, line 4: label 7 in column 'topic' is outside task 'own', allowed are '0', '1'"),
         ({"topic": "tennis"}, "label 'tennis' in column 'topic' is outside task 'own', allowed are '0', '1'"),
         ({"topic": 1.5}, "label 1.5 in column 'topic' is outside"),
         ({"title": " "}, "file, line 4: empty example, column 'title' holds no text"),

@@ -1,0 +1,314 @@
+"""How the labels of a file are read: as names, as positions or as texts, decided once for the whole file."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any
+
+from smezo_pl.tasks.task import ListCandidates, Reading, Task
+from smezo_pl.tasks.text import ExampleError
+
+UNKNOWN = -1
+"""An unknown label: hidden test sets carry it."""
+
+SHORT_FORMS = (
+    ("yes", "y", "true", "t"),
+    ("no", "n", "false", "f"),
+    ("positive", "pos"),
+    ("negative", "neg"),
+    ("neutral", "neu"),
+    ("entailment", "entail", "entails"),
+    ("contradiction", "contradict", "contradicts"),
+)
+"""Spellings of one name, in lower case. Those of yes and no are what truth values are matched with."""
+
+_SHORT = {spelling: group[0] for group in SHORT_FORMS for spelling in group}
+_WHOLE = re.compile(r"(0|-?[1-9][0-9]{0,17})(\.0+)?")
+
+Options = Sequence[str | None]
+"""The texts of a row's candidates as they stand in the file; None for one that is null."""
+
+Cell = tuple[str, Any, Callable[[], Options]]
+"""File and line of a label, for errors; its value; its row's options."""
+
+
+def plain(value: Any) -> Any:
+    """A cell as a whole number, a truth value, a stripped text, a tuple of texts, or None if it is empty.
+
+    ``1.0`` is 1, as a number and as a text: a column of integers with an empty cell is written so. ``02`` is a text.
+    """
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    if isinstance(value, str):
+        text = value.strip()
+        number = _WHOLE.fullmatch(text)
+        return int(number[1]) if number else text or None
+    if isinstance(value, (float, Decimal)):
+        if value != value:
+            return None
+        return int(value) if float(value).is_integer() else str(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(text.strip() if isinstance(text, str) else text for text in value) or None
+    return value
+
+
+def _folded(value: Any) -> str | None:
+    return value.strip().casefold() if isinstance(value, str) else None
+
+
+def _short(value: Any) -> str | None:
+    return ("no", "yes")[value] if isinstance(value, bool) else _SHORT.get(_folded(value) or "")
+
+
+def _raw(value: Any) -> str | None:
+    return value.strip() if isinstance(value, str) else None
+
+
+def _number(value: Any) -> int | str | None:
+    cell = plain(value)
+    return cell if isinstance(cell, str) or type(cell) is int else None
+
+
+def find(value: Any, known: Options, loose: bool) -> tuple[int, ...]:
+    """The indices of the text that a value spells: more than one where that text repeats, none if it spells no one.
+
+    It is compared as it stands, then as a number, then, if ``loose``, in lower case and by short forms; a truth value
+    by short forms alone. The first comparison that finds something decides, and two different texts are none.
+    """
+    truth = isinstance(value, bool) or _folded(value) in ("true", "false")
+    for form in (_raw, _number, *((_folded,) if loose else ()), *((_short,) if loose or truth else ())):
+        own = form(value)
+        hits = [i for i, text in enumerate(known) if own is not None and text is not None and form(text) == own]
+        if hits:
+            return tuple(hits) if len({known[i] for i in hits}) == 1 else ()
+    return ()
+
+
+@dataclass(frozen=True)
+class LabelReading:
+    """How one file's labels are read.
+
+    Attributes:
+        task: The task.
+        kinds: The readings that every label of the file allows, and that agree on each; the first one is taken.
+        declared: What the file calls the integers of its label column, if it says so.
+        codes: The same if that is what they are read as; empty if the integers themselves are.
+        origin: The file, for errors.
+    """
+
+    task: Task
+    kinds: tuple[Reading, ...]
+    declared: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
+    origin: str = ""
+
+    @classmethod
+    def of(cls, task: Task, cells: Iterable[Cell], declared: Sequence[str] = (), origin: str = "") -> "LabelReading":
+        """The reading that a file's labels allow.
+
+        Where the task has names for its labels, the first reading that a label allows is the only one. Otherwise all
+        that it allows must agree.
+
+        Args:
+            task: The task. If it leaves only one reading, ``cells`` are not looked at.
+            cells: The labels, one of each value where the candidates do not depend on the row.
+            declared: What the file calls the integers of its label column, if it says so.
+            origin: The file, for errors.
+
+        Raises:
+            ExampleError: If a label has two readings that differ, if two labels have no reading in common, or if the
+                names that the file declares do not fit the task's.
+        """
+        reading = cls(task, task.readings, origin=origin)
+        # Numbers as names of themselves say nothing.
+        if any(name != str(index) for index, name in enumerate(declared)):
+            reading = reading._with_declared(tuple(declared))
+        return replace(reading, kinds=reading._inferred(cells)) if len(reading.kinds) > 1 else reading
+
+    def _with_declared(self, declared: tuple[str, ...]) -> "LabelReading":
+        task, names, kinds = self.task, self.task.labels, self.kinds
+        fixed = not task.candidate_columns  # the candidates are those of every row
+        spelled = [find(name, names, loose=True) for name in declared]
+        numbered = [find(index, names, loose=False) for index in range(len(declared))]
+        problem, codes = "", declared
+        if "name" in kinds:
+            # The file says what its numbers are, so they are no positions.
+            kinds = tuple(kind for kind in kinds if kind != "position")
+            twice = [index for index in spelled if index and spelled.count(index) > 1]
+            if twice:
+                problem = f"two of them are {names[twice[0][0]]!r}"
+            elif not any(spelled) and any(numbered):
+                codes = ()
+            elif any(numbered) and not set(names) <= set(declared):
+                problem = "a number of the file and its name are different labels of the task"
+        elif kinds == ("position",):
+            codes = ()
+        elif fixed and len(kinds) > 1 and len(declared) != len(names):
+            problem = "a list of candidates is for as many labels"
+        if fixed and len(self.kinds) > 1 and (not codes or "position" in kinds):
+            texts = [text.strip() for text in task.candidate_templates]
+            for index, name in enumerate(declared):
+                place = numbered[index] if "name" in kinds else (index,)
+                if (text := find(name, texts, loose=True)) and text != place and not problem:
+                    told = f"{texts[place[0]]!r} by its number" if place else "no candidate by its number"
+                    problem = f"{name!r} is {texts[text[0]]!r} by its name and {told}"
+        if problem:
+            raise ExampleError(
+                f"{self.origin}: column {task.label!r} declares the labels {_quoted(declared)}, and task {task.name!r}"
+                f" has {_quoted(names)}: {problem}; write candidates: {{name: text}} with the file's names"
+                + ("" if "name" in kinds else ", or label_is: position")
+            )
+        return replace(self, kinds=kinds, declared=declared, codes=codes)
+
+    def _inferred(self, cells: Iterable[Cell]) -> tuple[Reading, ...]:
+        common, because = self.kinds, ""
+        for where, value, options in cells:
+            try:
+                golds = self._possible(value, options)
+            except ExampleError:
+                continue  # no example: refused or left out when it is made into one
+            if not any(golds.values()):
+                continue
+            label = f"{where}: label {value!r} in column {self.task.label!r}"
+            if len(set(map(frozenset, golds.values()))) > 1:
+                texts = options()
+                told = [f"as {k} it is {texts[gold[0]]!r}" if gold else f"as {k} unknown" for k, gold in golds.items()]
+                raise ExampleError(f"{label} has two readings, {', '.join(told)}; write {_ways(golds)} in the task")
+            kept = tuple(kind for kind in common if kind in golds)
+            if not kept:
+                raise ExampleError(
+                    f"{label} is a {' or '.join(golds)}, but {because}; a file's labels are read in one way: write them"
+                    f" in one way, or {_ways(self.kinds)} in the task"
+                )
+            if kept != common:
+                common, because = kept, f"{value!r} in {where} is a {' or '.join(golds)}"
+        return common
+
+    def _possible(self, value: Any, options: Callable[[], Options]) -> dict[Reading, tuple[int, ...]]:
+        """What a label is under the readings that it allows; where names come first, under the first of them."""
+        golds: dict[Reading, tuple[int, ...]] = {}
+        for kind in self.kinds:
+            # Names and positions in a mapping do not depend on the row, whose texts take time.
+            fixed = self.task.names_first and kind != "text"
+            gold = self._under(kind, value, self.task.candidate_templates if fixed else options())
+            if gold is not None:
+                golds[kind] = gold
+                if self.task.names_first:
+                    break
+        if self.task.names_first and "text" in golds and not self.codes:
+            # No name, but the text of one candidate may be the position of another.
+            rival = self._under("position", value, options())
+            golds |= {"position": rival} if rival else {}
+        return golds
+
+    def _under(self, kind: Reading, value: Any, options: Options) -> tuple[int, ...] | None:
+        """The indices of the correct options, the one that is trained on first; none if the label is unknown.
+
+        None if it cannot be read so.
+        """
+        cell = plain(value)
+        if cell is None:
+            return ()
+        if isinstance(cell, tuple):
+            texts = [find(text, options, loose=False) for text in cell if isinstance(text, str)]
+            return tuple(dict.fromkeys(i for indices in texts for i in indices)) or None if kind == "text" else None
+        known: Options = self.task.labels[: len(options)] if kind == "name" else options
+        found: tuple[int, ...]
+        if kind == "position":
+            found = (cell,) if type(cell) is int and 0 <= cell < len(options) else ()
+        elif self.codes and type(cell) is int and cell != UNKNOWN:
+            name = self.codes[cell] if 0 <= cell < len(self.codes) else None
+            found = find(name, known, loose=kind == "name" or not self.task.candidate_columns)
+        else:
+            found = find(value, known, loose=kind == "name" or not self.task.candidate_columns)
+        if not found or options[found[0]] is None:
+            return () if type(cell) is int and cell == UNKNOWN else None
+        if isinstance(self.task.candidates, ListCandidates):  # an option that repeats is one answer
+            return (found[0], *(i for i, text in enumerate(options) if text == options[found[0]] and i != found[0]))
+        return found if len(found) == 1 else None
+
+    def gold(self, value: Any, options: Options, where: str) -> tuple[int, ...]:
+        """The indices of the correct options, the one that is trained on first; none if the label is unknown.
+
+        Raises:
+            ExampleError: If the label is none of those that the task has.
+        """
+        gold = self._under(self.kinds[0], value, options)
+        if gold is None:
+            raise ExampleError(f"{where}: {self._refusal(value, options)}")
+        return gold
+
+    def _refusal(self, value: Any, options: Options) -> str:
+        task, cell = self.task, plain(value)
+        if isinstance(cell, tuple):
+            return f"none of the answers {list(value)} in column {task.label!r} is a candidate"
+        label = f"label {value!r} in column {task.label!r}"
+        texts = dict.fromkeys(text for text in options if text is not None)
+        names = task.labels[: len(options)] if "name" in self.kinds else tuple(texts)
+        if isinstance(cell, bool) or _folded(value) in ("true", "false"):
+            return (
+                f"{label} is a truth value, and none of {_quoted(names)} of task {task.name!r} says yes, no, true or"
+                " false: write a mapping, candidates: {true: TEXT, false: TEXT}"
+            )
+        allowed = [_quoted(names)] if self.kinds != ("position",) else []
+        allowed += [f"0 to {len(options) - 1}"] if "position" in self.kinds else []
+        text = f"{label} is outside task {task.name!r}, allowed are {' or '.join(allowed)}"
+        if type(cell) is not int:
+            return text
+        if self.codes:
+            return f"{text}; the file calls its labels {_quoted(self.codes)}"
+        if "position" in self.kinds or any(type(plain(name)) is int for name in names):
+            return text
+        return f"{text}; numbers need the file's own names for them, or label_is: position if it counts in this order"
+
+    def kept(self, options: Options) -> list[int]:
+        """The indices of the options that are candidates: none that is null, and if labels are texts each text once."""
+        once = self.kinds[0] == "text"
+        return [i for i, text in enumerate(options) if text is not None and not (once and text in options[:i])]
+
+    def describe(self) -> str:
+        """Which label is which candidate; empty where labels are the task's own names."""
+        task, kind = self.task, self.kinds[0]
+        if task.is_generation:
+            return ""
+        if isinstance(task.candidates, ListCandidates):
+            return f"each label is the {kind} of an option in column {task.candidates.column!r}"
+        if task.names_first and kind != "text" and all(name in task.labels for name in self.declared):
+            return ""
+        if kind == "text" and task.candidate_columns:
+            return "each label is the text of a candidate"
+        texts = task.candidate_templates
+        options = [text.strip() for text in texts]
+        own: dict[Reading, Sequence[Any]] = {"name": task.labels, "position": range(len(texts)), "text": options}
+        labels = range(len(self.declared)) if self.declared else own[kind]
+        golds = [self._under(kind, label, options) for label in labels]
+        return ", ".join(
+            f'{label} -> "{texts[gold[0]]}"' if gold else f"{label} -> no candidate"
+            for label, gold in zip(self.declared or labels, golds, strict=True)
+        )
+
+    def check_agrees(self, other: "LabelReading") -> None:
+        """Refuse two files of one task whose labels are read in different ways.
+
+        Raises:
+            ExampleError: If they are.
+        """
+        files = f"{other.origin} and {self.origin}: column {self.task.label!r} holds"
+        if not set(self.kinds) & set(other.kinds):
+            raise ExampleError(
+                f"{files} a {other.kinds[0]} in the one and a {self.kinds[0]} in the other; write the labels of a task"
+                " in one way"
+            )
+        if self.kinds[0] == "position" and self.declared and other.declared and self.declared != other.declared:
+            raise ExampleError(
+                f"{files} positions of different labels, {_quoted(other.declared)} and {_quoted(self.declared)}"
+            )
+
+
+def _ways(kinds: Iterable[Reading]) -> str:
+    return " or ".join(f"label_is: {kind}" for kind in kinds)
+
+
+def _quoted(values: Iterable[Any]) -> str:
+    return ", ".join(map(repr, values))

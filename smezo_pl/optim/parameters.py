@@ -140,6 +140,24 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of its storage that a tensor spans, and the one after the last."""
+    if tensor.numel() == 0:
+        return 0, 0
+    first = int(tensor.storage_offset()) * tensor.element_size()
+    reach = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return first, first + (reach + 1) * tensor.element_size()
+
+
+def memory_of(tensor: Tensor) -> tuple[int, int, int] | None:
+    """Address of a tensor's storage and its `extent` there; None if it has no memory."""
+    try:
+        address = tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError, ValueError):  # sparse, wrapper and lazy tensors
+        return None
+    return (address, *extent(tensor)) if address and tensor.numel() else None
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Refuse hyperparameters of a parameter group that are out of range."""
     for name in ("lr", "eps", "sparsity", "weight_decay"):

@@ -66,8 +66,7 @@ class SparseMeZO(Optimizer):
     What you must do: give the closure to `step`, put the network in ``eval()`` mode so that both forwards see the same
     function, and call `attach` with the network (recommended: weights are then never written during a forward). Without
     `attach` the whole model is perturbed in place, and brought back to the same bits from a copy of the active weights.
-    The closure runs under ``no_grad``, twice per sample, on the same batch; in the first step after `attach` it may run
-    again, while weights that are used outside their module's forward are looked for.
+    The closure runs under ``no_grad``, twice per sample, on the same batch. A forward must not write weights.
 
     References: Sparse MeZO, arXiv 2402.15751; MeZO, arXiv 2305.17333.
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from smezo_pl.optim.masks import Mask
+from smezo_pl.optim.parameters import some
+from smezo_pl.optim.perturbation.guards import refusal_of_write
 from smezo_pl.optim.perturbation.layerwise import Closure, Layerwise
 from smezo_pl.optim.perturbation.reads import ReadWatch
 from smezo_pl.optim.step import Direction, StepPerturbation
@@ -54,7 +56,7 @@ def run_forwards(
         for sign in (1.0, -1.0):
             with way.perturbed(Direction(step, sample, sign)):
                 started = perf_counter()
-                raw.append(_check_loss(way.run(closure, log_once)))
+                raw.append(_check_loss(closure()))
                 seconds += perf_counter() - started - way.write_seconds
     values = _read_losses(raw)
     return tuple(zip(values[::2], values[1::2], strict=True)), seconds, copied_bytes, way.read
@@ -82,24 +84,28 @@ class InPlace:
         """Bytes of the copies and of their packed masks."""
         return sum(part.nbytes for _, _, *parts in self._saved for part in parts)
 
-    def run(self, closure: Closure, log_once: Callable[[str], None]) -> Tensor | float:
-        """Run the closure."""
-        if not self._watched:
-            return closure()
-        # a compiled graph reads weights unseen, and torch would go on without it once it met the watch
-        with eagerly(), ReadWatch(self._watched) as watch:
-            loss = closure()
-        self.read.update(id(reading.parameter) for reading in watch.readings)
-        return loss
-
     @contextmanager
     def perturbed(self, direction: Direction) -> Iterator[None]:
-        """Inside the block the parameters are perturbed."""
+        """Inside the block the parameters are perturbed.
+
+        Raises:
+            RuntimeError: If a weight was written in the block.
+        """
+        parameters = {tensor.name: tensor.parameter for tensor, *_ in self._saved}
         try:
             for tensor, _, bits, _ in self._saved:
                 # packed, because the weights that it is judged by change
                 direction.perturb(tensor.parameter, tensor.flat, Mask("packed", bits=bits))
-            yield
+            versions = {name: parameter._version for name, parameter in parameters.items()}
+            if self._watched:
+                # a compiled graph reads weights unseen, and torch would go on without it once it met the watch
+                with eagerly(), ReadWatch(self._watched, self.read):
+                    yield
+            else:
+                yield
+            written = [name for name, parameter in parameters.items() if parameter._version != versions[name]]
+            if written:
+                raise RuntimeError(refusal_of_write(some(map(repr, written)), "in place"))
         finally:
             for tensor, kernel, bits, saved in self._saved:
                 kernel.restore(tensor.flat, bits, saved)

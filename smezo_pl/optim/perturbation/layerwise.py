@@ -7,17 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from smezo_pl.optim.parameters import some
-from smezo_pl.optim.perturbation.reads import Reading, ReadWatch
+from smezo_pl.optim.parameters import memory_of
+from smezo_pl.optim.perturbation.guards import Guards, refusal_of_write, use_count
 from smezo_pl.optim.step import Direction
 
 Closure = Callable[[], "Tensor | float"]
@@ -31,56 +29,29 @@ def _padded(numel: int) -> int:
     return -(-numel // _ALIGNMENT) * _ALIGNMENT
 
 
-class _Chunk:
-    """Memory of which buffers are taken, and released in the opposite order."""
+class _Scratch:
+    """Memory for the copies of the weights of one module, used again by the modules after it."""
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self.memory = torch.empty(numel, dtype=dtype, device=device)
-        self.address = self.memory.untyped_storage().data_ptr()
-        self.used = 0
+        self.storage = self.memory.untyped_storage()
         self._views: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
+        self._own = use_count(self.storage)
 
-    def take(self, shape: torch.Size, numel: int) -> tuple[Tensor, Tensor]:
-        """The next buffer, flat and in a shape."""
-        key = (self.used, shape)
-        views = self._views.get(key)
+    def views(self, start: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """The buffer for a tensor that begins there, flat and in its shape."""
+        views = self._views.get((start, shape))
         if views is None:  # kept: a model has few shapes, and making a view takes as long as perturbing a small tensor
             with torch.inference_mode(False):
-                flat = self.memory[self.used : self.used + numel]
-                views = self._views[key] = flat, flat.view(shape)
-        self.used += _padded(numel)
+                flat = self.memory[start : start + shape.numel()]
+                views = self._views[start, shape] = flat, flat.view(shape)
         return views
 
-
-class ScratchStack:
-    """A stack of buffers for each dtype and device.
-
-    Modules run nested, so the copy made last is released first. The stack grows to the largest sum of copies held at
-    one time, which is the largest single module when no module with parameters of its own encloses another.
-    """
-
-    def __init__(self) -> None:
-        self._chunks: dict[tuple[torch.dtype, torch.device], list[_Chunk]] = {}
-
-    def __iter__(self) -> Iterator[_Chunk]:
-        return chain.from_iterable(self._chunks.values())
-
-    def reserve(self, dtype: torch.dtype, device: torch.device, numel: int) -> None:
-        """Make the first chunk large enough for ``numel`` elements, before anything is taken."""
-        chunks = self._chunks.setdefault((dtype, device), [])
-        if not chunks or chunks[0].memory.numel() < numel:
-            chunks[:] = [_Chunk(numel, dtype, device)]
-
-    def chunk_for(self, like: Tensor, numel: int) -> _Chunk:
-        """A chunk that has so many elements left, of the dtype and on the device of ``like``."""
-        chunks, size = self._chunks.setdefault((like.dtype, like.device), []), _padded(numel)
-        for chunk in chunks:
-            if chunk.used + size <= chunk.memory.numel():
-                return chunk
-        chunks.append(_Chunk(size, like.dtype, like.device))
-        return chunks[-1]
+    def is_kept(self) -> bool:
+        """Whether somebody holds a tensor that lies in it."""
+        return use_count(self.storage) > self._own + 2 * len(self._views)
 
 
 ROW_COST = 1 << 11
@@ -89,19 +60,61 @@ ROW_COST = 1 << 11
 
 @dataclass(slots=True)
 class _Slot:
-    """Where a module keeps a parameter: ``owner._parameters[name]``."""
+    """Where a module keeps a parameter: ``owner._parameters[name]``.
+
+    Attributes:
+        owner: The module.
+        name: The parameter's name in it.
+        original: The parameter.
+        weight: The parameter that is optimized: the same, or one tied to it by its memory.
+        guard: What the slot holds during a step, outside the module's forward.
+    """
 
     owner: nn.Module
     name: str
-    parameter: nn.Parameter
+    original: nn.Parameter
+    weight: nn.Parameter
+    guard: Any = None
+
+
+_Kind = tuple[torch.dtype, torch.device]
 
 
 @dataclass(slots=True)
-class _Holding:
-    """What a running module holds perturbed."""
+class _Held:
+    """The slots that a module fills while it runs, and the copies in them.
 
+    Attributes:
+        slots: The slots.
+        places: Where the copy for each slot begins in the memory of its kind.
+        sizes: Elements of the memory of each kind.
+        hands_out: Whether copies outlived its forward the last time: then its memory is not one that others use.
+        depth: Number of its forwards that run, one within the other.
+        filled: The slots that hold copies now, and the copies.
+        memories: Their memory by kind.
+        versions: The versions of these memories once all copies were made.
+        padding_idx: Of an embedding of which only some rows are perturbed.
+    """
+
+    slots: list[_Slot] = field(default_factory=list)
+    places: list[tuple[_Kind, int]] = field(default_factory=list)
+    sizes: Counter[_Kind] = field(default_factory=Counter)
+    hands_out: bool = False
     depth: int = 0
-    taken: list[tuple[_Slot, _Chunk | None]] = field(default_factory=list)
+    filled: list[tuple[_Slot, nn.Parameter]] = field(default_factory=list)
+    memories: dict[_Kind, _Scratch] = field(default_factory=dict)
+    versions: list[int] = field(default_factory=list)
+    padding_idx: int | None = None
+
+    def place(self) -> None:
+        """Give each weight its place; again when a weight has moved."""
+        self.sizes, starts = Counter(), dict[int, tuple[_Kind, int]]()
+        for weight in (slot.weight for slot in self.slots):
+            if id(weight) not in starts:
+                kind = weight.dtype, weight.device
+                starts[id(weight)] = kind, self.sizes[kind]
+                self.sizes[kind] += _padded(weight.numel())
+        self.places = [starts[id(slot.weight)] for slot in self.slots]
 
 
 class _Hook:
@@ -125,10 +138,10 @@ class _Hook:
 class Layerwise:
     """Gives every module perturbed copies of its own parameters while it runs.
 
-    A forward pre-hook fills a scratch buffer and puts it into the module's parameter slots; a forward hook puts the
-    untouched parameters back. The weights themselves are never written, so they are exact in every dtype, and the extra
-    memory is the largest single module. A parameter that is read outside its module's forward is found by `watched`
-    and from then on held by the nearest running module that contains it.
+    A forward pre-hook fills a scratch buffer and puts it into the module's parameter slots; a forward hook takes it out
+    again. The weights themselves are never written, so they are exact in every dtype, and the extra memory is the
+    largest single module. Elsewhere, and in everything else that lies in the memory of a weight, `Guards` stand: a
+    weight that is read outside its module's forward is perturbed for that read.
 
     Args:
         module: The network. It must contain every parameter, and must not be compiled.
@@ -144,7 +157,8 @@ class Layerwise:
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self.module = module
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._slots: dict[int, list[_Slot]] = {}
+        by_memory = {_identity(parameter): parameter for parameter in parameters.values()}
+        self._held: dict[nn.Module, _Held] = {}
         for path, owner in module.named_modules():
             if type(owner).__name__ == "OptimizedModule" or owner._compiled_call_impl is not None:
                 raise ValueError(
@@ -152,114 +166,70 @@ class Layerwise:
                     "the weights it was traced with; attach the module that was compiled, or do not attach (in place)"
                 )
             for name, parameter in owner._parameters.items():
-                if parameter is not None and id(parameter) in self._names:
-                    self._slots.setdefault(id(parameter), []).append(_Slot(owner, name, parameter))
-        missing = [name for key, name in self._names.items() if key not in self._slots]
+                weight = None if parameter is None else by_memory.get(_identity(parameter))
+                if parameter is not None and weight is not None:
+                    self._held.setdefault(owner, _Held()).slots.append(_Slot(owner, name, parameter, weight))
+        self._slots = [slot for held in self._held.values() for slot in held.slots]
+        found = {id(slot.weight) for slot in self._slots}
+        missing = [name for key, name in self._names.items() if key not in found]
         if missing:
             raise ValueError(
                 f"attach: {type(module).__name__} does not hold {len(missing)} of the optimizer's {len(self._names)} "
                 f"parameters, among them {missing[0]!r}; attach the module whose parameters the optimizer was given"
             )
-        # which slots a module fills while it runs; a weight used elsewhere moves to an ancestor's list
-        self._held_by: dict[nn.Module, list[_Slot]] = {}
-        for slots in self._slots.values():
-            for slot in slots:
-                self._held_by.setdefault(slot.owner, []).append(slot)
         self._links = [(parent, name, child) for parent in module.modules() for name, child in parent._modules.items()]
-        self._holdings: dict[nn.Module, _Holding] = {}
-        self._scratch = ScratchStack()
-        self._reserved = False
+        self._scratch: dict[_Kind, list[_Scratch]] = {}
         self._direction: Direction | None = None
-        self._watch: ReadWatch | None = None
-        self._handles: dict[nn.Module, tuple[RemovableHandle, RemovableHandle]] = {}
-        self._watched_once = False
         self.read: set[int] = set()
+        self._guards = Guards(parameters, [slot.original for slot in self._slots], self.read)
         self.write_seconds = 0.0
-        for owner in self._held_by:
-            self._hook(owner)
+        self._handles: list[RemovableHandle] = []
+        for owner in self._held:
+            self._handles.append(owner.register_forward_pre_hook(_Hook(self, "_enter")))
+            self._handles.append(owner.register_forward_hook(_Hook(self, "_leave"), always_call=True))
 
     def detach(self) -> None:
         """Remove every hook."""
-        for handles in self._handles.values():
-            for handle in handles:
-                handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._handles.clear()
 
     def extra_bytes(self) -> int:
-        """Bytes of scratch allocated so far."""
-        return sum(chunk.memory.nbytes for chunk in self._scratch)
+        """Bytes of scratch kept for the next forward."""
+        return sum(scratch.memory.nbytes for of_kind in self._scratch.values() for scratch in of_kind)
 
     @contextmanager
     def perturbed(self, direction: Direction) -> Iterator[None]:
-        """Forwards inside the block run on the copies that ``direction`` makes."""
-        self._check_structure()
-        if not self._reserved:
-            self._reserve()
-        self._direction, self.write_seconds = direction, 0.0
-        try:
-            yield
-        finally:
-            self._direction = None
-            self._put_all_back()
-
-    def run(self, closure: Closure, log_once: Callable[[str], None]) -> Tensor | float:
-        """Run the closure inside `perturbed`: the first time again and again, until no weight is read unperturbed.
+        """Forwards inside the block run on the copies that ``direction`` makes.
 
         Raises:
-            RuntimeError: If no running module can hold a weight that is read.
+            RuntimeError: If a module or parameter was replaced since `attach`, or a forward writes a weight.
         """
-        while not self._watched_once:
-            self._watch = ReadWatch(slots[0].parameter for slots in self._slots.values())
-            try:
-                with self._watch.active():
-                    loss = closure()
-            finally:
-                readings, self._watch = self._watch.readings, None
-            if not readings:
-                self._watched_once = True
-                return loss
-            held = some([self._hold(reading) for reading in readings])
-            log_once(f"attach: weights used outside their module's forward, held by an enclosing module: {held}")
-        return closure()
-
-    def _hold(self, reading: Reading) -> str:
-        """Let an ancestor hold a weight that was read unperturbed, from now on; its name."""
-        name, slots = self._names[id(reading.parameter)], self._slots[id(reading.parameter)]
-        owners, contained = {slot.owner for slot in slots}, set(self.module.modules())
-        running = (module for module in reversed(reading.running) if module in contained)
-        holder = next((module for module in running if not owners.isdisjoint(module.modules())), None)
-        if holder is None or any(s.parameter is reading.parameter for s in self._held_by.get(holder, ())):
+        self._check_structure()
+        if self._guards.refresh():
+            for held in self._held.values():
+                held.place()
+            for slot in self._slots:
+                slot.guard = self._guards[slot.original]
+        self._direction, self.write_seconds, replaced = direction, 0.0, list[_Slot]()
+        try:
+            with self._guards.standing(direction):
+                for slot in self._slots:
+                    slot.owner._parameters[slot.name] = slot.guard
+                yield
+        finally:
+            self._direction = None
+            for held in self._held.values():
+                self._empty(held)
+            for slot in self._slots:
+                if slot.owner._parameters.get(slot.name) is not slot.guard:
+                    replaced.append(slot)
+                slot.owner._parameters[slot.name] = slot.original
+        if replaced:
             raise RuntimeError(
-                f"parameter {name!r} is read by {reading.operator} outside the forward of any module that holds "
-                "it, so a layer-by-layer perturbation would miss it; use the in-place perturbation (do not call "
-                "attach) or leave the parameter out with exclude"
+                f"a forward puts another tensor in the place of parameter {self._names[id(replaced[0].weight)]!r}; "
+                "leave the parameter out with exclude"
             )
-        inside = set(holder.modules())
-        for slot in slots:
-            if slot.owner in inside:
-                self._held_by[slot.owner] = [s for s in self._held_by.get(slot.owner, []) if s is not slot]
-        self._reserved = False
-        self._held_by.setdefault(holder, []).extend(slot for slot in slots if slot.owner in inside)
-        self._hook(holder)
-        return name
-
-    def _hook(self, module: nn.Module) -> None:
-        if module not in self._handles:
-            self._handles[module] = (
-                module.register_forward_pre_hook(_Hook(self, "_enter")),
-                module.register_forward_hook(_Hook(self, "_leave"), always_call=True),
-            )
-
-    def _reserve(self) -> None:
-        self._reserved = True
-        largest: Counter[tuple[torch.dtype, torch.device]] = Counter()
-        for slots in self._held_by.values():
-            sizes: Counter[tuple[torch.dtype, torch.device]] = Counter()
-            for parameter in {id(slot.parameter): slot.parameter for slot in slots}.values():
-                sizes[parameter.dtype, parameter.device] += _padded(parameter.numel())
-            largest |= sizes  # the greater of each
-        for (dtype, device), size in largest.items():
-            self._scratch.reserve(dtype, device, size)
 
     def _check_structure(self) -> None:
         for parent, name, child in self._links:
@@ -267,42 +237,37 @@ class Layerwise:
                 raise RuntimeError(
                     f"module {name!r} of {type(parent).__name__} was replaced after attach; call attach again"
                 )
-        for slots in self._slots.values():
-            for slot in slots:
-                if slot.owner._parameters.get(slot.name) is not slot.parameter:
-                    raise RuntimeError(
-                        f"parameter {self._names[id(slot.parameter)]!r} was replaced in its module after attach; "
-                        "build the optimizer again from the current parameters"
-                    )
+        for slot in self._slots:
+            if slot.owner._parameters.get(slot.name) is not slot.original:
+                raise RuntimeError(
+                    f"parameter {self._names[id(slot.weight)]!r} was replaced in its module after attach; "
+                    "build the optimizer again from the current parameters"
+                )
 
     def _enter(self, module: nn.Module, args: Any) -> Any:
-        direction = self._direction
-        if direction is None:
+        if self._direction is None:
             return None
-        holding = self._holdings.setdefault(module, _Holding())
-        holding.depth += 1
-        if holding.depth > 1:
+        held = self._held[module]
+        held.depth += 1
+        if held.depth > 1:
             return None
-        if self._watch is not None:
-            self._watch.paused = True
-        started = perf_counter()
-        if type(module) is nn.Embedding and (rows := self._rows(module, args)) is not None:
-            args = (self._enter_rows(holding, self._held_by[module][0], rows, direction),)
-        else:
-            args = None
-            self._enter_whole(holding, module, direction)
+        started, result = perf_counter(), None
+        self._guards.forget_copies()
+        with torch._C.DisableTorchFunctionSubclass():
+            if type(module) is nn.Embedding and (rows := self._rows(module, held, args)) is not None:
+                result = (self._fill_rows(module, held, rows),)
+            else:
+                self._fill(held)
         self.write_seconds += perf_counter() - started
-        if self._watch is not None:
-            self._watch.paused = False
-        return args
+        return result
 
-    def _rows(self, module: nn.Embedding, args: Any) -> tuple[Tensor, Tensor] | None:
+    def _rows(self, module: nn.Embedding, held: _Held, args: Any) -> tuple[Tensor, Tensor] | None:
         """The rows of an embedding that a batch looks up, and the batch counted in them, where that saves work."""
-        slots, weight = self._held_by[module], module.weight
-        plain = len(slots) == 1 and slots[0].parameter is weight and len(args) == 1 and isinstance(args[0], Tensor)
+        weight = module.weight
+        plain = len(held.slots) == 1 and held.slots[0].guard is weight and len(args) == 1
         # any other pre-hook could look at the weight or the indices; unique() would make a GPU wait for the host
         alone = len(module._forward_pre_hooks) == 1 and module.max_norm is None and weight.device.type == "cpu"
-        if not (plain and alone) or weight.shape[1] % 8:
+        if not (plain and alone and isinstance(args[0], Tensor)) or weight.shape[1] % 8:
             return None
         rows, inverse = torch.unique(args[0], return_inverse=True)
         if rows.numel() == 0 or rows.numel() * ROW_COST >= weight.numel():
@@ -310,67 +275,78 @@ class Layerwise:
         # an index out of range is left to the embedding's own error
         return None if rows[0] < 0 or rows[-1] >= weight.shape[0] else (rows, inverse)
 
-    def _enter_rows(self, holding: _Holding, slot: _Slot, rows: tuple[Tensor, Tensor], direction: Direction) -> Tensor:
-        table = torch.empty(rows[0].numel(), slot.parameter.shape[1], dtype=slot.parameter.dtype)
-        direction.perturb_rows(slot.parameter, rows[0], table)
-        holding.taken.append((slot, None))
-        self.read.add(id(slot.parameter))
-        slot.owner._parameters[slot.name] = nn.Parameter(table, requires_grad=slot.parameter.requires_grad)
+    def _fill_rows(self, module: nn.Embedding, held: _Held, rows: tuple[Tensor, Tensor]) -> Tensor:
+        assert self._direction is not None
+        weight = held.slots[0].weight
+        table = torch.empty(rows[0].numel(), weight.shape[1], dtype=weight.dtype)
+        self._direction.perturb_rows(weight, rows[0], table)
+        # the table is too short for its number, which matters to gradients alone
+        held.padding_idx, module.padding_idx = module.padding_idx, None
+        self._put(held, held.slots[0], nn.Parameter(table, requires_grad=held.slots[0].original.requires_grad))
         return rows[1]
 
-    def _enter_whole(self, holding: _Holding, module: nn.Module, direction: Direction) -> None:
-        copies: dict[int, nn.Parameter] = {}
-        for slot in self._held_by[module]:
-            if slot.owner._parameters[slot.name] is not slot.parameter:
-                continue  # an enclosing module holds it already
-            parameter, chunk = slot.parameter, None
-            copy = copies.get(id(parameter))
-            if copy is None:
-                numel = parameter.numel()
-                chunk = self._scratch.chunk_for(parameter, numel)
-                flat, buffer = chunk.take(parameter.shape, numel)
-                direction.perturb(parameter, flat)
-                # torch.matmul folds or not by requires_grad, also under no_grad: the copy must look like the original
-                copy = copies[id(parameter)] = nn.Parameter(buffer, requires_grad=parameter.requires_grad)
-            holding.taken.append((slot, chunk))
-            self.read.add(id(parameter))
-            slot.owner._parameters[slot.name] = copy
+    def _fill(self, held: _Held) -> None:
+        assert self._direction is not None
+        for kind, numel in held.sizes.items():
+            held.memories[kind] = self._take(kind, numel, held.hands_out)
+        done: set[tuple[_Kind, int]] = set()
+        for slot, (kind, start) in zip(held.slots, held.places, strict=True):
+            if slot.owner._parameters[slot.name] is not slot.guard:
+                continue  # as in torch.func.functional_call
+            flat, buffer = held.memories[kind].views(start, slot.weight.shape)
+            if (kind, start) not in done:
+                self._direction.perturb(slot.weight, flat)
+                done.add((kind, start))
+            # torch.matmul folds or not by requires_grad, also under no_grad: the copy must look like the original
+            self._put(held, slot, nn.Parameter(buffer, requires_grad=slot.original.requires_grad))
+        held.versions = [scratch.memory._version for scratch in held.memories.values()]
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        holding = self._holdings.get(module)
-        if holding is None or holding.depth == 0:
-            return None
-        holding.depth -= 1
-        if holding.depth:
-            return None
-        if holding.taken:
-            output = self._own_memory(output)
-        self._put_back(holding)
-        return output
+    def _put(self, held: _Held, slot: _Slot, copy: nn.Parameter) -> None:
+        held.filled.append((slot, copy))
+        slot.owner._parameters[slot.name] = copy
+        self.read.add(id(slot.weight))
 
-    def _put_back(self, holding: _Holding) -> None:
-        while holding.taken:
-            slot, chunk = holding.taken.pop()
-            slot.owner._parameters[slot.name] = slot.parameter
-            if chunk is not None:
-                chunk.used -= _padded(slot.parameter.numel())
+    def _take(self, kind: _Kind, numel: int, alone: bool) -> _Scratch:
+        """Memory for so many elements: the last that was given back, which a larger one replaces if it is too small."""
+        free = self._scratch.setdefault(kind, [])
+        scratch = free.pop() if free and not alone else None
+        if scratch is None or scratch.memory.numel() < numel:
+            del scratch
+            scratch = _Scratch(numel, *kind)
+        return scratch
 
-    def _put_all_back(self) -> None:
-        for holding in self._holdings.values():
-            self._put_back(holding)
-        self._holdings.clear()
-        for chunk in self._scratch:
-            chunk.used = 0
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        held = self._held[module]
+        held.depth -= held.depth > 0
+        if held.depth == 0:
+            self._empty(held)
 
-    def _own_memory(self, output: Any) -> Any:
-        """The output with a copy of whatever lies in the scratch: a module may return a weight, or a view of one."""
-        addresses = [chunk.address for chunk in self._scratch]
+    def _empty(self, held: _Held) -> None:
+        """Take the copies of a module out of its slots, and give its memory back if nobody holds a part of it."""
+        written = [s.memory._version for s in held.memories.values()] != held.versions
+        held.depth, held.versions = 0, []
+        owner, weights = held.slots[0].owner, [slot.weight for slot, _ in held.filled]
+        while held.filled:
+            slot, copy = held.filled.pop()
+            if slot.owner._parameters.get(slot.name) is copy:
+                slot.owner._parameters[slot.name] = slot.guard
+            del copy
+        if held.padding_idx is not None:
+            owner.padding_idx, held.padding_idx = held.padding_idx, None  # type: ignore[assignment]
+        held.hands_out = False
+        for kind, scratch in held.memories.items():
+            if scratch.is_kept():
+                held.hands_out = True
+                places = [(s.weight, start) for s, (k, start) in zip(held.slots, held.places, strict=True) if k == kind]
+                copies = [(scratch.views(start, weight.shape)[1], weight) for weight, start in places]
+                self._guards.keep(scratch.storage, copies)
+            else:
+                self._scratch[kind].append(scratch)
+        held.memories.clear()
+        if written:
+            raise RuntimeError(refusal_of_write(self._guards.names_of(weights), f"in {type(owner).__name__}.forward"))
 
-        def owned(value: Tensor) -> Tensor:
-            try:
-                address = value.untyped_storage().data_ptr()
-            except (RuntimeError, NotImplementedError):
-                return value
-            return value.clone() if address in addresses else value
 
-        return owned(output) if isinstance(output, Tensor) else tree_map_only(Tensor, owned, output)
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors share that are one memory, read alike."""
+    return memory_of(tensor) or id(tensor), tensor.shape, tensor.stride(), tensor.dtype

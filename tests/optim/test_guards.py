@@ -1,0 +1,300 @@
+"""Wherever a forward reads a weight, it reads it perturbed: layer by layer gives the losses of in place."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smezo_pl.optim import SparseMeZO
+from tests.optim.networks import Attention, FunctionalHead
+
+
+class Net(nn.Module):
+    """Two layers. Inputs of more than eight positions take the path that a subclass defines in `long`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(16, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x)).mean(1)
+        return self.head(h if x.shape[1] <= 8 else self.long(h))
+
+    def long(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.a.weight)
+
+
+class Twice(Net):
+    def long(self, h: Tensor) -> Tensor:
+        w, b = self.a.weight, self.a.bias
+        return F.linear(torch.addmm(b, h, w.t()), w[:, :8].repeat(1, 2)) + torch.stack([b, b]).sum(0) + w.reshape(-1)[3]
+
+
+class InAList(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [self.a.weight]
+
+    def long(self, h: Tensor) -> Tensor:
+        return h @ self.kept[0] + torch.cat(self.kept).sum(0)
+
+
+class Partial(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.long = functools.partial(F.linear, weight=self.a.weight, bias=self.a.bias)
+
+
+class Closure(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        weight = self.a.weight
+        self.long = lambda h: h @ weight
+
+
+class StaleView(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.views = {"t": self.a.weight.detach().t(), "data": self.a.weight.data, "row": self.a.weight[3]}
+
+    def long(self, h: Tensor) -> Tensor:
+        return h @ self.views["t"] + h @ self.views["data"] + self.views["row"]
+
+
+class BufferView(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("view", self.a.weight.detach().t())
+
+    def long(self, h: Tensor) -> Tensor:
+        return h @ self.view
+
+
+class FlatBuffer(Net):
+    """A vector of all weights, of which the parameters are views with gaps between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, start = torch.linspace(-0.3, 0.3, 400), 8
+        for parameter in self.parameters():
+            parameter.data = self.flat[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel() + 8
+
+    def long(self, h: Tensor) -> Tensor:
+        return h @ self.flat[:256].view(16, 16) + self.flat.sum()
+
+
+class LazyView(Net):
+    """A view of a weight that the first forward makes and later ones use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "view"):
+            self.view = self.a.weight.t()
+        return super().forward(x)
+
+    def long(self, h: Tensor) -> Tensor:
+        return h @ self.view
+
+
+class LazyInside(Net):
+    class Keeps(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "view"):
+                self.view = self.weight.t()
+            return super().forward(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.Keeps(16, 16)
+
+    def long(self, h: Tensor) -> Tensor:
+        return h @ self.a.view
+
+
+@dataclasses.dataclass
+class Parts:
+    weight: Tensor
+
+
+class Handed(Net):
+    """A module that hands its weight out in an object, which the batch that follows overwrites if it is not kept."""
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.linspace(-0.2, 0.3, 256).view(16, 16))
+
+        def forward(self) -> Parts:
+            return Parts(self.weight.t())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holder = self.Holder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.holder()
+        return self.head(torch.tanh(self.a(x).mean(1)) @ parts.weight)
+
+
+class Recurrent(Net):
+    """`nn.LSTM` keeps its parameters in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.lstm(x)[0])
+
+
+class Parameters(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(torch.full((16,), 0.1 * n) for n in range(3))
+
+    def long(self, h: Tensor) -> Tensor:
+        return h * torch.stack(list(self.parts)).sum(0)
+
+
+class Encoder(Net):
+    """`nn.TransformerEncoderLayer` has a path of its own for inference, which runs no submodule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.encoder(x))
+
+
+class OldNorm(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.utils.spectral_norm(self.a)
+
+
+class Functional(Net):
+    def long(self, h: Tensor) -> Tensor:
+        return torch.func.functional_call(self.a, dict(self.a.named_parameters()), h)
+
+
+class Copied(Net):
+    def long(self, h: Tensor) -> Tensor:
+        states = [copy.deepcopy(self.a).state_dict(), pickle.loads(pickle.dumps(self.a.weight)), self.state_dict()]
+        values = [states[0]["weight"], states[1], states[2]["a.weight"], torch.tensor(self.a.weight.tolist())]
+        return h @ sum(values) + torch.from_numpy(self.a.weight.detach().numpy()).sum(0)
+
+
+def losses(kind: type[nn.Module], attach: bool, batches: list[Tensor], between: Callable[..., None] | None = None):
+    """The losses of a step on each batch."""
+    torch.manual_seed(0)
+    model = kind().eval()
+    optimizer, found = SparseMeZO(model.named_parameters(), lr=0.0, eps=1e-2), []
+    if attach:
+        optimizer.attach(model)
+    for batch in batches:
+        optimizer.step(lambda batch=batch: model(batch).square().sum())
+        found.append(optimizer.last_step.losses)
+        if between is not None:
+            between(model, batch)
+    return found
+
+
+KINDS = [Net, Twice, InAList, Partial, Closure, StaleView, BufferView, FlatBuffer, LazyView, LazyInside, Handed]
+KINDS += [Recurrent, Parameters, Encoder, OldNorm, Functional, Copied]
+BATCHES = [torch.randn(4, length, 16, generator=torch.Generator().manual_seed(length)) for length in (5, 9, 12)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_by_layer_gives_the_losses_of_in_place(kind):
+    assert losses(kind, True, BATCHES) == losses(kind, False, BATCHES)
+
+
+@pytest.mark.parametrize("kind", [FunctionalHead, Attention])
+def test_so_does_a_model_of_tokens(kind):
+    ids = [torch.randint(0, 11, (2, 6), generator=torch.Generator().manual_seed(0))]
+    assert losses(kind, True, ids) == losses(kind, False, ids)
+
+
+def test_a_view_that_an_evaluation_makes_between_two_steps():
+    def evaluate(model: nn.Module, batch: Tensor) -> None:
+        model.view = model.a.weight.t()
+
+    class Evaluated(Net):
+        def long(self, h: Tensor) -> Tensor:
+            return h @ self.view
+
+    expected = losses(Evaluated, False, BATCHES, evaluate)
+    assert losses(Evaluated, True, BATCHES, evaluate) == expected
+
+
+def test_what_is_kept_past_a_step_reads_the_weights_as_they_are():
+    model, seen = Net().eval(), []
+    optimizer = SparseMeZO(model.named_parameters(), lr=1e-2)
+    optimizer.attach(model)
+    model.register_forward_pre_hook(lambda *_: seen.append((model.a.weight, model.a.weight.t())))
+    for batch in BATCHES:
+        optimizer.step(lambda batch=batch: model(batch).sum())
+    for weight, view in seen:
+        assert torch.equal(weight, model.a.weight) and torch.equal(view, model.a.weight.t())
+    assert type(model.a.weight) is nn.Parameter
+
+
+def test_a_weight_read_outside_every_module_is_perturbed():
+    found = []
+    for attach in (True, False):
+        torch.manual_seed(0)
+        model = Net().eval()
+        optimizer, weight = SparseMeZO(model.named_parameters(), lr=0.0), model.a.weight
+        if attach:
+            optimizer.attach(model)
+        optimizer.step(lambda model=model, weight=weight: model(BATCHES[0]).sum() + weight.square().sum())
+        found.append(optimizer.last_step.losses)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("write", ["slot", "data", "view", "kept"])
+def test_a_weight_cannot_be_written_outside_its_module(write, inference):
+    class Writes(InAList):
+        def long(self, h: Tensor) -> Tensor:
+            weight = {"kept": self.kept[0], "data": self.a.weight.data, "view": self.a.weight.detach().t()[1:]}
+            weight.get(write, self.a.weight).clamp_(-1, 1)
+            return h
+
+    model = Writes().eval()
+    optimizer = SparseMeZO(model.named_parameters())
+    optimizer.attach(model)
+    before = model.a.weight.detach().clone()
+    with (
+        torch.inference_mode(inference),
+        pytest.raises(RuntimeError, match=r"a forward writes 'a.weight' \(aten.clamp_"),
+    ):
+        optimizer.step(lambda: model(BATCHES[1]).sum())
+    assert torch.equal(model.a.weight, before)
+
+
+def test_an_address_outside_the_forward_is_refused_by_name():
+    model = Net().eval()
+    optimizer = SparseMeZO(model.named_parameters())
+    optimizer.attach(model)
+    with pytest.raises(RuntimeError, match="the address of parameter 'a.weight' is taken outside the forward"):
+        optimizer.step(lambda: model(BATCHES[0]).sum() + model.a.weight.data_ptr())
+
+
+def test_a_step_inside_the_closure_of_another_is_refused():
+    model, other = Net().eval(), Net().eval()
+    optimizers = [SparseMeZO(net.named_parameters()) for net in (model, other)]
+    for optimizer, net in zip(optimizers, (model, other), strict=True):
+        optimizer.attach(net)
+    with pytest.raises(RuntimeError, match="inside the closure of another"):
+        optimizers[0].step(lambda: model(BATCHES[0]).sum() + optimizers[1].step(lambda: other(BATCHES[0]).sum()))

@@ -56,9 +56,15 @@ def main(args: Sequence[str] | None = None) -> None:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         mistakes = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError)
         on_purpose = raised_in.is_relative_to(Path(__file__).parent) and not isinstance(error, mistakes)
+        resume = getattr(error, "resume_command", None)
         if os.environ.get("SMEZO_TRACEBACK") or not on_purpose:
-            raise
-        print(f"smezo: error: {error}\n(SMEZO_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+            if resume is None:
+                raise
+            traceback.print_exc()
+        else:
+            print(f"smezo: error: {error}\n(SMEZO_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+        if resume is not None:
+            print(f"to resume:\n{resume}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -13,7 +13,6 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from smezo_pl.callbacks import (
@@ -27,8 +26,10 @@ from smezo_pl.callbacks import (
 )
 from smezo_pl.callbacks.common import RunProgressBar
 from smezo_pl.data import PromptDataModule
+from smezo_pl.interrupts import Interrupts, command, resume_command
 from smezo_pl.module import SparseMeZOModule
 from smezo_pl.optim import SparseMeZO
+from smezo_pl.run_folder import RunLogger, find_checkpoint, held
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class SmezoCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         if given["logger"] in (None, True):
             name = self._get(self.config_init, "name") or self._get(self.config_init, "data").task.name
-            kwargs["logger"] = TensorBoardLogger("runs", name=name, default_hp_metric=False)
+            kwargs["logger"] = RunLogger("runs", name=name, default_hp_metric=False)
         callbacks = given["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         default = DEFAULT_CALLBACKS[self.subcommand or "fit"]
@@ -151,6 +152,42 @@ class SmezoCLI(LightningCLI):
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RunProgressBar())
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it in a folder of its own, with the checkpoint that is meant; the last line says how to resume."""
+        checkpoint, fit = self._checkpoint(subcommand), subcommand == "fit"
+        folder = None
+        with Interrupts(graceful=fit and self.trainer.world_size == 1) as interrupts:
+            try:
+                with held(self.trainer, checkpoint, fit=fit) as folder:
+                    super()._run_subcommand(subcommand)
+            except BaseException as error:
+                resume = resume_command(self.trainer, folder, checkpoint) if fit else None
+                if interrupts.received is None or not isinstance(error, KeyboardInterrupt | SystemExit):
+                    error.__dict__["resume_command"] = resume  # `smezo_pl.__main__` prints it after the error
+                    raise
+                if resume:
+                    print(f"stopped at step {self.trainer.global_step}; to resume:\n{resume}", file=sys.stderr)
+                raise SystemExit(128 + interrupts.received) from None
+
+    def _checkpoint(self, subcommand: str) -> str | None:
+        """Replace ``--ckpt_path`` by the file that is meant, say which weights are used; ends with status 2 without."""
+        given = self.config[subcommand].get("ckpt_path")
+        if given is not None:
+            try:
+                file = find_checkpoint(str(given), self.trainer)
+            except ValueError as error:
+                self.parser.exit(2, f"smezo: error: {error}\n")
+            self.config[subcommand]["ckpt_path"] = self.config_init[subcommand]["ckpt_path"] = file
+            log.info("checkpoint: %s", file)
+            return file
+        if subcommand != "fit":
+            log.info("no --ckpt_path: the weights are as pretrained")
+            for config in self.config[subcommand].get("config") or ():
+                beside = Path(config).parent / "checkpoints"
+                for trained in (path for name in ("best", "last") if (path := beside / f"{name}.ckpt").is_file()):
+                    log.warning("the run's trained weights: %s", command(subcommand, Path(config), trained))
+        return None
 
 
 def build(config: str | Path | dict[str, Any] | None = None, *overrides: str, run: bool = False) -> SmezoCLI:

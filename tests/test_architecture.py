@@ -26,7 +26,9 @@ ALLOWED = {
     "methods": {"optim", "data", "models", "scoring"},
     "module": {"optim", "tasks", "data", "scoring", "models", "methods", "strategies", "trajectory"},
     "callbacks": {"optim", "data", "scoring", "trajectory"},
-    "cli": {"optim", "data", "module", "callbacks"},
+    "run_folder": {"callbacks", "trajectory"},
+    "interrupts": set(),
+    "cli": {"optim", "data", "module", "callbacks", "run_folder", "interrupts"},
     "commands": {"optim", "data", "models", "methods", "module", "trajectory", "callbacks", "cli", "scoring", "tasks"},
     "__main__": {"commands"},
 }

@@ -68,7 +68,7 @@ class WeightCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.best_step: int | None = None
-        self._given_folder = dirpath
+        self.given_folder = dirpath
         self._recorder: Recorder | None = None
 
     @property
@@ -101,7 +101,7 @@ class WeightCheckpoint(ModelCheckpoint):
         """Find the folder, and let the Trainer read and write checkpoints without weights."""
         # not `ModelCheckpoint.setup`, which warns of the files of the run that is resumed
         resume.install(trainer)
-        self._folder = run_folder(trainer) if self._given_folder is None else Path(self._given_folder).absolute()
+        self._folder = run_folder(trainer) if self.given_folder is None else Path(self.given_folder).absolute()
         self.dirpath = str(self._folder / "checkpoints")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,6 +118,7 @@ class WeightCheckpoint(ModelCheckpoint):
             # second resume from an epoch's last batch would then count one epoch too few.
             progress.completed = progress.processed
             progress.ready = progress.started = progress.processed + 1
+        # A resume makes up for no validation: where one is due, a signal leaves the checkpoint of an earlier step.
         validates_now = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         if self._is_due(trainer) and not validates_now and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, {})
@@ -148,7 +149,10 @@ class WeightCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, {})
 
     def _is_due(self, trainer: Trainer) -> bool:
-        return trainer.global_step % self._every_n_train_steps == 0 or trainer.global_step == trainer.max_steps
+        if trainer.global_step == trainer.max_steps:  # then in `on_train_end`, after the last measurement: a resume
+            return False  # from there would train nothing and so measure nothing
+        stops = trainer.received_sigterm and trainer.world_size == 1  # a save waits for all processes
+        return stops or trainer.global_step % self._every_n_train_steps == 0
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if filepath == self.best_model_path:
@@ -257,7 +261,7 @@ class SeedCheckpoint(WeightCheckpoint):
         self.teardown(trainer, pl_module, "fit")
 
     def _is_due(self, trainer: Trainer) -> bool:
-        return super()._is_due(trainer) or trainer.is_last_batch
+        return super()._is_due(trainer) or (trainer.is_last_batch and trainer.global_step != trainer.max_steps)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         step, every = trainer.global_step, self.anchor_every_n_steps

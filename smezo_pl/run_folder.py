@@ -129,8 +129,8 @@ def held(trainer: Trainer, checkpoint: str | None, *, fit: bool) -> Iterator[Pat
         for path in (
             dict.fromkeys([folder, *(Path(c.given_folder) for c in callbacks if c.given_folder)]) if fit else ()
         ):
-            path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(closing(WriterLock(path / "run", path)))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(closing(WriterLock(path.absolute())))  # beside the folder: loggers want it empty
             _refuse_another_run(path, checkpoint)
         try:
             yield folder

@@ -33,9 +33,6 @@ class Ends(Callback):
             signal.raise_signal(getattr(signal, self.kind))
 
 
-STEPS = "--trainer.max_steps=7"
-
-
 def fit(model: Path, *more: str) -> None:
     script.main(
         words(
@@ -137,17 +134,6 @@ def test_predict_ends_at_once(kind: str, status: int, tiny_folder: Path, here: P
         script.main(words("predict", tiny_folder, ending(0, kind, "on_predict_batch_start")))
     assert stop.value.code == status
     assert not here.exists() or not list(here.rglob("*"))
-
-
-def test_a_resume_makes_up_for_the_last_measurement(
-    tiny_folder: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(SystemExit):
-        fit(tiny_folder, ending(6, "SIGTERM", "on_validation_start"), "--trainer.max_steps=6")
-    monkeypatch.setenv("RESUMED", "1")
-    script.main(shlex.split(capsys.readouterr().err.splitlines()[-1])[-5:])
-    metrics = json.loads((here / "demo" / "version_1" / "metrics.json").read_text())
-    assert metrics["steps"] == 6 and [point["step"] for point in metrics["curve"]["held_out"]] == [0, 3, 6]
 
 
 def test_a_run_without_checkpoints_has_no_such_line(

@@ -149,10 +149,8 @@ class WeightCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, {})
 
     def _is_due(self, trainer: Trainer) -> bool:
-        if trainer.global_step == trainer.max_steps:  # then in `on_train_end`, after the last measurement: a resume
-            return False  # from there would train nothing and so measure nothing
         stops = trainer.received_sigterm and trainer.world_size == 1  # a save waits for all processes
-        return stops or trainer.global_step % self._every_n_train_steps == 0
+        return stops or trainer.global_step % self._every_n_train_steps == 0 or trainer.global_step == trainer.max_steps
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if filepath == self.best_model_path:
@@ -261,7 +259,7 @@ class SeedCheckpoint(WeightCheckpoint):
         self.teardown(trainer, pl_module, "fit")
 
     def _is_due(self, trainer: Trainer) -> bool:
-        return super()._is_due(trainer) or (trainer.is_last_batch and trainer.global_step != trainer.max_steps)
+        return super()._is_due(trainer) or trainer.is_last_batch
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         step, every = trainer.global_step, self.anchor_every_n_steps

@@ -216,8 +216,8 @@ class WriterLock:
     of this process (POSIX drops all locks of a process on a file when any of its handles is closed).
     """
 
-    def __init__(self, path: Path, shown: Path | None = None) -> None:
-        self._file, shown = _beside(path, "-lock"), shown or path
+    def __init__(self, path: Path) -> None:
+        self._file = _beside(path, "-lock")
         try:
             while (handle := lock_file(self._file)) is not None:
                 # the holder before may have removed the file between our open and our lock
@@ -238,7 +238,7 @@ class WriterLock:
             with suppress(OSError, ValueError):
                 owner = f" (process {int(self._file.read_text())})"
             raise TrajectoryError(
-                f"{shown} is being written by another run{owner}: two runs cannot share a folder. Wait for it, stop "
+                f"{path} is being written by another run{owner}: two runs cannot share a folder. Wait for it, stop "
                 "it, or give this run another one"
             )
         self._handle = handle

@@ -134,9 +134,10 @@ class SmezoCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with a logger in ``runs/`` and the default callbacks that are not configured."""
         given = self._get(self.config_init, "trainer")
-        if given["logger"] in (None, True):
+        self._logger = given["logger"]
+        if self._logger in (None, True):
             name = self._get(self.config_init, "name") or self._get(self.config_init, "data").task.name
-            kwargs["logger"] = RunLogger("runs", name=name, default_hp_metric=False)
+            kwargs["logger"] = self._logger = RunLogger("runs", name=name, default_hp_metric=False)
         callbacks = given["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         default = DEFAULT_CALLBACKS[self.subcommand or "fit"]
@@ -175,7 +176,7 @@ class SmezoCLI(LightningCLI):
         given = self.config[subcommand].get("ckpt_path")
         if given is not None:
             try:
-                file = find_checkpoint(str(given), self.trainer)
+                file = find_checkpoint(str(given), self.trainer, self._logger)
             except ValueError as error:
                 self.parser.exit(2, f"smezo: error: {error}\n")
             self.config[subcommand]["ckpt_path"] = self.config_init[subcommand]["ckpt_path"] = file
@@ -184,9 +185,10 @@ class SmezoCLI(LightningCLI):
         if subcommand != "fit":
             log.info("no --ckpt_path: the weights are as pretrained")
             for config in self.config[subcommand].get("config") or ():
-                beside = Path(config).parent / "checkpoints"
-                for trained in (path for name in ("best", "last") if (path := beside / f"{name}.ckpt").is_file()):
-                    log.warning("the run's trained weights: %s", command(subcommand, Path(config), trained))
+                beside = Path(config.relative).parent / "checkpoints"
+                trained = [path for name in ("best", "last") if (path := beside / f"{name}.ckpt").is_file()]
+                if trained:
+                    log.warning("for the trained ones: %s", command(subcommand, Path(config.relative), trained[0]))
         return None
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -42,21 +43,22 @@ def versions(root: Path) -> list[tuple[int, Path]]:
     return sorted(((int(number), path) for number, path in found if number.isdecimal()), reverse=True)
 
 
-def checkpoint_folders(trainer: Trainer) -> list[Path]:
+def checkpoint_folders(trainer: Trainer, logger: Any) -> list[Path]:
     """The run's folders that may hold its checkpoints: one that is configured, else those of its name, newest first."""
     given = [
         Path(c.given_folder) for c in trainer.checkpoint_callbacks if isinstance(c, WeightCheckpoint) and c.given_folder
     ]
     if given:
         return given
-    logger = trainer.logger
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or logger._version is not None:
-        return [_folder(trainer)]
+        return [_folder(trainer, logger)]
     return [path for _, path in versions(Path(logger.root_dir))]
 
 
-def find_checkpoint(given: str, trainer: Trainer) -> str:
+def find_checkpoint(given: str, trainer: Trainer, logger: Any) -> str:
     """The file that ``--ckpt_path`` names: ``last`` and ``best`` are those of the newest run of the same name.
+
+    ``logger`` is the configured one, which Lightning's trial runs (``fast_dev_run``) replace.
 
     What Lightning alone knows is left to it: a URL, ``hpc`` and ``registry``, if there is such a checkpoint.
 
@@ -81,10 +83,10 @@ def find_checkpoint(given: str, trainer: Trainer) -> str:
         )
     if Path(given).exists():
         raise ValueError(f"--ckpt_path {given} could also be the file ./{given}: pass it with its folder")
-    folders = checkpoint_folders(trainer)
+    folders = checkpoint_folders(trainer, logger)
     found = next((path for folder in folders if (path := folder / "checkpoints" / f"{given}.ckpt").is_file()), None)
     if found is None:
-        where = ", ".join(map(str, folders[:3])) or _root(trainer)
+        where = ", ".join(map(str, folders[:3])) or str(logger.root_dir)
         others = _names([folder / "checkpoints" for folder in folders])
         raise ValueError(
             f"--ckpt_path {given}: there is no checkpoints/{given}.ckpt in {where}; "
@@ -97,15 +99,10 @@ def _names(folders: Sequence[Path]) -> str:
     return ", ".join(str(path) for folder in folders for path in sorted(folder.glob("*.ckpt"))[:3])
 
 
-def _root(trainer: Trainer) -> str:
-    return str(getattr(trainer.logger, "root_dir", trainer.default_root_dir))
-
-
-def _folder(trainer: Trainer) -> Path:
+def _folder(trainer: Trainer, logger: Any) -> Path:
     """As `callbacks.common.run_folder`, also before the processes are connected, on the first one."""
-    logger = trainer.logger
     named = isinstance(logger, TensorBoardLogger | CSVLogger)
-    folder = None if logger is None else logger.log_dir if named else logger.save_dir
+    folder = None if not logger else logger.log_dir if named else logger.save_dir
     return Path(folder or trainer.default_root_dir)
 
 
@@ -122,23 +119,21 @@ def held(trainer: Trainer, checkpoint: str | None, *, fit: bool) -> Iterator[Pat
     if rank_zero_only.rank != 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
         yield None
         return
-    before = None if isinstance(trainer.logger, RunLogger) else _folder(trainer).exists()
-    folder = _folder(trainer)
+    existed = not isinstance(trainer.logger, RunLogger) and _folder(trainer, trainer.logger).exists()
+    folder = _folder(trainer, trainer.logger)
     callbacks = (c for c in trainer.checkpoint_callbacks if isinstance(c, WeightCheckpoint))
-    with ExitStack() as stack:
-        for path in (
-            dict.fromkeys([folder, *(Path(c.given_folder) for c in callbacks if c.given_folder)]) if fit else ()
-        ):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(closing(WriterLock(path.absolute())))  # beside the folder: loggers want it empty
-            _refuse_another_run(path, checkpoint)
-        try:
+    folders = dict.fromkeys([folder, *(Path(c.given_folder) for c in callbacks if c.given_folder)])
+    try:
+        with ExitStack() as stack:
+            for path in folders if fit else ():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(closing(WriterLock(path.absolute())))  # beside the folder: loggers want it empty
+                _refuse_another_run(path, checkpoint)
             yield folder
-        except BaseException:
-            if not before and trainer.global_step == 0:
-                stack.close()
-                _remove_leftovers(folder)
-            raise
+    except BaseException:
+        if not existed and trainer.global_step == 0:
+            _remove_leftovers(folder)
+        raise
 
 
 def _refuse_another_run(folder: Path, checkpoint: str | None) -> None:

@@ -59,6 +59,10 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], Callable[[], list[Callback]]]] =
             SeedCheckpoint(every_n_steps=3, anchor_every_n_steps=6),
         ],
     ),
+    "a layer read now and then, anchors": (
+        {"dtype": "bfloat16", "routed": True, "kernel": "numba"},
+        lambda: [MaskRefresh(every_n_steps=7), SeedCheckpoint(every_n_steps=3, anchor_every_n_steps=6)],
+    ),
     "random masks, refreshed by epoch": (
         {"mask": "random", "kernel": "numba"},
         lambda: [MaskRefresh(every_n_epochs=1), SeedCheckpoint(every_n_steps=3)],

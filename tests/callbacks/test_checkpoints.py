@@ -116,6 +116,10 @@ CONFIGURATIONS: dict[str, tuple[Callable[[], Classifier], Callable[[], list[Any]
         lambda: Classifier(mask="random", mask_update="constant"),
         lambda: [MaskRefresh(every_n_steps=6)],
     ),
+    "a layer read now and then": (
+        lambda: Classifier("bfloat16", routed=True),
+        lambda: [MaskRefresh(every_n_steps=7)],
+    ),
     "a part of the network": (lambda: Classifier(include=["0", "3.*"], exclude="0.bias", dense="3.bias"), list),
     "n-SPSA, rademacher": (lambda: Classifier(num_samples=2, noise="rademacher"), list),
     "a schedule": (lambda: Classifier(scheduler=lambda opt: CosineAnnealingLR(opt, 20), weight_decay=0.1), list),
@@ -143,7 +147,10 @@ def with_snapshots(**settings: Any) -> SeedCheckpoint:
 class TestSnapshots:
     """Full-weight snapshots."""
 
-    @pytest.mark.parametrize("name", ["bfloat16", "constant masks, refreshed", "random constant masks, refreshed"])
+    @pytest.mark.parametrize(
+        "name",
+        ["bfloat16", "constant masks, refreshed", "random constant masks, refreshed", "a layer read now and then"],
+    )
     def test_a_resume_begins_at_the_last_one(
         self, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule, apply
 from smezo_pl.callbacks import SeedCheckpoint
@@ -21,11 +22,33 @@ LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj
 PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}
 LAST = "checkpoints/last.ckpt"
 
+
+@pytest.fixture(scope="module")
+def multimodal_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A model of images and texts, whose vision tower no text reads."""
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**shape, "vocab_size": len(tiny_tokenizer), "num_key_value_heads": 1, "head_dim": 8},
+        vision_config={**shape, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=5,
+        boi_token_index=6,
+        eoi_token_index=7,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-gemma3"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "LoRA": ({}, LORA),
     "prefix": ({}, PREFIX),
     "some tensors": ({"include": ["*self_attn*", "*norm*"], "exclude": "*o_proj*", "dense": "*norm*"}, None),
     "all but some, a constant mask": ({"exclude": "*embed*", "mask_update": "constant"}, None),
+    "a vision tower": ({"weight_decay": 0.1}, None),
 }
 
 
@@ -62,9 +85,10 @@ def watch_batches(watch: Watch) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_resumes_and_its_file_makes_the_same_weights(
-    name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings, adapter = RUNS[name]
+    tiny_folder = request.getfixturevalue("multimodal_folder" if name == "a vision tower" else "tiny_folder")
 
     def build() -> SparseMeZOModule:
         seed = FirstOrder(seed=3)  # of an adapter's starting weights
@@ -83,6 +107,13 @@ def test_a_killed_run_resumes_and_its_file_makes_the_same_weights(
     tune = folder / "tune größer.safetensors"
     import_module("smezo_pl.commands.weights").export_main(["export", str(folder), "--out", str(tune)])
     model = load_model(tiny_folder, dtype=torch.bfloat16)[0]
+    if name == "a vision tower":
+        unchanged = {
+            part for part, tensor in trained.model.named_parameters() if torch.equal(tensor, model.get_parameter(part))
+        }
+        assert unchanged == {
+            part for part, _ in model.named_parameters() if "vision_tower" in part or "projector" in part
+        }
     model = model if adapter is None else add_adapter(model, adapter, seed=3)
     assert apply(model, tune).identical is True
     assert same(model, trained.model)

@@ -9,10 +9,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from smezo_pl.callbacks import (
@@ -92,10 +93,24 @@ TRAINER_DEFAULTS = {
 }
 
 
+class SaveConfig(SaveConfigCallback):
+    """Saves a run's configuration when its settings are decided: a refused resume leaves the file as it was."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save that of a subcommand that does not train."""
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save that of a training run, whose optimizer has taken what stays from the checkpoint."""
+        super().setup(trainer, pl_module, "fit")
+
+
 class SmezoCLI(LightningCLI):
     """``smezo fit | validate | test | predict``.
 
-    Configuration and command line take precedence over the hyperparameters in the checkpoint of ``--ckpt_path``.
+    Keys of the model that are given, in a configuration or on the command line, take precedence over the checkpoint of
+    ``--ckpt_path``; those that are not given are the checkpoint's. `smezo_pl.trajectory.settings` has what can change.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -107,6 +122,7 @@ class SmezoCLI(LightningCLI):
             load_from_checkpoint_support=False,
             parser_class=SuggestingParser,
             save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
             **{"parser_kwargs": {"prog": "smezo"}, **settings},
@@ -126,10 +142,35 @@ class SmezoCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, without Lightning's warning that ``sys.argv`` is not empty (in a notebook it never is)."""
-        self.config = parser.parse_args(args) if isinstance(args, list) else parser.parse_object(args)
+        parse: Any = parser.parse_args if isinstance(args, list) else parser.parse_object
+        self.config = parse(args)
+        if self.config.get("fit.ckpt_path"):
+            self._given = parse(args, defaults=False).fit.model
 
     def _parse_ckpt_path(self) -> None:
         pass
+
+    def _take_settings(self, checkpoint: str) -> bool:
+        """Give the model's keys that were not given the checkpoint's values; whether that changed any."""
+        try:
+            then = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True).get("hyper_parameters", {})
+        except Exception:  # no file, or a corrupted one: refused by what loads it, with the reason
+            return False
+        model, taken = self.config.fit.model, {}
+        parts = [("", model, then)]
+        if "sparse_mezo" in then and (settings := model.optimizer.get("init_args")) is not None:
+            parts.append(("optimizer", settings, {**then["sparse_mezo"], "kernel": settings.get("kernel")}))
+        if "adamw" in then:
+            parts.append(("first_order", model.first_order, then["adamw"]))
+        for name, now, values in parts:
+            given = self._given.get(name, {}) if name else self._given
+            given = given.get("init_args", given)
+            for key in sorted(values.keys() & now.keys() - given.keys()):
+                if now[key] != values[key]:
+                    now[key] = taken[".".join(filter(None, ["model", name, key]))] = values[key]
+        if taken:
+            log.info("not given, so as in %s: %s", checkpoint, ", ".join(f"{k} {v!r}" for k, v in taken.items()))
+        return bool(taken)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with a logger in ``runs/`` and the default callbacks that are not configured."""
@@ -181,6 +222,8 @@ class SmezoCLI(LightningCLI):
                 self.parser.exit(2, f"smezo: error: {error}\n")
             self.config[subcommand]["ckpt_path"] = self.config_init[subcommand]["ckpt_path"] = file
             log.info("checkpoint: %s", file)
+            if subcommand == "fit" and self._take_settings(file):
+                self.instantiate_classes()
             return file
         if subcommand != "fit":
             log.info("no --ckpt_path: the weights are as pretrained")

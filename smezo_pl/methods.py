@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from smezo_pl.data.batch import batch_weight
+from smezo_pl.optim.parameters import remembers_given
 from smezo_pl.optim.sparse_mezo import NonFiniteLossError, SparseMeZO
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def adapter_of(name: str | None, given: Mapping[str, Any] | None) -> dict[str, A
     return {**given, "peft_type": kind}
 
 
+@remembers_given
 @dataclass(frozen=True)
 class FirstOrder:
     """AdamW's settings, for the first-order baselines.
@@ -122,6 +124,10 @@ class FirstOrderBaseline:
 
     def __init__(self, method: str, adamw: FirstOrder) -> None:
         self.method = method
+        given: frozenset[str] = adamw.given  # type: ignore[attr-defined]  # by `remembers_given`
+        self.given = given if adamw.lr is not None else given - {"lr"}
+        self.overrides: tuple[dict[str, Any], ...] = ()  # all weights are in one group
+        self._groups: list[dict[str, Any]] = []
         self.adamw = adamw if adamw.lr is not None else replace(adamw, lr=METHODS[method].lr)
         self.last_loss = math.nan
         self.skipped_steps = self._skipped_in_row = 0
@@ -129,6 +135,29 @@ class FirstOrderBaseline:
     def settings(self) -> dict[str, Any]:
         """Hyperparameters as plain values, as `SparseMeZO.settings` gives them."""
         return {"optimizer": "AdamW", **asdict(self.adamw)}
+
+    def adopt(self, settings: Mapping[str, Any]) -> None:
+        """Take settings of a resumed run, also in the parameter group of the optimizer that was built."""
+        self.adamw = replace(self.adamw, **settings)
+        for group in self._groups:
+            group.update(self._group())
+
+    def build(self, network: nn.Module) -> torch.optim.AdamW:
+        """AdamW on the weights of a network that are trained."""
+        trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        if coarse := sorted({str(p.dtype).removeprefix("torch.") for _, p in trained if p.dtype.itemsize < 4}):
+            logger.warning(
+                "AdamW updates weights in %s, where an update that is small beside its weight is rounded away: "
+                "32-true and bf16-mixed keep it",
+                " and ".join(coarse),
+            )
+        optimizer = torch.optim.AdamW(trained, **self._group())
+        self._groups = optimizer.param_groups
+        return optimizer
+
+    def _group(self) -> dict[str, Any]:
+        s = self.adamw
+        return {"lr": s.lr, "betas": (s.beta1, s.beta2), "eps": s.eps, "weight_decay": s.weight_decay}
 
     def step(self, module: Any, parts: list[Any]) -> Tensor:
         """One step on the parts of a batch, weighted by example (``lm``: by token); their graphs are freed one by one.
@@ -176,7 +205,8 @@ def optimizer_of(module: Any) -> torch.optim.Optimizer | None:
                 f"method {module.method!r} runs in one process, as nothing here adds up gradients over "
                 f"{module.trainer.world_size}: set devices=1"
             )
-        return _adamw(module.model, module.baseline.adamw)
+        adamw: torch.optim.AdamW = module.baseline.build(module.model)
+        return adamw
     if not module.zeroth_order:
         return None
     optimizer: Any = module.build_optimizer(module.model.named_parameters())
@@ -197,16 +227,19 @@ def optimizer_of(module: Any) -> torch.optim.Optimizer | None:
     return optimizer
 
 
-def _adamw(network: nn.Module, s: FirstOrder) -> torch.optim.AdamW:
-    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    if coarse := sorted({str(p.dtype).removeprefix("torch.") for _, p in trained if p.dtype.itemsize < 4}):
-        logger.warning(
-            "AdamW updates weights in %s, where an update that is small beside its weight is rounded away: "
-            "32-true and bf16-mixed keep it",
-            " and ".join(coarse),
-        )
-    assert s.lr is not None  # `FirstOrderBaseline` takes the method's own for None
-    return torch.optim.AdamW(trained, lr=s.lr, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay)
+def check_resumed(module: Any, then: Mapping[str, Any]) -> None:
+    """Refuse another method or adapter than a run had so far; no method stays that of a zeroth-order run."""
+    before = then.get("method")
+    if module.method is None and before is not None and METHODS[before].order == 0:
+        module.method = before
+        module.save_hyperparameters({"method": before})
+    adapters = adapter_of(before, then.get("adapter")), module.adapter
+    for name, (one, other) in {"method": (before, module.method), "adapter": adapters}.items():
+        if then and one != other:
+            raise ValueError(
+                f"a resumed run cannot change its {name} ({one!r} -> {other!r}): give the checkpoint's, or start a new "
+                "run from its weights"
+            )
 
 
 def log_method(module: Any) -> None:

@@ -25,6 +25,7 @@ from smezo_pl.scoring.linear_probe import LinearProbe
 from smezo_pl.strategies import check_trainer, silence_expected_warnings
 from smezo_pl.tasks.objectives import reward_loss
 from smezo_pl.trajectory import resume
+from smezo_pl.trajectory.settings import as_given
 
 logger = logging.getLogger(__name__)
 
@@ -174,8 +175,13 @@ class SparseMeZOModule(LightningModule):
         if optimizer is None:
             return None
         name, training = ("sparse_mezo", optimizer) if self.baseline is None else ("adamw", self.baseline)
-        self.save_hyperparameters({name: training.settings()})
-        return optimizer if self.build_scheduler is None else ([optimizer], [self.build_scheduler(optimizer)])
+        resumed = None if self._trainer is None else resume.settle(self._trainer, training, optimizer)
+        self.save_hyperparameters({name: as_given(training)})
+        scheduler = None if self.build_scheduler is None else self.build_scheduler(optimizer)
+        if resumed is not None:
+            resumed.settle_schedule(optimizer, scheduler)
+            resumed.log()
+        return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def on_fit_start(self) -> None:
         """Log what is trained, in which precision, and whether the run can be replayed."""
@@ -321,8 +327,10 @@ class SparseMeZOModule(LightningModule):
             checkpoint["state_dict"] = methods.trained_only(self, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to be a network without weights."""
+        """Refuse to be a network without weights, and to resume a run with another method or adapter."""
         resume.refuse_unrestored(self, checkpoint)
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            methods.check_resumed(self, checkpoint.get("hyper_parameters", {}))
 
     def on_validation_start(self) -> None:
         """Restore the weights of a checkpoint that holds none, and drop what an interrupted evaluation left."""

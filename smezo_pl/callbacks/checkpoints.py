@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from smezo_pl.callbacks.common import run_folder, zeroth_order_optimizer
 from smezo_pl.data.loaders import logged_name
+from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.log import FILE_NAME
 from smezo_pl.trajectory.recorder import Recorder, named_tensors
@@ -219,6 +220,13 @@ class SeedCheckpoint(WeightCheckpoint):
         """Continue from a checkpoint."""
         super().load_state_dict(state_dict)
         self._place = state_dict["place"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle the settings of a resumed run if its module does not."""
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, SparseMeZO) and (resumed := resume.settle(trainer, optimizer, optimizer)):
+                resumed.settle_built_schedule(optimizer, [config.scheduler for config in trainer.lr_scheduler_configs])
+                resumed.log()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back the weights of a resumed run and open its trajectory, or begin a new one."""

@@ -57,6 +57,11 @@ class MaskRefresh(Callback):
         self.every_n_steps, self.every_n_epochs = every_n_steps, every_n_epochs
         self.sparsity = dict(sorted((sparsity or {}).items()))
 
+    @property
+    def keeps_sparsity(self) -> bool:
+        """Whether masks are refreshed with each group's own sparsity: a resumed run may then be given another."""
+        return not self.sparsity
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the sparsity that the schedule begins with."""
         if trainer.global_step == 0 and 0 in self.sparsity:

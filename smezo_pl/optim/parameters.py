@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,23 @@ from smezo_pl.optim.masks import MASK_RULES
 Patterns = str | Sequence[str] | None
 """One or several patterns of parameter names, or None."""
 
+_T = TypeVar("_T")
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def remembers_given(cls: type[_T]) -> type[_T]:
+    """Class decorator: instances have in ``given`` the names of the arguments given, those left at a default apart."""
+    build: Any = cls.__init__
+    names = list(inspect.signature(build).parameters)[1:]
+
+    @functools.wraps(build)
+    def init(self: _T, *args: Any, **kwargs: Any) -> None:
+        object.__setattr__(self, "given", frozenset((*names[: len(args)], *kwargs)))
+        build(self, *args, **kwargs)
+
+    setattr(cls, "__init__", init)  # noqa: B010 (mypy forbids the assignment)
+    return cls
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from smezo_pl.optim.parameters import (
     choose,
     float32,
     matches,
+    remembers_given,
     require_matches,
 )
 from smezo_pl.optim.participation import Participation
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _COPIED = (
     *("num_samples", "seed", "max_skipped", "noise", "kernel", "_scope", "_given", "_steps_done", "_skipped"),
-    *("_skipped_in_row", "_refreshed", "_last_step", "_logged", "_copied_bytes"),
+    *("_skipped_in_row", "_refreshed", "_last_step", "_logged", "_copied_bytes", "given", "overrides"),
 )
 """Attributes that a copied or pickled optimizer keeps beside torch's own."""
 
@@ -49,6 +50,7 @@ class NonFiniteLossError(RuntimeError):
     """Too many losses in a row were infinite or NaN."""
 
 
+@remembers_given
 class SparseMeZO(Optimizer):
     """Sparse memory-efficient zeroth-order optimizer: two forwards per step, no backward, no optimizer state.
 
@@ -104,6 +106,12 @@ class SparseMeZO(Optimizer):
         >>> loss = optimizer.step(lambda: torch.nn.functional.mse_loss(model(x), y))
     """
 
+    given: frozenset[str]
+    """Names of the arguments that were given, not left at their defaults."""
+
+    overrides: list[dict[str, Any]]
+    """Of each parameter group, the settings that were given for it alone."""
+
     def __init__(
         self,
         params: ParamsT,
@@ -140,6 +148,7 @@ class SparseMeZO(Optimizer):
         self._refreshed, self._copied_bytes = False, 0
         self._last_step: StepRecord | None = None
         self._logged: set[str] = set()
+        self.overrides = []
         self._wire()
         defaults: dict[str, Any] = {"lr": lr, "eps": eps, "sparsity": sparsity, "weight_decay": weight_decay}
         defaults |= {"mask": mask, "mask_update": mask_update, "maximize": maximize}
@@ -162,6 +171,7 @@ class SparseMeZO(Optimizer):
         """Add parameters, numbered after those given before (see `torch.optim.Optimizer.add_param_group`)."""
         group = {**self.defaults, **param_group}
         check_group(group)
+        self.overrides.append({name: param_group[name] for name in self.defaults if name in param_group})
         group |= choose(group["params"], self._scope, self._given)
         group |= {"thresholds": [None] * len(group["params"]), "ready": False, "mask_step": 0}
         super().add_param_group(group)
@@ -173,6 +183,18 @@ class SparseMeZO(Optimizer):
             **{argument: list(patterns) or None for argument, patterns in self._scope.items()},
             **{name: getattr(self, name) for name in ("num_samples", "seed", "noise", "kernel", "max_skipped")},
         }
+
+    def adopt(self, settings: Mapping[str, Any]) -> None:
+        """Take settings of a resumed run: those of the constructor, except ``include`` and ``exclude``."""
+        for name, value in settings.items():
+            if name in self.defaults:
+                self.defaults[name] = value
+                for group, own in zip(self.param_groups, self.overrides, strict=True):
+                    group[name] = own.get(name, value)
+            elif name in self._scope:
+                self._scope[name], self._listed = as_patterns(name, value), []
+            else:
+                setattr(self, name, value)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimizer in plain types: groups with thresholds, counters, and packed masks where constant."""

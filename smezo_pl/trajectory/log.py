@@ -107,6 +107,12 @@ class Trajectory:
         return [event for event in self.events if event.kind == kind]
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The optimizer's settings as given last: a resumed run may have changed some."""
+        changes = [event.facts["changes"] for event in self.events_of("settings")]
+        return self.header.settings | {name: now for each in changes for name, (_, now) in each.items()}
+
+    @property
     def final_root(self) -> str | None:
         """Hash of the weights after the last step, if the run noted it."""
         noted = [event for event in self.events_of("weights") if event.steps == self.next_step]

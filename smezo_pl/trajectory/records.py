@@ -126,6 +126,7 @@ class Event:
         steps: Steps of the optimizer that were done.
         kind: ``checkpoint``: a file without weights was written (``file``, ``sha256``). ``weights``: the weights had
             the hash ``root``. ``anchor``: a full-weight snapshot was written (``file``, ``sha256``).
+            ``settings``: the run was resumed with other settings (``changes``: by name, the value before and after).
         facts: What is known of it, in plain types.
     """
 

@@ -22,6 +22,7 @@ from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory.database import copy, move
@@ -31,6 +32,7 @@ from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, TrajectoryWriter, rewrite
 from smezo_pl.trajectory.recorder import Recorder, describe
 from smezo_pl.trajectory.replaying import replay, replay_from_snapshot, tensors_of
+from smezo_pl.trajectory.settings import Resumed, Training
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class SeedCheckpointIO(CheckpointIO):
         self.inner, self.trainer = inner, trainer
         self.trajectory: Trajectory | None = None  # up to the checkpoint that was read last, if it had no weights
         self.is_restored = False
+        self.resumed: Resumed | None = None  # settings of the checkpoint that a fit read last
         self._is_checked = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -108,17 +111,19 @@ class SeedCheckpointIO(CheckpointIO):
             raise TrajectoryError(
                 f"{path}: the checkpoint is corrupted: it holds neither weights nor a position in a trajectory"
             )
-        if self.trainer.state.fn != TrainerFn.FITTING:
+        resumes, settings = self.trainer.state.fn == TrainerFn.FITTING, None
+        if not resumes:
             # their states are of no use here, and Lightning would warn of each callback that is not there
             checkpoint.pop("callbacks", None)
-        if "state_dict" in checkpoint:
-            return checkpoint
-        trajectory = find_trajectory(Path(path), checkpoint[SEED_KEY])
-        module = self.trainer.lightning_module
-        tensors_of(trajectory.header, network_of(module, trajectory.header), str(path), check_dtypes=False)
-        self.trajectory, self.is_restored = trajectory, False
-        # Lightning loads this onto itself; the weights of the checkpoint come in restore()
-        return {**checkpoint, "state_dict": module.state_dict()}
+        if "state_dict" not in checkpoint:
+            trajectory = find_trajectory(Path(path), checkpoint[SEED_KEY])
+            module = self.trainer.lightning_module
+            tensors_of(trajectory.header, network_of(module, trajectory.header), str(path), check_dtypes=False)
+            self.trajectory, self.is_restored, settings = trajectory, False, trajectory.settings
+            # Lightning loads this onto itself; the weights of the checkpoint come in restore()
+            checkpoint = {**checkpoint, "state_dict": module.state_dict()}
+        self.resumed = Resumed(checkpoint, settings) if resumes and "optimizer_states" in checkpoint else None
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a checkpoint."""
@@ -138,6 +143,18 @@ def install(trainer: Trainer) -> SeedCheckpointIO:
         present = SeedCheckpointIO(present, trainer)
         trainer.strategy.checkpoint_io = present
     return present
+
+
+def resumed_settings(trainer: Trainer) -> Resumed | None:
+    """The settings of the checkpoint that the Trainer resumes from; None for a new run."""
+    return install(trainer).resumed if trainer.ckpt_path is not None else None
+
+
+def settle(trainer: Trainer, training: Training, optimizer: Optimizer) -> Resumed | None:
+    """`Resumed.settle` with the checkpoint that the Trainer resumes from, if it does and this was not done before."""
+    resumed = resumed_settings(trainer)
+    refreshes = any(getattr(callback, "keeps_sparsity", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return resumed if resumed is not None and resumed.settle(training, optimizer, refreshes) else None
 
 
 def restore(trainer: Trainer) -> None:
@@ -237,6 +254,8 @@ def _hand_over(replayed: SparseMeZO, trainer: Trainer) -> None:
     for optimizer in trainer.optimizers:
         if not isinstance(optimizer, SparseMeZO):
             continue
+        if not all(group["ready"] for group in optimizer.param_groups):
+            continue  # another sparsity was given: the next step computes all masks
         if any(group["mask_step"] == optimizer.steps_done for group in optimizer.param_groups):
             optimizer.refresh_masks()  # as was done after the last step and before the checkpoint
             continue
@@ -273,6 +292,8 @@ def open_trajectory(optimizer: SparseMeZO, module: LightningModule, path: Path, 
     """Begin a trajectory, or continue an earlier one in this run's folder, which may hold no other run's."""
     if earlier is not None:
         writer = _continue(earlier, path)
+        if (resumed := resumed_settings(module.trainer)) is not None and resumed.changes:
+            writer.add_event("settings", changes=resumed.changes)
         log.info("the run resumes after %d steps, recorded in %s", writer.steps, path)
         return Recorder(optimizer, writer, network_of(module, writer.header))
     network = network_of(module)

@@ -165,7 +165,7 @@ class SmezoCLI(LightningCLI):
         for name, now, values in parts:
             given = self._given.get(name, {}) if name else self._given
             given = given.get("init_args", given)
-            for key in sorted(values.keys() & now.keys() - given.keys()):
+            for key in sorted({*values} & {*now.keys()} - {*given.keys()}):
                 if now[key] != values[key]:
                     now[key] = taken[".".join(filter(None, ["model", name, key]))] = values[key]
         if taken:

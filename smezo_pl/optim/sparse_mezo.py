@@ -179,7 +179,8 @@ class SparseMeZO(Optimizer):
     def settings(self) -> dict[str, Any]:
         """The arguments of the constructor other than the parameters, as plain values."""
         return {
-            **self.defaults,
+            # torch puts one in when a state is loaded
+            **{name: value for name, value in self.defaults.items() if name != "differentiable"},
             **{argument: list(patterns) or None for argument, patterns in self._scope.items()},
             **{name: getattr(self, name) for name in ("num_samples", "seed", "noise", "kernel", "max_skipped")},
         }

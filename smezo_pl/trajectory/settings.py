@@ -169,7 +169,7 @@ class Resumed:
             for group, new in zip(self._groups, optimizer.param_groups, strict=False):
                 group.update({name: new[name] for name in _SCHEDULED if name in new})
         self._schedules[:] = [state]
-        if differing := [name for name in dict.fromkeys(differing) if not (new_rate and name == "base_lrs")]:
+        if differing := [name for name in dict.fromkeys(differing) if not (new_rate and name.startswith("base_lrs"))]:
             kind = type(scheduler).__name__
             before = {name: one[name] for name in differing if name in one}
             after = {name: other[name] for name in differing if name in other}
@@ -222,5 +222,6 @@ def _shape(state: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in state.items() if name not in _PROGRESS and name != "_schedulers"}
     if "lr_lambdas" in state:
         kept["_last_lr"] = state["_last_lr"]
-    inner = [_shape(one) for one in state.get("_schedulers", ())]
-    return kept | ({"schedulers": inner} if inner else {})
+    for index, inner in enumerate(state.get("_schedulers", ())):
+        kept |= {f"{name} ({index})": value for name, value in _shape(inner).items()}
+    return kept

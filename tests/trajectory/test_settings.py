@@ -138,6 +138,16 @@ def test_a_random_choice_needs_no_refresh(tmp_path: Path) -> None:
     check_replay(tmp_path, resumed)
 
 
+def test_another_number_of_samples(tmp_path: Path) -> None:
+    run(tmp_path, Small(**GIVEN, num_samples=3), 4)
+    for steps, number in ((6, 1), (8, 2), (10, None)):
+        resumed = Small(kernel="torch", **({} if number is None else {"num_samples": number}))
+        optimizer = run(tmp_path, resumed, steps, ckpt_path=tmp_path / LAST)
+        assert optimizer.settings()["num_samples"] == (number or 2)
+    assert [record.samples for record in Trajectory.read(tmp_path).records] == [3] * 4 + [1] * 2 + [2] * 4
+    check_replay(tmp_path, resumed)
+
+
 def two_groups(params: Any, rate: float | None = None, mask: str = "small", **settings: Any) -> SparseMeZO:
     one, *others = list(params)
     own = {"params": [one], **({} if rate is None else {"lr": rate})}

@@ -32,6 +32,7 @@ from smezo_pl.optim.participation import Participation
 from smezo_pl.optim.perturbation import deferred_interrupt, run_forwards
 from smezo_pl.optim.perturbation.layerwise import Closure, Layerwise
 from smezo_pl.optim.selection import MaskStat, Selection
+from smezo_pl.optim.standstill import Standstill
 from smezo_pl.optim.step import StepPerturbation, StepRecord, check_record
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,7 @@ class SparseMeZO(Optimizer):
         self._listed: list[OptimizedTensor] = []
         self._layerwise: Layerwise | None = None
         self._selection, self.participation = Selection(), Participation()
+        self.standstill = Standstill()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, numbered after those given before (see `torch.optim.Optimizer.add_param_group`)."""
@@ -416,6 +418,7 @@ class SparseMeZO(Optimizer):
             forward_seconds=forward_seconds,
         )
         self._apply(record, step)
+        self.standstill.after(record, step)
         self._last_step = replace(record, total_seconds=perf_counter() - started)
         if self._skipped_in_row >= self.max_skipped:
             raise NonFiniteLossError(

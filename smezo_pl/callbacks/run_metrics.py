@@ -21,6 +21,7 @@ from rich.table import Table
 from smezo_pl.callbacks.common import find_zeroth_order, log_scalars, logged_metrics, run_folder, task_and_model
 from smezo_pl.callbacks.figures import Curve
 from smezo_pl.callbacks.monitor import peak_memory
+from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory.files import write_json
 from smezo_pl.trajectory.fingerprint import machine, versions
 
@@ -39,7 +40,8 @@ class RunMetrics(Callback):
       ``step_seconds`` (median of the last 256 steps), ``peak_memory_bytes`` (in training: of the process, on CUDA of
       the allocator), ``method``, ``curve`` (points of ``curve.png``), ``before`` and ``after`` (each
       ``{"accuracy": ..., "loss": ...}``, or what else the module logs as ``val/...``; null without validation data),
-      ``seed``, ``data_seed``, ``hyperparameters``, ``precision``, ``versions``, ``machine``;
+      ``dead`` (why the last steps had no effect; null if they had one), ``seed``, ``data_seed``, ``hyperparameters``,
+      ``precision``, ``versions``, ``machine``;
     - ``curve.png``: loss and accuracy over the steps;
 
     and prints a short table and the command that opens TensorBoard.
@@ -179,6 +181,7 @@ class RunMetrics(Callback):
             "seed": settings.get("seed"),
             "hyperparameters": settings,
             "skipped_steps": getattr(training, "skipped_steps", 0),
+            "dead": _why_dead(find_zeroth_order(trainer), getattr(data, "objective", None)),
             "precision": str(trainer.precision),
             "perturbation": getattr(pl_module, "perturbation", None),
             "curve": self._curve.points(),
@@ -207,11 +210,22 @@ class RunMetrics(Callback):
         for name in after:
             table.add_row(name, *(f"{values[name]:.4f}" for values in (before, after) if name in values))
         console.print(table if after else f"{title}; no validation data to measure with")
+        if result["dead"]:
+            console.print(f"the run did nothing at its end: {result['dead']}", highlight=False, markup=False)
         lines = [f"metrics  {folder / 'metrics.json'}", f"curve    {folder / 'curve.png'}"]
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             lines.append(f"tensorboard --logdir {folder.parent}")
         # soft_wrap: a path that is broken over two lines cannot be copied.
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _why_dead(optimizer: SparseMeZO | None, objective: str | None) -> str | None:
+    """Why the run did nothing at its end; None if it did something."""
+    if optimizer is None:
+        return None
+    # A metric or a reward is constant until an answer changes: a run that rests may well have learned before.
+    rests = objective not in (None, "classification", "lm") and optimizer.standstill.moved
+    return None if rests else optimizer.standstill.reason
 
 
 def _duration(seconds: float) -> str:

@@ -27,6 +27,7 @@ from smezo_pl.commands.sweep_plan import number
 from smezo_pl.commands.tables import as_csv, markdown
 from smezo_pl.data.loaders import logged_name
 from smezo_pl.methods import METHODS
+from smezo_pl.optim.standstill import PATIENCE
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory
 
 
@@ -47,6 +48,7 @@ class RunFacts:
     step_seconds: float | None = None  # median
     peak_memory: float | None = None  # bytes in training
     test: dict[str, float] = field(default_factory=dict)
+    dead: str | None = None  # why its last steps did nothing; then nothing of it is the best or reaches a value
 
 
 def run_folders(paths: Iterable[str | Path]) -> list[Path]:
@@ -89,6 +91,7 @@ def read_run(folder: Path) -> RunFacts:
         step_seconds=metrics.get("step_seconds"),
         peak_memory=metrics.get("peak_memory_bytes"),
         test=test,
+        dead=metrics.get("dead"),
     )
 
 
@@ -108,9 +111,12 @@ def _metrics_so_far(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     train = scalars.get("train/loss", {})
     steps = max([0, *train, *held_out])
     train_loss: list[tuple[float, float]] = sorted(train.items())
+    dead = None
     if (folder / FILE_NAME).is_file():
         rows = Trajectory.read(folder / FILE_NAME, damaged=True).records
         steps = max(steps, len(rows))
+        if len(rows) >= PATIENCE and not any(row.skipped or any(row.projected_gradients) for row in rows[-PATIENCE:]):
+            dead = f"both losses were equal in the last {PATIENCE} steps"
         train_loss = [(row.step + 1.0, row.loss) for row in rows if row.losses and not row.skipped] or train_loss
     seconds, peak = scalars.get(STEP_SECONDS, {}), scalars.get(PEAK_MEMORY, {})
     return {
@@ -121,6 +127,7 @@ def _metrics_so_far(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "steps": steps,
         "step_seconds": seconds[max(seconds)] if seconds else None,
         "peak_memory_bytes": max(peak.values(), default=None),
+        "dead": dead,
         "curve": {
             "train_loss": train_loss,
             "held_out": [{"step": step, **held_out[step]} for step in sorted(held_out)],
@@ -189,14 +196,15 @@ def rows_of(runs: Sequence[RunFacts], metric: str, targets: Sequence[float]) -> 
             row |= {f"{name} before": first.get(name), name: last.get(name)}
         if metric != "loss":
             found = (values.get(metric, nan) for _, values in run.held_out)
-            row[f"best {metric}"] = max(filter(isfinite, found), default=None)
+            row[f"best {metric}"] = None if run.dead else max(filter(isfinite, found), default=None)
         row |= {f"test {name}": run.test.get(name) for name in dict.fromkeys((metric, "loss"))}
         for target in targets:
-            steps = steps_to(run, metric, target)
+            steps = None if run.dead else steps_to(run, metric, target)
             seconds = 0.0 if steps == 0 else steps * run.step_seconds if steps and run.step_seconds else None
             row |= {f"steps to {target:g}": steps, f"seconds to {target:g}": seconds}
         row["seconds a step"] = run.step_seconds
         row["peak GiB"] = None if run.peak_memory is None else run.peak_memory / 2**30
+        row["note"] = run.dead and f"dead: {run.dead}"
         rows.append(row)
     return rows
 

@@ -120,7 +120,8 @@ class _Work:
             if run.state == "fitted" and not self._smezo(run, title, handle, "test"):
                 return False
             scores = ", ".join(f"{name} {value:.4f}" for name, value in run.scores().items())
-            say(f"{title}: {scores or 'done'} ({perf_counter() - began:.0f} s)")
+            dead = f"; DEAD: {reason}" if (reason := run.result().get("dead")) else ""
+            say(f"{title}: {scores or 'done'} ({perf_counter() - began:.0f} s){dead}")
             return True
         finally:
             os.close(handle)

@@ -43,7 +43,8 @@ def _text(value: object) -> str:
 def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """One row for the runs that differ in seeds alone.
 
-    A row has the grid's values by their keys, the numbers of ``runs`` finished and planned (``of``), their ``seeds``,
+    A row has the grid's values by their keys, the numbers of ``runs`` finished and planned (``of``) and of those that
+    are ``dead``, which did nothing and are in no mean, their ``seeds``,
     and for each measurement its ``mean`` and ``std`` (of a sample; null for a single run).
     """
     groups: dict[str, list[Run]] = {}
@@ -51,7 +52,8 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
         groups.setdefault(json.dumps(run.without_seeds, sort_keys=True, default=str), []).append(run)
     rows = []
     for group in groups.values():
-        done = [(run, run.result()) for run in group if run.state == "finished"]
+        finished = [(run, run.result()) for run in group if run.state == "finished"]
+        done = [(run, result) for run, result in finished if not result.get("dead")]
         measured: dict[str, list[float]] = {}
         for run, result in done:
             costs = {name: result.get(name) for name in ("steps", "step_seconds", "peak_memory_bytes")}
@@ -61,9 +63,10 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "values": group[0].without_seeds,
-                "runs": len(done),
+                "runs": len(finished),
                 "of": len(group),
-                "seeds": [{**run.seeds, "seed": result.get("seed")} for run, result in done],
+                "dead": len(finished) - len(done),
+                "seeds": [{**run.seeds, "seed": result.get("seed")} for run, result in finished],
                 "measurements": {
                     name: {"mean": fmean(values), "std": _deviation(values)} for name, values in measured.items()
                 },
@@ -90,15 +93,16 @@ def write_summary(runs: Sequence[Run], out: Path) -> str:
         spreads = {name: row["measurements"].get(name, {"mean": None, "std": None}) for name in measured}
         shown.append(
             {names[key]: value for key, value in values.items()}
-            | {"runs": f"{row['runs']} of {row['of']}"}
+            | {"runs": f"{row['runs']} of {row['of']}" + (f", {row['dead']} dead" if row["dead"] else "")}
             | {name: _spread(name, **spread) for name, spread in spreads.items()}
         )
         plain.append(
-            {**values, "runs": row["runs"]}
+            {**values, "runs": row["runs"], "dead": row["dead"]}
             | {f"{name}_{part}": value for name, spread in spreads.items() for part, value in spread.items()}
         )
     table = markdown(shown)
-    head = "Mean ± standard deviation (of a sample) over the finished runs that differ in seeds alone.\n\n"
+    head = "Mean ± standard deviation (of a sample) over the finished runs that differ in seeds alone"
+    head += "; dead ones, which did nothing, are left out.\n\n" if any(row["dead"] for row in rows) else ".\n\n"
     (out / "sweep.md").write_text(head + table, encoding="utf-8")
     (out / "sweep.csv").write_text(as_csv(plain), encoding="utf-8")
     states = [{"name": r.name, "values": r.point, "state": r.state, "result": r.result() or None} for r in runs]

@@ -417,8 +417,8 @@ class SparseMeZO(Optimizer):
             unread=self.participation.after_forwards(watched, fresh, read, self._steps_done),
             forward_seconds=forward_seconds,
         )
+        self.standstill.look(record, step)
         self._apply(record, step)
-        self.standstill.after(record, step)
         self._last_step = replace(record, total_seconds=perf_counter() - started)
         if self._skipped_in_row >= self.max_skipped:
             raise NonFiniteLossError(

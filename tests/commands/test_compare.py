@@ -147,3 +147,23 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "a" / "metrics.json").write_text('{"task": ')
     with pytest.raises(ValueError, match=r"metrics.json cannot be read"):
         read_run(tmp_path / "a")
+
+
+def test_a_dead_run_is_marked_and_never_the_best(tmp_path: Path) -> None:
+    finished(tmp_path / "alive")
+    finished(tmp_path / "dead", dead="both losses were equal, so no weight was updated. No weight is active")
+    table = compare([tmp_path / "alive", tmp_path / "dead"], tmp_path / "out", targets=[0.8])
+    assert "dead: both losses were equal" in table
+    with open(tmp_path / "out.csv", newline="") as file:
+        alive, dead = csv.DictReader(file)
+    assert (alive["best accuracy"], alive["steps to 0.8"], alive["note"]) == ("0.8", "100", "")
+    assert (dead["best accuracy"], dead["steps to 0.8"]) == ("", "")
+
+
+def test_a_metric_that_is_not_finite_is_not_the_best(tmp_path: Path) -> None:
+    held_out = [{"step": 0, "loss": 0.9, "accuracy": 0.5}, {"step": 200, "loss": None, "accuracy": None}]
+    finished(tmp_path / "run", curve={"train_loss": [], "held_out": held_out})
+    compare([tmp_path / "run"], tmp_path / "out", targets=[0.8])
+    with open(tmp_path / "out.csv", newline="") as file:
+        [row] = csv.DictReader(file)
+    assert (row["accuracy"], row["best accuracy"], row["steps to 0.8"]) == ("nan", "0.5", "")

@@ -187,3 +187,24 @@ def test_what_is_measured_around_a_run_has_a_bar(
     assert bar.seen[measured[0]] == [1, 2, 3, 4, 5]
     assert bar.progress is not None and not bar.progress.tasks[measured[0]].visible
     assert ("Training", 2) in bar.bars.values()
+
+
+def test_a_run_that_does_nothing_is_marked(tmp_path: Path) -> None:
+    """A metric that rests at the end, after steps that moved it, does not make a run dead; a loss does."""
+
+    class Resting(Classifier):
+        begin = 0
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return super().loss(batch) if self.trainer.global_step < self.begin else torch.tensor(0.7)
+
+    def dead(folder: Path, begin: int, objective: str | None) -> str | None:
+        module, data = Resting(), Examples()
+        module.begin, data.objective = begin, objective  # type: ignore[attr-defined]
+        make_trainer(folder, RunMetrics(table=False), max_steps=24).fit(module, data)
+        return json.loads((folder / "metrics.json").read_text())["dead"]  # type: ignore[no-any-return]
+
+    for number, (begin, objective) in enumerate([(0, None), (0, "accuracy"), (3, "lm")]):
+        assert "The loss was 0.7 in each" in str(dead(tmp_path / str(number), begin, objective))
+    assert dead(tmp_path / "rests", 3, "accuracy") is None
+    assert dead(tmp_path / "moves", 24, None) is None

@@ -196,3 +196,20 @@ def test_mean_and_deviation_by_hand(tmp_path: Path) -> None:
     assert "| 0.1 | 3 of 3 | 3.0000 ± 2.6458 |" in " ".join(text.split())
     rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
     assert [row["loss_mean"] for row in rows] == ["3.0", "4.0"] and rows[1]["loss_std"] == ""
+
+
+def test_a_dead_run_and_a_metric_that_is_not_finite_are_in_no_mean(tmp_path: Path) -> None:
+    config = base(tmp_path)
+    runs = [
+        done(tmp_path, config, {"model.optimizer.lr": lr, "seed": seed}, {"loss": loss, "accuracy": 0.5})
+        for lr, seed, loss in ((0.1, 0, 1.0), (0.1, 1, 2.0), (0.2, 0, None), (0.2, 1, 3.0))
+    ]
+    path = runs[1].folder / "metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dead": "no weight is active"}))
+    text = " ".join(write_summary(runs, tmp_path).split())
+    assert "| 0.1 | 2 of 2, 1 dead | 1.0000 |" in text
+    assert "| 0.2 | 2 of 2 | nan ± nan |" in text
+    summary = json.loads((tmp_path / "sweep.json").read_text(), parse_constant=pytest.fail)
+    assert [row["dead"] for row in summary["rows"]] == [1, 0]
+    assert [run["result"].get("dead") for run in summary["runs"]] == [None, "no weight is active", None, None]
+    assert "dead ones, which did nothing, are left out" in (tmp_path / "sweep.md").read_text()

@@ -40,7 +40,7 @@ class RunMetrics(Callback):
       ``step_seconds`` (median of the last 256 steps), ``peak_memory_bytes`` (in training: of the process, on CUDA of
       the allocator), ``method``, ``curve`` (points of ``curve.png``), ``before`` and ``after`` (each
       ``{"accuracy": ..., "loss": ...}``, or what else the module logs as ``val/...``; null without validation data),
-      ``dead`` (why the last steps had no effect; null if they had one), ``seed``, ``data_seed``, ``hyperparameters``,
+      ``dead`` (only if the last steps had no effect: why), ``seed``, ``data_seed``, ``hyperparameters``,
       ``precision``, ``versions``, ``machine``;
     - ``curve.png``: loss and accuracy over the steps;
 
@@ -181,7 +181,7 @@ class RunMetrics(Callback):
             "seed": settings.get("seed"),
             "hyperparameters": settings,
             "skipped_steps": getattr(training, "skipped_steps", 0),
-            "dead": _why_dead(find_zeroth_order(trainer), getattr(data, "objective", None)),
+            **_dead(find_zeroth_order(trainer), getattr(data, "objective", None)),
             "precision": str(trainer.precision),
             "perturbation": getattr(pl_module, "perturbation", None),
             "curve": self._curve.points(),
@@ -210,7 +210,7 @@ class RunMetrics(Callback):
         for name in after:
             table.add_row(name, *(f"{values[name]:.4f}" for values in (before, after) if name in values))
         console.print(table if after else f"{title}; no validation data to measure with")
-        if result["dead"]:
+        if "dead" in result:
             console.print(f"the run did nothing at its end: {result['dead']}", highlight=False, markup=False)
         lines = [f"metrics  {folder / 'metrics.json'}", f"curve    {folder / 'curve.png'}"]
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
@@ -219,13 +219,13 @@ class RunMetrics(Callback):
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-def _why_dead(optimizer: SparseMeZO | None, objective: str | None) -> str | None:
-    """Why the run did nothing at its end; None if it did something."""
-    if optimizer is None:
-        return None
+def _dead(optimizer: SparseMeZO | None, objective: str | None) -> dict[str, str]:
+    """``dead`` and why the run did nothing at its end; empty if it did something."""
+    if optimizer is None or optimizer.standstill.reason is None:
+        return {}
     # A metric or a reward is constant until an answer changes: a run that rests may well have learned before.
     rests = objective not in (None, "classification", "lm") and optimizer.standstill.moved
-    return None if rests else optimizer.standstill.reason
+    return {} if rests else {"dead": optimizer.standstill.reason}
 
 
 def _duration(seconds: float) -> str:

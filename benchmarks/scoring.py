@@ -34,9 +34,9 @@ from torch import nn
 from smezo_pl import PromptDataModule
 from smezo_pl.data import Collate, Encoded
 from smezo_pl.data.batch import left_padded
-from smezo_pl.data.encoding import padding_id
 from smezo_pl.data.loaders import CPU_GENERATION_TOKENS, CPU_TOKENS, BatchLimit, fill
 from smezo_pl.data.packing import tree_size
+from smezo_pl.data.tokens import padding_id
 from smezo_pl.models import load_network, load_tokenizer
 from smezo_pl.scoring.evaluation import candidate_scores
 from smezo_pl.scoring.generation import generate

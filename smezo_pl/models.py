@@ -1,5 +1,6 @@
 """Pretrained language models, causal or masked: a hub name, a local folder or a GGUF file; adapters through PEFT."""
 
+import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
+
+_POSITIONS_AFTER_PADDING = {
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "data2vec-text"),
+    *("ibert", "longformer", "luke", "mpnet", "esm"),
+}
+"""Model types whose positions begin after the padding token's index, and whose `max_position_embeddings` counts all."""
 
 
 def load_model(
@@ -83,8 +90,7 @@ def kind_of(pretrained: "str | Path | nn.Module", *, revision: str | None = None
     else:
         folder = Path(pretrained).expanduser()
         # Of PEFT's folders transformers finds the base model by itself.
-        adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-        if adapter or folder.suffix == ".gguf":
+        if _is_adapter(folder) or folder.suffix == ".gguf":
             return "causal"
         from transformers import AutoConfig
 
@@ -107,6 +113,35 @@ def kind_of(pretrained: "str | Path | nn.Module", *, revision: str | None = None
         kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_decoder", None) is False
     )
     return "masked" if kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and encoder else "causal"
+
+
+def position_limit(
+    pretrained: "str | Path | nn.Module", virtual_tokens: int = 0, *, revision: str | None = None
+) -> int | None:
+    """The most tokens of a text that a model has positions for, by its configuration; None if that names no number.
+
+    A sliding window is no limit. ``virtual_tokens`` of an adapter stand before the text, as do those of a network of
+    PEFT.
+    """
+    config: Any
+    if isinstance(pretrained, nn.Module):
+        config = getattr(pretrained, "config", None)
+        virtual_tokens = getattr(getattr(pretrained, "active_peft_config", None), "num_virtual_tokens", 0)
+    else:
+        from transformers import AutoConfig
+
+        if _is_adapter(folder := Path(pretrained).expanduser()):
+            settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            return position_limit(settings["base_model_name_or_path"], settings.get("num_virtual_tokens") or 0)
+        config = _from_pretrained(AutoConfig, pretrained, revision)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    if not isinstance(limit, int) or limit < 1:  # XLNet says -1
+        return None
+    if getattr(config, "model_type", None) in _POSITIONS_AFTER_PADDING:
+        limit -= (config.pad_token_id or 0) + 1
+    return limit - (virtual_tokens or 0)
 
 
 def load_tokenizer(pretrained: str | Path, *, revision: str | None = None) -> "PreTrainedTokenizerBase":
@@ -161,6 +196,10 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     logger.info("adapter %s: %s parameters are trained, the others are frozen", kind, f"{trained:,}")
     return wrapped.eval()
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def _from_pretrained(auto: Any, pretrained: str | Path, revision: str | None, **arguments: Any) -> Any:

@@ -17,7 +17,7 @@ from smezo_pl.data import PromptBatch, PromptDataModule
 from smezo_pl.data.batch import batch_size, batch_weight, split_batch
 from smezo_pl.data.loaders import LOADER, logged_name
 from smezo_pl.methods import FirstOrder, FirstOrderBaseline, MethodName
-from smezo_pl.models import add_adapter, kind_of, load_network, load_tokenizer
+from smezo_pl.models import add_adapter, kind_of, load_network, load_tokenizer, position_limit
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.sparse_mezo import NON_FINITE_ADVICE, NonFiniteLossError
 from smezo_pl.scoring import evaluation
@@ -125,6 +125,16 @@ class SparseMeZOModule(LightningModule):
         if self.pretrained is not None:
             return kind_of(self.pretrained, revision=self.revision) == "masked"
         return kind_of(self.model.network if isinstance(self.model, LinearProbe) else self.model) == "masked"
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens that the network has positions for; known before it is loaded."""
+        network = self._modules.get("model")
+        if isinstance(network, LinearProbe):
+            network = network.network
+        virtual = 0 if self.adapter is None else self.adapter.get("num_virtual_tokens", 0)
+        named = self.pretrained if network is None else network
+        return None if named is None else position_limit(named, virtual, revision=self.revision)
 
     def text_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer that generated text is decoded with: the data module's, else the module's."""

@@ -38,6 +38,7 @@ def main(args: Sequence[str]) -> None:
     data: PromptDataModule = run.datamodule
     if data._tokenizer is None:
         data.set_tokenizer(run.model.tokenizer)
+    data.max_positions = run.model.max_positions
     split: SplitName = given.split or ("dev" if data.num_demonstrations else "train")
     print("\n".join(preview(data, split, given.examples)))
 

@@ -4,7 +4,8 @@ from smezo_pl.data.batch import PromptBatch
 from smezo_pl.data.collate import Collate
 from smezo_pl.data.datamodule import PromptDataModule
 from smezo_pl.data.demo import demo_rows
-from smezo_pl.data.encoding import Encoded, Encoder, padding_id
+from smezo_pl.data.encoding import Encoded, Encoder
+from smezo_pl.data.tokens import padding_id
 
 __all__ = [
     "Collate",

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from smezo_pl.data.batch import Calibration, GenerationPrompts, PromptBatch, left_padded
-from smezo_pl.data.encoding import Encoded, Tokens
+from smezo_pl.data.encoding import Encoded
 from smezo_pl.data.packing import PackedRow, group_by_prefix, pack
+from smezo_pl.data.tokens import Tokens
 from smezo_pl.tasks.task import Loss
 
 

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from smezo_pl.data.batch import PromptBatch
 from smezo_pl.data.collate import Collate
-from smezo_pl.data.encoding import Encoded, Encoder, MaskedLMEncoder, padding_id, stop_tokens
+from smezo_pl.data.encoding import Encoded, Encoder, MaskedLMEncoder
 from smezo_pl.data.loaders import BatchLimit, evaluation_loader, find_token_budget, train_loader
 from smezo_pl.data.sources import load_split
 from smezo_pl.data.splits import Split, SplitName, Splits, at_least
+from smezo_pl.data.tokens import padding_id, refuse_special_tokens, stop_tokens
 from smezo_pl.models import load_tokenizer
 from smezo_pl.tasks import Example, GeneratedAnswer, Loss, Task, get_task, make_task, masked_form
 from smezo_pl.tasks.metrics import get_metric
@@ -45,8 +46,8 @@ class PromptDataModule(pl.LightningDataModule):
             ``calibration``, ``max_new_tokens``, ``stop``.
         data_dir: Local folder with ``{task}/{split}*.parquet`` in the hub's columns. Without it the dataset is loaded
             from the Hugging Face hub.
-        train_file: Your own training examples: a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file in UTF-8 (a TSV's
-            quotes are text), or a dataset on the hub, ``owner/name`` or ``owner/name@config:split``.
+        train_file: Your own training examples: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file in
+            UTF-8 (a TSV's quotes are text), or a dataset on the hub, ``owner/name`` or ``owner/name@config:split``.
         dev_file: Your own dev examples; drawn from ``train_file`` if not given.
         test_file: Your own test examples, for ``test`` and ``predict``; the latter needs no labels.
         tokenizer: Name, folder or GGUF file of the tokenizer, or the tokenizer itself. Without it the module's own
@@ -66,7 +67,10 @@ class PromptDataModule(pl.LightningDataModule):
             example gets a set of its own.
         data_seed: Decides which examples are drawn and in which order they come, in [0, 2^32).
         max_length: Maximum number of tokens of a prompt and a candidate together, at least 2. What is longer loses
-            the beginning of its prompt; a beginning-of-sequence token stays.
+            the beginning of its prompt; a beginning-of-sequence token stays. A model or tokenizer for shorter texts
+            lowers it, which is logged.
+        special_tokens: Whether names of special tokens in prompts and columns, such as ``</s>`` or ``<|im_end|>``, are
+            read as these tokens; otherwise they are text like any other.
         objective: What a step minimizes, instead of the task's own loss: ``classification`` (cross-entropy over the
             candidates), ``lm`` (of the gold answer's tokens), or one minus a metric of the batch's answers, such as
             ``accuracy``, ``f1`` or ``em``. Nothing needs to be differentiable. The dev loss stays a loss.
@@ -110,6 +114,7 @@ class PromptDataModule(pl.LightningDataModule):
         num_demonstrations: int = 0,
         demonstration_seed: int | None = None,
         calibration: Literal["none", "sfc", "icl_sfc"] = "none",
+        special_tokens: bool = False,
     ) -> None:
         super().__init__()
         files: dict[SplitName, str | None] = {"train": train_file, "dev": dev_file, "test": test_file}
@@ -150,6 +155,7 @@ class PromptDataModule(pl.LightningDataModule):
         self.data_seed = data_seed
         self.batch_size = at_least("batch_size", batch_size, 1)
         self.max_length = at_least("max_length", max_length, 2)
+        self.max_positions: int | None = None  # of a model that no Trainer runs
         self.num_workers = at_least("num_workers", num_workers, 0)
         if not isinstance(eval_batch_size, str):
             at_least("eval_batch_size", eval_batch_size, 1)
@@ -163,6 +169,7 @@ class PromptDataModule(pl.LightningDataModule):
         if calibration != "none" and task.calibration is None:
             raise ValueError(f"task {task.name!r} has no content-free prompt, so it cannot be calibrated")
         self.calibration = calibration
+        self.special_tokens = special_tokens
         self._tokenizer = tokenizer
         # With what each was made of, so that another model, or another prompt, makes it again.
         self._encoded: dict[SplitName, tuple[tuple[Any, ...], list[Encoded]]] = {}
@@ -233,18 +240,22 @@ class PromptDataModule(pl.LightningDataModule):
     def encoded(self, split: SplitName) -> list[Encoded]:
         """The examples of a split as tokens, in the order of `examples`."""
         tokenizer, examples = self.tokenizer, self.examples(split)
+        module = getattr(self.trainer, "lightning_module", None)
+        positions = getattr(module, "max_positions", self.max_positions)
         key, encoded = self._encoded.get(split, ((), []))
-        if len(key) != 2 or key[0] is not tokenizer or key[1] is not examples:
+        if len(key) != 3 or key[0] is not tokenizer or key[1] is not examples or key[2] != positions:
+            if not self.special_tokens:
+                refuse_special_tokens(self.task, tokenizer)
             encoder: Encoder | MaskedLMEncoder
             if self.task.is_masked:
-                encoder = MaskedLMEncoder(tokenizer, self.max_length)
+                encoder = MaskedLMEncoder(tokenizer, self.max_length, self.special_tokens, positions)
             else:
                 new_tokens = getattr(self.task.candidates, "max_new_tokens", 0)
                 calibrated = self.calibration != "none" and split != "train"
-                encoder = Encoder(tokenizer, self.max_length, new_tokens, calibrated)
+                encoder = Encoder(tokenizer, self.max_length, new_tokens, calibrated, self.special_tokens, positions)
             encoded = encoder.encode(examples, self.origin(split))
             self._check_repeats(encoded, self.origin(split))
-            self._encoded[split] = (tokenizer, examples), encoded
+            self._encoded[split] = (tokenizer, examples, positions), encoded
         return encoded
 
     @property

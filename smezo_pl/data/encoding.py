@@ -8,12 +8,11 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from smezo_pl.data.packing import tree_size
+from smezo_pl.data.tokens import Texts, Tokens, special_affixes, special_token
 from smezo_pl.tasks import Example
 from smezo_pl.tasks.task import MASK
 
 logger = logging.getLogger(__name__)
-
-Tokens = tuple[int, ...]
 
 _CHUNK = 256  # examples that are tokenized at once: bounds the memory of the tokenizer's own records
 
@@ -63,46 +62,33 @@ def fed_rows(candidates: Sequence[Tokens]) -> list[Tokens]:
     return rows
 
 
-def special_token(tokenizer: PreTrainedTokenizerBase, *names: str) -> int | None:
-    """The first of the special tokens ``"bos"``, ``"eos"``, ``"pad"``, ... that the tokenizer has."""
-    tokens = (getattr(tokenizer, f"{name}_token_id") for name in names)
-    return next((token for token in tokens if isinstance(token, int)), None)
-
-
-def special_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
-    """The special tokens that the tokenizer puts before and after a text."""
-    probe = "It was"
-    (plain,) = _ids(tokenizer, [probe])
-    full: list[int] = tokenizer(probe, verbose=False)["input_ids"]
-    for first in range(len(full) - len(plain) + 1):
-        if full[first : first + len(plain)] == plain:
-            return tuple(full[:first]), tuple(full[first + len(plain) :])
-    raise ValueError(f"tokenizer {type(tokenizer).__name__} changes a text's tokens when it adds special ones")
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding token. Attention never looks at it, so where there is none of its own any will do."""
-    return special_token(tokenizer, "pad", "eos") or 0
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    # verbose=False: the warning about texts longer than the model takes; they are cut here.
-    encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    ids: list[list[int]] = encoding["input_ids"]
-    return ids
-
-
 def _last(tokens: list[int], count: int) -> list[int]:
     return tokens[max(0, len(tokens) - count) :]
 
 
-def _lowered(max_length: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.model_max_length >= max_length:
-        return max_length
-    logger.info("max_length %d lowered to %d, the tokenizer's longest text", max_length, tokenizer.model_max_length)
-    return int(tokenizer.model_max_length)
+def _lowered(max_length: int, tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> int:
+    limits = {"the tokenizer's longest text": tokenizer.model_max_length, "the model's positions": max_positions}
+    for what, limit in limits.items():
+        if limit is not None and limit < max_length:
+            logger.info("max_length %d lowered to %d, %s", max_length, limit, what)
+            max_length = int(limit)
+    return max_length
+
+
+def _refuse_equal(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], candidates: Sequence[Tokens], where: str
+) -> None:
+    """Refuse different texts with the same tokens, which no model can tell apart."""
+    if len(set(candidates)) == len(set(texts)):
+        return
+    first: dict[Tokens, str] = {}
+    for text, tokens in zip(texts, candidates, strict=True):
+        if first.setdefault(tokens, text) != text:
+            parts = "|".join(map(str, tokenizer.convert_ids_to_tokens(list(tokens))))
+            raise ValueError(
+                f"{where}: candidates {first[tokens]!r} and {text!r} are both {parts!r} with this tokenizer, so the"
+                " model cannot tell them apart: choose other words"
+            )
 
 
 def _log_cuts(encoded: Sequence[Encoded], origin: str, max_length: int, where: str) -> None:
@@ -130,6 +116,9 @@ class Encoder:
         max_length: Most tokens of a prompt and a candidate together, at least 2.
         max_new_tokens: Tokens that are generated after a prompt, which is cut to leave room for them; 0: none are.
         calibrated: Whether content-free prompts are encoded too, for the examples that have one.
+        special_tokens: Whether the names of special tokens in a text are read as the tokens; otherwise they are text.
+        max_positions: Most tokens that the model has positions for, None without such a limit; it lowers
+            ``max_length``, as does the tokenizer's longest text.
 
     Raises:
         ValueError: If ``max_length`` is too small.
@@ -141,11 +130,14 @@ class Encoder:
         max_length: int = 2048,
         max_new_tokens: int = 0,
         calibrated: bool = False,
+        special_tokens: bool = False,
+        max_positions: int | None = None,
     ) -> None:
         if not max_length >= 2:
             raise ValueError(f"max_length must be at least 2, got {max_length}")
         self.tokenizer = tokenizer
-        self.max_length = _lowered(max_length, tokenizer)
+        self.texts = Texts(tokenizer, special_tokens)
+        self.max_length = _lowered(max_length, tokenizer, max_positions)
         self.start, _ = special_affixes(tokenizer)
         if max_new_tokens and not self.max_length - max_new_tokens - len(self.start) >= 1:
             raise ValueError(
@@ -158,7 +150,8 @@ class Encoder:
         """Tokens of the examples, in their order; how many had to be cut is logged.
 
         Raises:
-            ValueError: If a candidate or a prompt has no tokens, or a candidate leaves no room for the prompt.
+            ValueError: If a candidate or a prompt has no tokens, two candidates have the same, or a candidate leaves no
+                room for the prompt.
         """
         encoded: list[Encoded] = []
         for first in range(0, len(examples), _CHUNK):
@@ -176,10 +169,8 @@ class Encoder:
         return str(decode(list(example.prompt))) + " ".join(answers)
 
     def _encode(self, examples: Sequence[Example], origin: str) -> Iterator[Encoded]:
-        prompts = _ids(self.tokenizer, [example.prompt for example in examples])
-        joint = iter(
-            _ids(self.tokenizer, [example.prompt + text for example in examples for text in example.candidates])
-        )
+        prompts = self.texts([example.prompt for example in examples])
+        joint = iter(self.texts([example.prompt + text for example in examples for text in example.candidates]))
         for example, prompt in zip(examples, prompts, strict=True):
             where = f"{origin}, {example.where}"
             if not self.start and not prompt:
@@ -217,19 +208,20 @@ class Encoder:
             if not own:
                 raise ValueError(f"{where}: candidate {text!r} has no tokens of its own with this tokenizer")
             candidates.append(tuple(own))
+        _refuse_equal(self.tokenizer, texts, candidates, where)
         return tuple(candidates)
 
     def _unmerged(self, candidate: str) -> list[int]:
         """A candidate's tokens where its first must not merge with what comes before it."""
         # After a newline, not on its own: some tokenizers put a space before a text's first word.
-        before, both, alone = _ids(self.tokenizer, ["\n", "\n" + candidate, candidate])
+        before, both, alone = self.texts(["\n", "\n" + candidate, candidate])
         return both[len(before) :] if both[: len(before)] == before else alone
 
     def _calibration(self, example: Example, where: str) -> tuple[Tokens, tuple[Tokens, ...]] | None:
         text = example.calibration
         if text is None:
             return None
-        prompt, *joint = _ids(self.tokenizer, [text, *(text + candidate for candidate in example.candidates)])
+        prompt, *joint = self.texts([text, *(text + candidate for candidate in example.candidates)])
         candidates = self._candidates(example.candidates, prompt, iter(joint), where)
         start = self.start
         if not start and not prompt:  # the first token needs something to be predicted after
@@ -250,17 +242,24 @@ class MaskedLMEncoder:
     is near it, at its end; never special tokens, which ``max_length`` counts too, and never the mask.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 2048,
+        special_tokens: bool = False,
+        max_positions: int | None = None,
+    ) -> None:
         if tokenizer.mask_token_id is None:
             raise ValueError(
                 f"tokenizer {type(tokenizer).__name__} has no mask token, so it is not that of a masked language model"
             )
         self.tokenizer = tokenizer
-        self.max_length = _lowered(max_length, tokenizer)
+        self.texts = Texts(tokenizer, special_tokens)
+        self.max_length = _lowered(max_length, tokenizer, max_positions)
         self.start, self.end = special_affixes(tokenizer)
         self.room = self.max_length - len(self.start) - len(self.end)
         if self.room < 2:
-            raise ValueError(f"max_length {max_length} leaves no room for a mask and a token beside it")
+            raise ValueError(f"max_length {self.max_length} leaves no room for a mask and a token beside it")
 
     def encode(self, examples: Sequence[Example], origin: str = "example") -> list[Encoded]:
         """Tokens of the examples, in their order; how many had to be cut is logged."""
@@ -270,9 +269,10 @@ class MaskedLMEncoder:
             where = f"{origin}, {example.where}"
             if example.candidates not in words:
                 words[example.candidates] = self._words(example.candidates, where)
-            if example.prompt.count(MASK) != 1:
-                raise ValueError(f"{where}: the text must hold {MASK} once, got {example.prompt!r}")
-            (text,) = _ids(self.tokenizer, [example.prompt.replace(MASK, self.tokenizer.mask_token)])
+            before, after = example.prompt[: example.mask_at], example.prompt[example.mask_at + len(MASK) :]
+            if before + MASK + after != example.prompt:
+                raise ValueError(f"{where}: the text must hold {MASK} at mask_at, got {example.prompt!r}")
+            text = self.texts.around_mask(before, after)
             if text.count(self.tokenizer.mask_token_id) != 1:
                 raise ValueError(f"{where}: the text holds the mask token itself, got {example.prompt!r}")
             position = text.index(self.tokenizer.mask_token_id)
@@ -296,7 +296,7 @@ class MaskedLMEncoder:
     def _words(self, candidates: Sequence[str], where: str) -> tuple[Tokens, ...]:
         words = []
         for text in candidates:
-            (tokens,) = _ids(self.tokenizer, [" " + text.strip()])
+            (tokens,) = self.texts([" " + text.strip()])
             if len(tokens) != 1 or tokens[0] == self.tokenizer.unk_token_id:
                 parts = "|".join(self.tokenizer.convert_ids_to_tokens(tokens))
                 raise ValueError(
@@ -304,19 +304,5 @@ class MaskedLMEncoder:
                     " that it knows: choose another word"
                 )
             words.append(tuple(tokens))
-        if len(set(words)) < len(words):
-            raise ValueError(f"{where}: two of the candidates {list(candidates)} are the same token")
+        _refuse_equal(self.tokenizer, candidates, words, where)
         return tuple(words)
-
-
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Tokens:
-    """The tokens that end an answer: end of sequence, and every token whose text holds one of the stop texts.
-
-    A tokenizer may have many tokens with a newline in them. A stop text that only several tokens together make up stops
-    nothing; the answer is cut at it all the same.
-    """
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    tokens = {token for token, text in enumerate(texts) if any(end in text for end in stop)}
-    if (eos := special_token(tokenizer, "eos")) is not None:
-        tokens.add(eos)
-    return tuple(sorted(tokens))

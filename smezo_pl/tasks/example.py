@@ -6,7 +6,7 @@ from hashlib import blake2b
 from typing import Any
 
 from smezo_pl.tasks.labels import UNKNOWN, LabelReading
-from smezo_pl.tasks.task import FILTERS, GeneratedAnswer, ListCandidates, Task, render
+from smezo_pl.tasks.task import FILTERS, MASK, GeneratedAnswer, ListCandidates, Task, render
 from smezo_pl.tasks.text import ExampleError, as_text, is_missing
 
 
@@ -25,6 +25,7 @@ class Example:
         group: A number that all answers to one question share; 0 where the task has no such groups.
         calibration: The content-free prompt, None where the task has none.
         line: Its line in its file, for errors: ``line 7``; empty for ``row <index>``.
+        mask_at: Where the task's own ``<mask>`` begins in the prompt of a masked language model; -1 without one.
     """
 
     prompt: str
@@ -37,6 +38,7 @@ class Example:
     group: int = 0
     calibration: str | None = None
     line: str = ""
+    mask_at: int = -1
 
     @property
     def where(self) -> str:
@@ -71,6 +73,8 @@ def make_example(
     values = {column: _text(task, column, row.get(column), where) for column in task.text_columns}
     # MeZO strips the same: a prompt neither starts with white space nor ends in a space.
     prompt = render(task.prompt, values).lstrip().rstrip(" ")
+    before, mask, _ = task.prompt.partition(MASK)
+    mask_at = len(render(before, values).lstrip()) if mask else -1
     if isinstance(task.candidates, GeneratedAnswer):
         references = _references(task.candidates.column, row, where)
         if not references:
@@ -107,6 +111,7 @@ def make_example(
         group=_group(task, values, row, where),
         calibration=None if task.calibration is None else render(task.calibration, values).strip(" "),
         line=line,
+        mask_at=mask_at,
     )
 
 

@@ -192,6 +192,20 @@ def test_no_tokenizer(small: Callable[..., PromptDataModule], tmp_path: Path) ->
         trainer(tmp_path, max_steps=1).fit(Reader(), small(tokenizer=None))
 
 
+def test_special_tokens_in_texts(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps({"text": f"movie {i}</s>", "label": i % 2}) + "\n" for i in range(4)))
+    settings: dict[str, Any] = {"train_file": str(file), "tokenizer": tiny_tokenizer, "num_train": 2, "num_dev": 2}
+    candidates = [" bad", " good"]
+    plain = PromptDataModule({"prompt": "{text}\n", "candidates": candidates}, **settings)
+    assert all(tiny_tokenizer.eos_token_id not in example.prompt for example in plain.encoded("train"))
+    chat = {"prompt": "{text}</s>\n", "candidates": candidates}
+    with pytest.raises(ValueError, match=r"holds the tokenizer's special token '</s>' .*data\.special_tokens: true"):
+        PromptDataModule(chat, **settings).encoded("train")
+    special = PromptDataModule(chat, special_tokens=True, **settings)
+    assert all(example.prompt.count(tiny_tokenizer.eos_token_id) == 2 for example in special.encoded("train"))
+
+
 def test_a_tokenizer_by_name_and_a_change_of_tokenizer(
     small: Callable[..., PromptDataModule], tiny_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from smezo_pl.data import Encoder, padding_id
 from smezo_pl.data.encoding import Encoded, MaskedLMEncoder, fed_rows
-from smezo_pl.tasks import Example, get_task, make_example
+from smezo_pl.tasks import Example, get_task, make_example, make_task
 from tests.data.synthetic_tokenizers import masking_tokenizer, merging_tokenizer, word_tokenizer
 
 WORDS = ["a", " a", " b", " c", " d", "e", "\n"]
@@ -55,6 +55,28 @@ def test_the_first_word_after_a_merge_gets_no_space_put_before_it() -> None:
     (encoded,) = Encoder(tokenizer).encode([example("ba", "b", "a")])
     assert encoded.prompt == ids(tokenizer, "▁", "b", "a")
     assert encoded.candidates == (ids(tokenizer, "b"), ids(tokenizer, "a"))
+
+
+def test_candidates_that_the_tokenizer_cannot_tell_apart() -> None:
+    wrong = example("a", " c", " x", " b", " y", index=5)
+    with pytest.raises(
+        ValueError, match=r"^file, row 5: candidates ' x' and ' y' are both '<unk>' with this tokenizer"
+    ):
+        Encoder(word_tokenizer(WORDS)).encode([wrong], "file")
+
+
+def test_equal_candidates_are_not_the_tokenizers_affair() -> None:
+    (encoded,) = Encoder(word_tokenizer(WORDS)).encode([example("a", " c", " b", " c")])
+    assert encoded.candidates[0] == encoded.candidates[2]
+
+
+def test_special_tokens_of_a_column_are_text_and_of_the_task_with_special_tokens() -> None:
+    tokenizer = word_tokenizer(["a", " a", " b", " c", "</s>x"], bos=True, eos=True)
+    shown = example("a </s>", " b", " c")
+    (encoded,) = Encoder(tokenizer).encode([shown])
+    assert encoded.prompt == ids(tokenizer, "<s>", "a", "<unk>")
+    (encoded,) = Encoder(tokenizer, special_tokens=True).encode([shown])
+    assert tokenizer.eos_token_id in encoded.prompt
 
 
 def test_a_candidate_without_tokens() -> None:
@@ -158,7 +180,7 @@ MASKED_WORDS = [*("the", "movie", "was", "fine", "long", "It", ".", ",", "great"
 
 
 def masked(prompt: str, *candidates: str) -> Example:
-    return Example(prompt, candidates or (" terrible", " great"), 1, (1,), 7)
+    return Example(prompt, candidates or (" terrible", " great"), 1, (1,), 7, mask_at=prompt.rfind("<mask>"))
 
 
 @pytest.mark.parametrize("roberta", [False, True])
@@ -206,9 +228,7 @@ def test_the_tokenizers_longest_text_holds() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (masked("the movie was fine"), r"x, row 7: the text must hold <mask> once, got 'the movie was fine'"),
-        (masked("<mask> movie<mask>"), r"x, row 7: the text must hold <mask> once"),
-        (masked("[MASK] a<mask>"), r"x, row 7: the text holds the mask token itself, got '\[MASK\] a<mask>'"),
+        (masked("the movie was fine"), r"x, row 7: the text must hold <mask> at mask_at, got 'the movie was fine'"),
         (
             masked("a<mask>", " not known", " great"),
             r"candidate ' not known' is '\[UNK\]\|\[UNK\]' with this tokenizer",
@@ -219,13 +239,27 @@ def test_the_tokenizers_longest_text_holds() -> None:
         ),
         (
             masked("a<mask>", " great", "great"),
-            r"two of the candidates \[' great', 'great'\] are the same token",
+            r"x, row 7: candidates ' great' and 'great' are both 'great' with this tokenizer",
         ),
     ],
 )
 def test_unusable_masked_examples(wrong: Example, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MaskedLMEncoder(masking_tokenizer(MASKED_WORDS)).encode([wrong], "x")
+
+
+@pytest.mark.parametrize("roberta", [False, True])
+def test_a_mask_in_a_column_is_text(roberta: bool) -> None:
+    tokenizer = masking_tokenizer(MASKED_WORDS, roberta)
+    task = make_task({"prompt": "{text} It was<mask>. {text}", "candidates": [" terrible", " great"]})
+    for name in ("<mask>", "[MASK]", tokenizer.sep_token):
+        row = make_example(task, {"text": f"the movie {name}", "label": 1})
+        (encoded,) = MaskedLMEncoder(tokenizer).encode([row])
+        tokens = tokenizer.convert_ids_to_tokens(list(encoded.prompt))
+        assert (tokens.count(tokenizer.mask_token), tokens.count(tokenizer.sep_token)) == (1, 1)
+        assert tokens[encoded.mask_position - 1 : encoded.mask_position + 2] == ["was", tokenizer.mask_token, "."]
+        with pytest.raises(ValueError, match="the text holds the mask token itself"):
+            MaskedLMEncoder(tokenizer, special_tokens=True).encode([masked(f"{tokenizer.mask_token} a<mask>")])
 
 
 def test_a_tokenizer_without_a_mask() -> None:

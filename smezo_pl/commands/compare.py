@@ -204,7 +204,8 @@ def rows_of(runs: Sequence[RunFacts], metric: str, targets: Sequence[float]) -> 
             row |= {f"steps to {target:g}": steps, f"seconds to {target:g}": seconds}
         row["seconds a step"] = run.step_seconds
         row["peak GiB"] = None if run.peak_memory is None else run.peak_memory / 2**30
-        row["note"] = run.dead and f"dead: {run.dead}"
+        if any(run.dead for run in runs):
+            row["note"] = run.dead and f"dead: {run.dead}"
         rows.append(row)
     return rows
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smezo_pl.data.batch import PromptBatch
 from smezo_pl.data.collate import Collate
+from smezo_pl.data.digests import differences, example_digests
 from smezo_pl.data.encoding import Encoded, Encoder, MaskedLMEncoder
 from smezo_pl.data.loaders import BatchLimit, evaluation_loader, find_token_budget, train_loader
 from smezo_pl.data.sources import load_split
@@ -174,6 +175,7 @@ class PromptDataModule(pl.LightningDataModule):
         # With what each was made of, so that another model, or another prompt, makes it again.
         self._encoded: dict[SplitName, tuple[tuple[Any, ...], list[Encoded]]] = {}
         self._limit: tuple[tuple[Any, ...], BatchLimit] | None = None
+        self._digested: tuple[list[Encoded], dict[str, Any]] | None = None
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take this tokenizer from now on, whatever the module's."""
@@ -344,18 +346,21 @@ class PromptDataModule(pl.LightningDataModule):
             "batch_size": self.batch_size,
             "max_length": self.max_length,
             "objective": self.objective,
+            **self._digests(),
         }
+
+    def _digests(self) -> dict[str, Any]:
+        split, encoded = self._split("train"), self.encoded("train")
+        if self._digested is None or self._digested[0] is not encoded:  # for every checkpoint the same
+            made = example_digests(self.task, split.examples, encoded, self.tokenizer)
+            self._digested = encoded, {**made, "columns": dict(split.columns)}
+        return self._digested[1]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Log if the run that is resumed had other batches."""
         if not state_dict or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        changes = [
-            f"{name} {state_dict.get(name)!r} -> {now!r}"
-            for name, now in self.state_dict().items()
-            if state_dict.get(name) != now
-        ]
-        if changes:
+        if changes := differences(state_dict, self.state_dict()):
             logger.warning(
                 "the resumed run had other training batches (%s): it will not continue as it would have",
                 ", ".join(changes),

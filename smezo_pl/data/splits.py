@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from smezo_pl.data.digests import column_digests
 from smezo_pl.data.sources import Rows, load_file, load_split
 from smezo_pl.tasks import Example, ExampleError, GeneratedAnswer, LabelReading, Source, Task, make_example
 from smezo_pl.tasks.example import options_of
@@ -100,6 +101,7 @@ class Split:
     examples: list[Example]
     origin: str
     labels: str = ""  # how they were read, where that is not by the task's own names
+    columns: Mapping[str, str] = field(default_factory=dict)  # of training examples, digests of what they are made of
 
 
 @dataclass
@@ -246,7 +248,8 @@ class Splits:
             "%s: %d of %d rows of %s are %s examples (data_seed %d)",
             self.task.name, len(numbers), len(data), data.origin, name, self.seed,
         )  # fmt: skip
-        return Split(examples, data.origin, reading.describe())
+        columns = column_digests(data.rows(numbers), self.task.columns) if name == "train" else {}
+        return Split(examples, data.origin, reading.describe(), columns)
 
     def _with_demonstrations(self, name: SplitName, split: Split, data: Rows) -> Split:
         """The split with few-shot demonstrations before each example: prompts and gold answers, stripped.

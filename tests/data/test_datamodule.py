@@ -21,6 +21,7 @@ from smezo_pl.data.splits import permutation, sample_train_dev
 from smezo_pl.scoring.evaluation import candidate_scores, predictions
 from smezo_pl.scoring.logits import model_logits
 from smezo_pl.tasks import Source, Task
+from tests.data.synthetic_tokenizers import word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(
     # Lightning: on machines with more cores. Making a batch of text needs no worker.
@@ -316,6 +317,55 @@ def test_a_resume_with_other_batches_is_logged(
     other = small(batch_size=4, num_train=20)
     trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(Reader(), other, ckpt_path=str(tmp_path / "last.ckpt"))
     assert "other training batches (num_train 30 -> 20, batch_size 8 -> 4)" in caplog.text
+
+
+OWN = {"prompt": "{text} It was", "candidates": {0: " terrible", 1: " great"}}
+OTHER_BATCHES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "prompt": ({**OWN, "prompt": "{text} So it was"}, {}, "(prompt '{text} It was' -> '{text} So it was')"),
+    "candidates": ({**OWN, "candidates": {0: " bad", 1: " great"}}, {}, "(candidates \"{'0': ' terrible', '1':"),
+    "a text of the file": (OWN, {"rows": lambda i: (i + 60 * (i % 7 == 5), i % 2)}, "(column 'text' of the training"),
+    "a label of the file": (OWN, {"rows": lambda i: (i, i % 3 % 2)}, "(column 'label' of the training examples)"),
+    "label mapping": ({**OWN, "candidates": {1: " great", 0: " terrible"}}, {}, "labels of the training examples)"),
+    "words": ({**OWN, "words": {"text": {f"number {i}": f"{i}" for i in range(60)}}}, {}, "(texts of the training"),
+    "tokenizer": (OWN, {"words": [" It", " was", " terrible", " great"]}, "(tokenizer)"),
+    "max_length": (OWN, {"max_length": 9}, "(max_length 2048 -> 9)"),
+    "another column": ({**OWN, "prompt": "{more} It was"}, {}, "(prompt '{text} It was' -> '{more} It was')"),
+    "nothing": (OWN, {}, ""),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_BATCHES)
+def test_a_resume_names_what_differs(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def data(task: dict[str, Any], rows: Any = None, words: Any = None, **settings: Any) -> PromptDataModule:
+        made = map(rows or (lambda i: (i, i % 2)), range(60))
+        lines = [json.dumps({"text": f"number {n}", "label": label, "more": f"more {n}"}) + "\n" for n, label in made]
+        (tmp_path / "train.jsonl").write_text("".join(lines))
+        tokenizer = tiny_tokenizer if words is None else word_tokenizer(words)
+        settings = {"num_train": 30, "num_dev": 10, "batch_size": 8, "tokenizer": tokenizer, **settings}
+        return PromptDataModule(task, train_file=str(tmp_path / "train.jsonl"), **settings)
+
+    settings = {"limit_val_batches": 0, "num_sanity_val_steps": 0}
+    trainer(tmp_path, max_steps=2, **settings, callbacks=saving(tmp_path, 2)).fit(Reader(), data(OWN))
+    task, other, message = OTHER_BATCHES[name]
+    trainer(tmp_path, max_steps=3, **settings).fit(Reader(), data(task, **other), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert ("the resumed run had other training batches (" in caplog.text) is bool(message)
+    assert message in caplog.text
+
+
+def test_a_resume_from_a_checkpoint_without_digests_names_none(
+    small: Callable[..., PromptDataModule], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"limit_val_batches": 0, "num_sanity_val_steps": 0}
+    trainer(tmp_path, max_steps=2, **settings, callbacks=saving(tmp_path, 2)).fit(Reader(), small())
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    state = checkpoint["PromptDataModule"]
+    kept = ("task", "data_seed", "num_train", "batch_size", "max_length", "objective")  # of version 0.1.0
+    checkpoint["PromptDataModule"] = {name: state[name] for name in kept}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    trainer(tmp_path, max_steps=3, **settings).fit(Reader(), small(), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert "other training batches" not in caplog.text
 
 
 @pytest.mark.filterwarnings(

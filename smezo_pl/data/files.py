@@ -12,14 +12,20 @@ Record = tuple[int, dict[str, Any]]
 
 def read_json_lines(path: Path) -> list[Record]:
     """One JSON object per line; blank lines are left out."""
-    records = []
+    records: list[Record] = []
     # Only line feeds end a line: JSON texts may hold the other characters that `splitlines` splits at.
     for line, text in enumerate(_decoded(path).split("\n"), start=1):
         if text.strip():
+            if not records and text.lstrip()[0] == "[":
+                raise ValueError(
+                    f"{path}, line {line}: a line must hold one JSON object, {{...}}, got a list; a file that is one"
+                    " array must end in .json"
+                )
             row = _parsed(path, text, line)
             if not isinstance(row, dict):
-                kind = "a list" if isinstance(row, list) else repr(row)[:60]
-                raise ValueError(f"{path}, line {line}: a line must hold one JSON object, {{...}}, got {kind}")
+                raise ValueError(
+                    f"{path}, line {line}: a line must hold one JSON object, {{...}}, got {repr(row)[:60]}"
+                )
             records.append((line, row))
     return records
 

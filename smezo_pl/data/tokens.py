@@ -32,11 +32,7 @@ class Texts:
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text."""
-        if not texts:
-            return []
-        # verbose=False: the warning about texts longer than the model takes; they are cut later.
-        encoding = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        ids: list[list[int]] = encoding["input_ids"]
+        ids = self._read(texts)
         for index, tokens in enumerate(ids):
             if not self.special_tokens and not self._special.isdisjoint(tokens):
                 ids[index] = self._as_text(texts[index])
@@ -44,10 +40,19 @@ class Texts:
 
     def around_mask(self, before: str, after: str) -> list[int]:
         """The tokens of two texts with the mask between them, which is there once unless ``special_tokens``."""
-        (tokens,) = Texts(self.tokenizer, special_tokens=True)([f"{before}{self.tokenizer.mask_token}{after}"])
+        (tokens,) = self._read([f"{before}{self.tokenizer.mask_token}{after}"])
         if self.special_tokens or sum(token in self._special for token in tokens) == 1:
             return tokens
         return self._as_text(before, after)
+
+    def _read(self, texts: Sequence[str]) -> list[list[int]]:
+        """What the tokenizer makes of texts, special tokens included."""
+        if not texts:
+            return []
+        # verbose=False: the warning about texts longer than the model takes; they are cut later.
+        encoding = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids: list[list[int]] = encoding["input_ids"]
+        return ids
 
     def _as_text(self, *parts: str) -> list[int]:
         """The tokens of a text with special tokens' names in it, or of several with a mask between them."""

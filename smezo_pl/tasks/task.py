@@ -64,8 +64,12 @@ def columns_in(template: str) -> tuple[str, ...]:
     ``"{premise}\nQuestion: {question|strip}\n"``. ``{{`` and ``}}`` stand for braces.
 
     Raises:
-        ValueError: For a lone brace, empty braces, or a filter that is not one of `FILTERS`.
+        ValueError: For a lone brace, empty braces, half a character, or a filter that is not one of `FILTERS`.
     """
+    try:
+        template.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"template {template!r} holds half a character at {error.start}") from error
     columns = []
     for match in _FIELD.finditer(template):
         if match[0] in ("{{", "}}"):

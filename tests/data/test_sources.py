@@ -335,6 +335,11 @@ def test_ten_megabytes_in_one_field(write_file: Write) -> None:
     [
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl, line 2: no JSON, Expecting value at column 10"),
         ("a.jsonl", "[1, 2]\n", "a.jsonl, line 1: a line must hold one JSON object, {...}, got a list"),
+        (
+            "a.jsonl",
+            '[\n{"text": "a"}]\n',
+            "a.jsonl, line 1: a line must hold one JSON object, {...}, got a list; a file",
+        ),
         ("a.jsonl", '{"text": "a", "text": "b"}\n', "a.jsonl, line 1: not readable as JSON: key 'text' is there twice"),
         ("a.json", '[{"text": "a"},\n {"text": }]', "a.json, line 2: no JSON, Expecting value at column 11"),
         ("a.json", '[{"text": "a"}, "b"]', "a.json, row 1: must be a JSON object, {...}, got 'b'"),

@@ -109,3 +109,8 @@ def test_a_group_that_is_empty() -> None:
         make_example(task, {"text": "x", "question": None, "label": 0})
     one, same, other = (make_example(task, {"text": "x", "question": q, "label": 0}).group for q in (1, 1, "2"))
     assert one == same != other
+
+
+def test_half_a_character_in_a_template() -> None:
+    with pytest.raises(ValueError, match=r"template '\{text\}\\ud83d' holds half a character at 6"):
+        make_task({"prompt": "{text}\ud83d", "candidates": ["a", "b"]})

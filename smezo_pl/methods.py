@@ -244,8 +244,9 @@ def check_resumed(module: Any, then: Mapping[str, Any]) -> None:
 
 def log_method(module: Any) -> None:
     """Log the method, and how many weights it trains."""
-    name, parameters = module.method, list(module.model.parameters())
-    trained, frozen = (sum(p.numel() for p in parameters if p.requires_grad is flag) for flag in (True, False))
+    name, groups = module.method, [group for each in module.trainer.optimizers for group in each.param_groups]
+    trained = sum(p.numel() for group in groups for p in group["params"])
+    frozen = sum(p.numel() for p in module.model.parameters()) - trained
     settings = "" if module.baseline is None else f", {module.baseline.settings()}"
     counts = f"{trained:,} weights are trained, {frozen:,} are frozen"
     logger.info("method %s (%s): %s%s", name, METHODS[name].summary, counts, settings)

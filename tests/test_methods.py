@@ -232,6 +232,8 @@ def test_lora_by_the_command_line(
     run = tmp_path / "runs/demo/version_0"
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["method"] == "lora" and metrics["hyperparameters"]["lr"] == 0.02 and metrics["seed"] == 0
+    assert metrics["trained_parameters"] == 1792 < sum(metrics["parameters"].values())
+    assert metrics["perturbation"] is None and "kernel" not in metrics["machine"]
     assert metrics["after"]["loss"] < metrics["before"]["loss"]
     assert metrics["step_seconds"] > 0 and metrics["peak_memory_bytes"] > 1e7
     assert metrics["curve"]["held_out"][0]["step"] == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -22,6 +22,7 @@ from smezo_pl.callbacks.common import find_zeroth_order, log_scalars, logged_met
 from smezo_pl.callbacks.figures import Curve
 from smezo_pl.callbacks.monitor import peak_memory
 from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim.kernels import get_kernel
 from smezo_pl.trajectory.files import write_json
 from smezo_pl.trajectory.fingerprint import machine, versions
 
@@ -41,7 +42,8 @@ class RunMetrics(Callback):
       the allocator), ``method``, ``curve`` (points of ``curve.png``), ``before`` and ``after`` (each
       ``{"accuracy": ..., "loss": ...}``, or what else the module logs as ``val/...``; null without validation data),
       ``dead`` (only if the last steps had no effect: why), ``seed``, ``data_seed``, ``hyperparameters``,
-      ``precision``, ``versions``, ``machine``;
+      ``precision``, ``perturbation`` (null for first-order methods), ``parameters`` (number of weights by dtype), ``trained_parameters`` (how many of them were trained), ``versions``,
+      ``machine`` (with the kernel);
     - ``curve.png``: loss and accuracy over the steps;
 
     and prints a short table and the command that opens TensorBoard.
@@ -183,10 +185,9 @@ class RunMetrics(Callback):
             "skipped_steps": getattr(training, "skipped_steps", 0),
             **_dead(find_zeroth_order(trainer), getattr(data, "objective", None)),
             "precision": str(trainer.precision),
-            "perturbation": getattr(pl_module, "perturbation", None),
             "curve": self._curve.points(),
             "versions": versions(),
-            "machine": machine(pl_module.device),
+            **_in_use(trainer, pl_module),
         }
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -226,6 +227,26 @@ def _dead(optimizer: SparseMeZO | None, objective: str | None) -> dict[str, str]
     # A metric or a reward is constant until an answer changes: a run that rests may well have learned before.
     rests = objective not in (None, "classification", "lm") and optimizer.standstill.moved
     return {} if rests else {"dead": optimizer.standstill.reason}
+
+
+def _in_use(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """What was trained, and how, from the optimizer and the weights themselves."""
+    optimizer, dtypes = find_zeroth_order(trainer), Counter[str]()
+    for p in module.parameters():
+        dtypes[str(p.dtype).removeprefix("torch.")] += p.numel()
+    groups = [group for each in trainer.optimizers for group in each.param_groups]
+    trained = [(name, p) for g in groups for name, p in zip(g.get("names", g["params"]), g["params"], strict=True)]
+    in_use: dict[str, Any] = {"perturbation": None, "parameters": dict(dtypes), "machine": machine(module.device)}
+    if optimizer is not None:
+        unread = set(optimizer.unread())
+        trained = [(name, p) for name, p in trained if name not in unread]
+        # float64 is left to the torch kernel
+        kernels = {
+            get_kernel("torch" if p.dtype == torch.float64 else optimizer.kernel, p.device).name for _, p in trained
+        }
+        in_use["perturbation"] = "in_place" if optimizer.attached is None else "layerwise"
+        in_use["machine"]["kernel"] = ", ".join(sorted(kernels))
+    return in_use | {"trained_parameters": sum(p.numel() for _, p in trained)}
 
 
 def _duration(seconds: float) -> str:

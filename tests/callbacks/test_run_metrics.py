@@ -54,7 +54,11 @@ def test_it_measures_the_same_examples_before_and_after(result: tuple[Path, Clas
     assert 0.0 < metrics["seconds"] < 60.0
     assert metrics["hyperparameters"]["lr"] == 1e-2
     assert {"smezo_pl", "torch", "lightning"} <= set(metrics["versions"])
-    assert metrics["machine"]["processor"]
+    assert metrics["machine"]["processor"] and metrics["machine"]["kernel"] in ("numba", "torch")
+    assert metrics["trained_parameters"] == sum(p.numel() for p in module.parameters())
+    assert (
+        metrics["parameters"] == {"float32": metrics["trained_parameters"]} and metrics["perturbation"] == "layerwise"
+    )
 
 
 def test_it_leaves_a_picture_and_says_how_to_see_more(

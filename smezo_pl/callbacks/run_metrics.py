@@ -42,8 +42,8 @@ class RunMetrics(Callback):
       the allocator), ``method``, ``curve`` (points of ``curve.png``), ``before`` and ``after`` (each
       ``{"accuracy": ..., "loss": ...}``, or what else the module logs as ``val/...``; null without validation data),
       ``dead`` (only if the last steps had no effect: why), ``seed``, ``data_seed``, ``hyperparameters``,
-      ``precision``, ``perturbation`` (null for first-order methods), ``parameters`` (number of weights by dtype), ``trained_parameters`` (how many of them were trained), ``versions``,
-      ``machine`` (with the kernel);
+      ``precision``, ``perturbation`` (null for first-order methods), ``parameters`` (number of weights by dtype),
+      ``trained_parameters`` (how many of them were trained), ``versions``, ``machine`` (with the kernel);
     - ``curve.png``: loss and accuracy over the steps;
 
     and prints a short table and the command that opens TensorBoard.

@@ -21,9 +21,11 @@ class Routed(nn.Module):
         self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
         self.spare = nn.Embedding(5, 8)
         self.head = nn.Linear(8, 2)
-        self.chosen = 0
+        self.token = nn.Parameter(torch.ones(8))  # its module runs, but reads it if ``is_masked`` alone
+        self.chosen, self.is_masked = 0, False
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x + self.token if self.is_masked else x
         return self.head(torch.tanh(self.experts[self.chosen](x)))
 
 
@@ -35,7 +37,7 @@ def routed(dtype: torch.dtype = torch.float32) -> Routed:
 
 def train(model: Routed, attach: bool, experts: list[int], **settings: Any) -> SparseMeZO:
     optimizer = SparseMeZO(
-        model.named_parameters(), **{"lr": 1e-2, "weight_decay": 0.1, "sparsity": 0.5, "kernel": "torch", **settings}
+        model.named_parameters(), **{"lr": 5e-2, "weight_decay": 0.1, "sparsity": 0.5, "kernel": "torch", **settings}
     )
     if attach:
         optimizer.attach(model)
@@ -64,6 +66,8 @@ def of(*modules: str) -> set[str]:
     return {f"{name}.{kind}" for name in modules for kind in ("weight", "bias")}
 
 
+NEVER = {"spare.weight", "token"}
+
 both = pytest.mark.parametrize("attach", [True, False], ids=["layerwise", "in place"])
 
 
@@ -74,7 +78,7 @@ def test_only_what_is_read_is_changed(attach: bool, dtype: torch.dtype, settings
     model = routed(dtype)
     optimizer = train(model, attach, [0] * 4, **settings)
     assert changed(model) == of("experts.0", "head")
-    assert set(left_alone(optimizer)) == of("experts.1", "experts.2") | {"spare.weight"}
+    assert set(left_alone(optimizer)) == of("experts.1", "experts.2") | NEVER
 
 
 @both
@@ -85,14 +89,14 @@ def test_what_is_read_later_takes_part_from_there(attach: bool, caplog: pytest.L
         assert changed(model) == of("experts.0", "head")
         take(optimizer, model, [2])
         assert changed(model) == of("experts.0", "experts.2", "head")
-        assert set(left_alone(optimizer)) == of("experts.1") | {"spare.weight"}
+        assert set(left_alone(optimizer)) == of("experts.1") | NEVER
         third = copy.deepcopy(model)
         take(optimizer, model, [0])  # from there on at every step
     assert of("experts.2") <= changed(model, third)
     lines = [record.getMessage() for record in caplog.records if "left alone" in record.getMessage()]
     assert lines == [
-        "no forward of step 0 reads 5 of 9 tensors. They are left alone until one does, for which every step watches "
-        "(exclude saves that): experts.1.weight, experts.1.bias, experts.2.weight, experts.2.bias and 1 more",
+        "no forward of step 0 reads 6 of 10 tensors. They are left alone until one does, for which every step watches "
+        "(exclude saves that): token, experts.1.weight, experts.1.bias, experts.2.weight and 2 more",
         "step 2 reads 2 tensors that were left alone before: experts.2.weight, experts.2.bias",
     ]
 
@@ -100,8 +104,31 @@ def test_what_is_read_later_takes_part_from_there(attach: bool, caplog: pytest.L
 def test_both_perturbations_make_the_same_weights() -> None:
     models = [routed(torch.bfloat16), routed(torch.bfloat16)]
     for model, attach in zip(models, (True, False), strict=True):
-        train(model, attach, [0, 0, 1, 0])
+        optimizer = train(model, attach, [0, 0, 1, 0])
+        model.is_masked = True
+        take(optimizer, model, [0, 1])
     assert changed(models[0], models[1]) == set()
+
+
+@both
+def test_a_weight_that_its_running_module_does_not_read(attach: bool) -> None:
+    model = routed()
+    optimizer = train(model, attach, [0, 0])
+    assert "token" in left_alone(optimizer)
+    model.is_masked = True
+    take(optimizer, model, [0])
+    assert "token" not in left_alone(optimizer) and "token" in changed(model)
+
+
+@both
+def test_a_kernel_that_asks_for_the_address_reads(attach: bool) -> None:
+    """As those of Triton do, which no operator of torch announces."""
+    model = routed()
+    model.spare.forward = lambda: model.spare.weight.data_ptr() and 0.0  # type: ignore[method-assign]
+    optimizer = train(model, attach, [])
+    optimizer.step(lambda: model(torch.ones(2, 8)).sum() + model.spare())
+    assert set(left_alone(optimizer)) == of("experts.1", "experts.2") | {"token"}
+    assert all("data_ptr" not in vars(parameter) for parameter in model.parameters())
 
 
 @both
@@ -110,7 +137,7 @@ def test_a_refresh_finds_out_again(attach: bool) -> None:
     optimizer = train(model, attach, [0, 1])
     optimizer.refresh_masks()
     take(optimizer, model, [2])
-    assert set(left_alone(optimizer)) == of("experts.0", "experts.1") | {"spare.weight"}
+    assert set(left_alone(optimizer)) == of("experts.0", "experts.1") | NEVER
 
 
 @both
@@ -145,7 +172,7 @@ def test_masks_are_adopted_with_what_is_left_alone() -> None:
     adopting = train(other, True, [0, 1])
     adopting.adopt_masks(optimizer)
     take(adopting, other, [0])
-    assert set(left_alone(adopting)) == of("experts.1", "experts.2") | {"spare.weight"}
+    assert set(left_alone(adopting)) == of("experts.1", "experts.2") | NEVER
 
 
 def test_a_record_makes_the_step_again() -> None:
@@ -174,12 +201,12 @@ def test_what_another_process_reads_takes_part() -> None:
 
     def maximum(flags: Tensor) -> Tensor:
         asked.append(flags.tolist())
-        return torch.maximum(flags, torch.tensor([0, 0, 1, 1, 0, 0, 0, 0, 0], dtype=flags.dtype))
+        return torch.maximum(flags, torch.tensor([0, 0, 0, 1, 1, 0, 0, 0, 0, 0], dtype=flags.dtype))
 
     optimizer.participation.over_processes = maximum
     take(optimizer, model, [0])
-    assert set(left_alone(optimizer)) == of("experts.2") | {"spare.weight"}
-    assert asked == [[1, 1, 0, 0, 0, 0, 0, 1, 1]]
+    assert set(left_alone(optimizer)) == of("experts.2") | NEVER
+    assert asked == [[0, 1, 1, 0, 0, 0, 0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["compiled before", "compiled after"])
@@ -198,7 +225,7 @@ def test_a_compiled_module_in_place_stays_compiled(before: bool) -> None:
     with torch.no_grad():
         if before:
             compiled(x)
-    optimizer = SparseMeZO(model.named_parameters(), lr=1e-2, exclude=["experts.1", "experts.2", "spare"])
+    optimizer = SparseMeZO(model.named_parameters(), lr=1e-2, exclude=["experts.1", "experts.2", "spare", "token"])
     ran.clear()
     optimizer.step(lambda: compiled(x).sum())
     assert not ran and not optimizer.last_step.unread  # watched once, without the graph

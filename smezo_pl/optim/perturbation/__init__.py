@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from time import perf_counter
 from types import FrameType
 from typing import cast
@@ -44,7 +43,7 @@ def run_forwards(
     way: Layerwise | InPlace
     if layerwise is not None:
         way = layerwise
-        layerwise.read.clear()
+        layerwise.watch(watched)
     else:
         way = InPlace(step, watched)
         copied_bytes = way.nbytes()
@@ -85,6 +84,21 @@ class InPlace:
         return sum(part.nbytes for _, _, *parts in self._saved for part in parts)
 
     @contextmanager
+    def _watching(self) -> Iterator[None]:
+        if not self._watched:
+            yield
+            return
+        watch = ReadWatch(self.read)
+        for parameter in self._watched:
+            watch.add(parameter, id(parameter))
+        try:
+            with watch.watching():
+                yield
+        finally:
+            for parameter in self._watched:
+                vars(parameter).pop("data_ptr", None)
+
+    @contextmanager
     def perturbed(self, direction: Direction) -> Iterator[None]:
         """Inside the block the parameters are perturbed.
 
@@ -97,11 +111,7 @@ class InPlace:
                 # packed, because the weights that it is judged by change
                 direction.perturb(tensor.parameter, tensor.flat, Mask("packed", bits=bits))
             versions = {name: parameter._version for name, parameter in parameters.items()}
-            if self._watched:
-                # a compiled graph reads weights unseen, and torch would go on without it once it met the watch
-                with eagerly(), ReadWatch(self._watched, self.read):
-                    yield
-            else:
+            with self._watching():
                 yield
             written = [name for name, parameter in parameters.items() if parameter._version != versions[name]]
             if written:
@@ -109,12 +119,6 @@ class InPlace:
         finally:
             for tensor, kernel, bits, saved in self._saved:
                 kernel.restore(tensor.flat, bits, saved)
-
-
-def eagerly() -> AbstractContextManager[object]:
-    """A block in which compiled functions run as they were written."""
-    # without torch._dynamo, which takes a second to import, nothing is compiled
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

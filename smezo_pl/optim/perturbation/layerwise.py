@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from smezo_pl.optim.parameters import memory_of
 from smezo_pl.optim.perturbation.guards import Guards, refusal_of_write, use_count
+from smezo_pl.optim.perturbation.reads import ReadWatch
 from smezo_pl.optim.step import Direction
 
 Closure = Callable[[], "Tensor | float"]
@@ -148,7 +149,7 @@ class Layerwise:
         parameters: The parameters to perturb, by name.
 
     Attributes:
-        read: Ids of the parameters whose perturbed copies were handed out to forwards since the caller cleared the set.
+        read: Ids of those parameters given to `watch` that a forward read since then.
 
     Raises:
         ValueError: If the module does not hold a parameter, or is compiled.
@@ -181,6 +182,8 @@ class Layerwise:
         self._scratch: dict[_Kind, list[_Scratch]] = {}
         self._direction: Direction | None = None
         self.read: set[int] = set()
+        self._watch: ReadWatch | None = None
+        self._left_out: set[int] = set()
         self._guards = Guards(parameters, [slot.original for slot in self._slots], self.read)
         self.write_seconds = 0.0
         self._handles: list[RemovableHandle] = []
@@ -198,6 +201,17 @@ class Layerwise:
         """Bytes of scratch kept for the next forward."""
         return sum(scratch.memory.nbytes for of_kind in self._scratch.values() for scratch in of_kind)
 
+    def watch(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Find out which of some parameters the forwards from now on read.
+
+        All are watched in the copies that modules are handed, at the cost of a `ReadWatch`. A few are handed to no
+        module, so that their guards notice a read, which costs nothing.
+        """
+        self.read.clear()
+        is_all = len(parameters) == len(self._names)
+        self._watch = ReadWatch(self.read) if is_all else None
+        self._left_out = set() if is_all else {id(parameter) for parameter in parameters}
+
     @contextmanager
     def perturbed(self, direction: Direction) -> Iterator[None]:
         """Forwards inside the block run on the copies that ``direction`` makes.
@@ -213,7 +227,7 @@ class Layerwise:
                 slot.guard = self._guards[slot.original]
         self._direction, self.write_seconds, replaced = direction, 0.0, list[_Slot]()
         try:
-            with self._guards.standing(direction):
+            with self._guards.standing(direction), self._watch.watching() if self._watch else nullcontext():
                 for slot in self._slots:
                     slot.owner._parameters[slot.name] = slot.guard
                 yield
@@ -293,6 +307,8 @@ class Layerwise:
         for slot, (kind, start) in zip(held.slots, held.places, strict=True):
             if slot.owner._parameters[slot.name] is not slot.guard:
                 continue  # as in torch.func.functional_call
+            if id(slot.weight) in self._left_out:
+                continue
             flat, buffer = held.memories[kind].views(start, slot.weight.shape)
             if (kind, start) not in done:
                 self._direction.perturb(slot.weight, flat)
@@ -304,12 +320,15 @@ class Layerwise:
     def _put(self, held: _Held, slot: _Slot, copy: nn.Parameter) -> None:
         held.filled.append((slot, copy))
         slot.owner._parameters[slot.name] = copy
-        self.read.add(id(slot.weight))
+        if self._watch is not None:
+            self._watch.add(copy, id(slot.weight))
 
     def _take(self, kind: _Kind, numel: int, alone: bool) -> _Scratch:
         """Memory for so many elements: the last that was given back, which a larger one replaces if it is too small."""
         free = self._scratch.setdefault(kind, [])
         scratch = free.pop() if free and not alone else None
+        if scratch is not None and self._watch is not None:
+            self._watch.forget(scratch.storage)
         if scratch is None or scratch.memory.numel() < numel:
             del scratch
             scratch = _Scratch(numel, *kind)

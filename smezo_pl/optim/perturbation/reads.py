@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -13,22 +16,44 @@ from smezo_pl.optim.parameters import memory_of
 
 
 class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the parameters of which an operator takes memory, also through views, while the mode is active.
+    """Notes the tensors of which an operator takes memory, also through views, while the mode is active.
 
     Slower than a plain forward.
 
     Args:
-        parameters: The parameters to watch.
-        read: Their ids are added once they are read.
+        read: The keys of tensors that are read are added to it.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], read: set[int]) -> None:
+    def __init__(self, read: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._read = read
         self._unread: dict[int, list[tuple[int, int, int]]] = {}
-        for parameter in parameters:
-            if id(parameter) not in read and (memory := memory_of(parameter)) is not None:
-                self._unread.setdefault(memory[0], []).append((*memory[1:], id(parameter)))
+
+    def add(self, tensor: Tensor, key: int) -> None:
+        """Watch a tensor."""
+        if key in self._read or (memory := memory_of(tensor)) is None:
+            return
+        self._unread.setdefault(memory[0], []).append((*memory[1:], key))
+        address = tensor.data_ptr()
+
+        def data_ptr() -> int:
+            self._read.add(key)
+            return address
+
+        # kernels that torch does not dispatch, such as those of Triton, ask for the address
+        tensor.data_ptr = data_ptr  # type: ignore[method-assign]
+
+    def forget(self, storage: torch.UntypedStorage) -> None:
+        """No longer watch what lies in a memory, which others will use."""
+        self._unread.pop(storage.data_ptr(), None)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The mode is active in the block, and compiled functions run as they were written."""
+        # A compiled graph reads weights unseen, and torch would give it up for good once it met the mode. Without
+        # torch._dynamo, which takes a second to import, nothing is compiled.
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(), self:
+            yield
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -190,6 +190,8 @@ class SmezoCLI(LightningCLI):
             default = tuple(kind for kind in default if kind not in ZEROTH_ORDER_CALLBACKS)
         if given["enable_checkpointing"] is False:
             default = tuple(kind for kind in default if not issubclass(kind, Checkpoint))
+        if any(isinstance(c, WeightCheckpoint) for c in callbacks):
+            default = tuple(kind for kind in default if not issubclass(kind, WeightCheckpoint))
         callbacks += [kind() for kind in default if not any(isinstance(c, kind) for c in callbacks)]
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RunProgressBar())

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from lightning.pytorch.trainer.states import TrainerFn
@@ -26,6 +27,7 @@ from smezo_pl.strategies import check_trainer, silence_expected_warnings
 from smezo_pl.tasks.objectives import reward_loss
 from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.settings import as_given
+from smezo_pl.trajectory.writes import remember
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +115,7 @@ class SparseMeZOModule(LightningModule):
         self._results: list[dict[str, Any]] = []  # what the Trainer keeps of each dataloader of an evaluation
         if isinstance(pretrained, nn.Module):
             self.model = self._adapted(pretrained)
+            remember(self.model)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase | None":
@@ -154,6 +157,7 @@ class SparseMeZOModule(LightningModule):
         """Load the network, once, in the dtype that is the default: that of the Trainer's ``*-true`` precision."""
         if "model" not in self._modules and (network := self.starting_network()) is not None:
             self.model = network
+            remember(network)
 
     def starting_network(self) -> nn.Module | None:
         """The network as it was before any training, loaded again; None for a ready one."""
@@ -195,6 +199,11 @@ class SparseMeZOModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Log what is trained, in which precision, and whether the run can be replayed."""
+        if self.trainer.global_step and self.trainer.ckpt_path is None:
+            raise MisconfigurationException(
+                f"this Trainer has made {self.trainer.global_step} steps and counts on from there: make another "
+                "Trainer for a run that begins with the present weights, or pass ckpt_path to resume the one before"
+            )
         perturbation = self.perturbation if self.zeroth_order else "none"
         logger.info("precision %s, perturbation %s, device %s", self.trainer.precision, perturbation, self.device)
         if self.method is not None:
@@ -333,7 +342,8 @@ class SparseMeZOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep frozen weights, which ``pretrained`` holds, out of the checkpoints of a first-order baseline."""
-        if self.baseline is not None and "state_dict" in checkpoint:
+        # With averaged weights Lightning puts two whole models in a checkpoint, and reads them as whole ones.
+        if self.baseline is not None and "state_dict" in checkpoint and "averaging_state" not in checkpoint:
             checkpoint["state_dict"] = methods.trained_only(self, checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

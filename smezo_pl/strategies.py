@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
 
@@ -121,6 +122,13 @@ def check_trainer(trainer: Trainer) -> None:
             "larger batch_size in the data and micro_batch_size in the model: the batch then runs in parts in one step"
         )
     check_precision(trainer.precision)
+    kinds = (StochasticWeightAveraging, ModelPruning)
+    if other := next((c for c in trainer.callbacks if isinstance(c, kinds)), None):  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            f"{type(other).__name__} writes weights after they were validated, so the scores would not be those of the "
+            "weights that are saved: leave it out. EMAWeightAveraging with WeightCheckpoint saves the average that it "
+            "scores"
+        )
     if trainer.world_size > 1 and not isinstance(trainer.strategy, ForwardDDPStrategy):
         raise MisconfigurationException(
             f"{trainer.world_size} processes with {type(trainer.strategy).__name__}: it would wrap the network for "

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
 
 from smezo_pl.callbacks.common import run_folder, zeroth_order_optimizer
 from smezo_pl.data.loaders import logged_name
@@ -68,9 +69,17 @@ class WeightCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
-        self.best_step: int | None = None
         self.given_folder = dirpath
+        self._forget()
         self._recorder: Recorder | None = None
+
+    def _forget(self) -> None:
+        """Begin without the scores and files of a run before, as when the callback goes to a second Trainer."""
+        self.best_k_models = {}
+        self.best_model_score = self.current_score = None
+        self.best_model_path = self.kth_best_model_path = self.last_model_path = ""
+        self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
+        self.best_step: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -102,6 +111,8 @@ class WeightCheckpoint(ModelCheckpoint):
         """Find the folder, and let the Trainer read and write checkpoints without weights."""
         # not `ModelCheckpoint.setup`, which warns of the files of the run that is resumed
         resume.install(trainer)
+        if stage == "fit":
+            self._forget()  # the state of a checkpoint comes after this
         self._folder = run_folder(trainer) if self.given_folder is None else Path(self.given_folder).absolute()
         self.dirpath = str(self._folder / "checkpoints")
 
@@ -208,6 +219,9 @@ class SeedCheckpoint(WeightCheckpoint):
                 f"({every_n_steps}), got {anchor_every_n_steps}"
             )
         self.anchor_every_n_steps, self.fingerprints = anchor_every_n_steps, fingerprints
+
+    def _forget(self) -> None:
+        super()._forget()
         self._place: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,6 +241,17 @@ class SeedCheckpoint(WeightCheckpoint):
             if isinstance(optimizer, SparseMeZO) and (resumed := resume.settle(trainer, optimizer, optimizer)):
                 resumed.settle_built_schedule(optimizer, [config.scheduler for config in trainer.lr_scheduler_configs])
                 resumed.log()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse callbacks whose weights are in no trajectory, and do what `WeightCheckpoint` does."""
+        kinds = (WeightAveraging, StochasticWeightAveraging, ModelPruning)
+        if stage == "fit" and (other := next((c for c in trainer.callbacks if isinstance(c, kinds)), None)):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"{type(other).__name__} gives the model weights that the optimizer did not make, and the checkpoints "
+                "of SeedCheckpoint hold the optimizer's steps alone: leave it out, or use WeightCheckpoint in place of "
+                "SeedCheckpoint, which saves whole weights"
+            )
+        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring back the weights of a resumed run and open its trajectory, or begin a new one."""
@@ -249,8 +274,14 @@ class SeedCheckpoint(WeightCheckpoint):
     # after `fit` for a run that had ended already: Lightning trains no step of it
     on_test_start = on_predict_start = on_fit_end = on_validation_start
 
+    def on_validation_batch_start(self, *_: Any) -> None:
+        """Refuse to score weights that are not the trajectory's."""
+        if self._recorder is not None:
+            self._recorder.refuse_writes()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a last checkpoint and close the trajectory."""
+        self.on_validation_batch_start()
         super().on_train_end(trainer, pl_module)
         if self._recorder is not None:
             log.info("the trajectory of %d steps is %s", trainer.global_step, self._recorder.writer.path)

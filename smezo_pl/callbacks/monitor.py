@@ -70,6 +70,7 @@ class ZerothOrderMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start measuring."""
         self._reset()
+        self._gradients.clear()
         self._masks = {}
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)

@@ -59,6 +59,10 @@ class RunMetrics(Callback):
     def __init__(self, before: bool = True, table: bool = True) -> None:
         super().__init__()
         self.before, self.table = before, table
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin without the numbers of a run before, as when the callback goes to a second Trainer."""
         self.result: dict[str, Any] | None = None
         self._started: dict[str, float] | None = None
         self._validated: tuple[int, dict[str, float] | None] = (-1, None)
@@ -100,6 +104,8 @@ class RunMetrics(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Extend the sanity check to all validation examples. Lightning leaves it out of a resumed run."""
+        if stage == TrainerFn.FITTING:
+            self._forget()  # the state of a checkpoint comes after this
         if self.before and stage == TrainerFn.FITTING and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.num_sanity_val_steps = float("inf")
 

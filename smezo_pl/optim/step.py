@@ -139,6 +139,8 @@ class StepPerturbation:
             updates.setdefault(kernel, []).append(Update(theta, mask, streams, scales, decay, streams[0]))
         for kernel, of_kernel in updates.items():
             kernel.update_all(of_kernel, self.noise)
+        # The kernels write past torch, which counts the writes to a tensor.
+        torch.autograd.graph.increment_version([entry.tensor.parameter for entry in self.passes.values()])
 
 
 class Direction:

@@ -27,6 +27,7 @@ from smezo_pl.trajectory.fingerprint import (
 from smezo_pl.trajectory.header import GroupInfo, Header, TensorInfo, TrajectoryError
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.records import pack_thresholds
+from smezo_pl.trajectory.writes import WriteWatch, tensors_in
 
 
 def record(
@@ -90,6 +91,8 @@ class Recorder:
 
     def __init__(self, optimizer: SparseMeZO, writer: TrajectoryWriter, model: nn.Module | None = None) -> None:
         self.optimizer, self.writer, self.model = optimizer, writer, model
+        network = model if model is not None else optimizer.attached
+        self._watch = WriteWatch(_own_parameters(optimizer) if network is None else tensors_in(network))
         wrong = None
         if writer.steps != optimizer.steps_done:
             done = f"holds {writer.steps} steps, the optimizer has done {optimizer.steps_done}"
@@ -100,24 +103,38 @@ class Recorder:
         if wrong is not None:
             writer.close()
             raise TrajectoryError(f"{writer.path} {wrong}")
-        self._handle: Any = optimizer.register_step_post_hook(self._after_step)
+        self._handles: list[Any] = [
+            optimizer.register_step_pre_hook(self.refuse_writes),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
     def catch_up(self) -> None:
         """Record the last step if it is missing: after `NonFiniteLossError` torch runs no hook."""
         if self.optimizer.steps_done > self.writer.steps:
             self._after_step(self.optimizer)
 
+    def refuse_writes(self, *_: Any) -> None:
+        """Raise a `TrajectoryError` if something other than the optimizer wrote weights after its last step."""
+        if (name := self._watch.written()) is not None:
+            raise TrajectoryError(
+                f"{self.writer.path}: after {self.writer.steps} steps something other than the optimizer wrote "
+                f"{name!r}, so no replay gives the weights of this run from there on. Leave out what writes weights, "
+                "such as a callback that averages, clips or prunes them, or save whole weights: WeightCheckpoint in "
+                "place of SeedCheckpoint"
+            )
+
     def mark_weights(self) -> None:
         """Note the hash of the present weights, so that a replay can be checked against it; reads all weights."""
+        self.refuse_writes()
         digests = fingerprint(named_tensors(self.optimizer, self.model))
         self.writer.add_event("weights", root=root_digest(digests).hex())
 
     def close(self) -> None:
         """Stop recording; the file is left complete in itself. Harmless when closed already."""
-        if self._handle is None:
+        if not self._handles:
             return
-        self._handle.remove()
-        self._handle = None
+        while self._handles:
+            self._handles.pop().remove()
         with self.writer:
             self.catch_up()
 
@@ -132,6 +149,7 @@ class Recorder:
         refreshed = step.refreshed or any(group["mask_step"] == step.step for group in self.optimizer.param_groups)
         thresholds = pack_thresholds(tuple(self.optimizer.thresholds().values())) if refreshed else b""
         self.writer.append(replace(step, refreshed=refreshed, thresholds=thresholds))
+        self._watch.note()
 
     def __enter__(self) -> Recorder:
         return self
@@ -197,8 +215,12 @@ def named_tensors(optimizer: SparseMeZO, model: nn.Module | None) -> dict[str, T
     model = model if model is not None else optimizer.attached
     if model is not None:
         return model_tensors(model)
+    return {name: parameter.detach() for name, parameter in _own_parameters(optimizer).items()}
+
+
+def _own_parameters(optimizer: SparseMeZO) -> dict[str, nn.Parameter]:
     return {
-        name: parameter.detach()
+        name: parameter
         for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
     }

@@ -13,6 +13,7 @@ from hashlib import sha256
 from math import isinf
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from smezo_pl.trajectory.files import atomic_path
 from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE, fingerprint, model_tensors, root_digest
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import Trajectory
-from smezo_pl.trajectory.records import RATES, unpack_thresholds
+from smezo_pl.trajectory.records import RATES, Event, unpack_thresholds
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ def replay(
     """
     trajectory = source.upto(steps) if isinstance(source, Trajectory) else load(source, steps)
     tensors = tensors_of(trajectory.header, model, str(trajectory.path))
+    if not force:
+        _load_own_start(trajectory, tensors)
     check_start(trajectory.header, tensors, str(trajectory.path), force=force)
     optimizer = rebuild(trajectory.header, tensors, kernel)
     replay_records(optimizer, trajectory.records, str(trajectory.path), check_masks=not force, progress=progress)
@@ -243,12 +246,21 @@ def _called(header: Header) -> str:
 _MASK = "mask."
 
 
+START_FILE = Path("anchors", "start.safetensors")
+"""Where a run's folder holds its starting weights, if no other file does."""
+
+
 def write_snapshot(path: Path, optimizer: SparseMeZO, header: Header, tensors: Mapping[str, Tensor]) -> str:
     """Write the present weights and the optimizer's constant masks; returns the file's hash, for the trajectory."""
-    content = {name: tensors[name].detach().cpu().contiguous() for name in header.active}
     names = {number: name for group in header.groups for number, name in zip(group.numbers, group.names, strict=True)}
     bits: Mapping[int, Tensor] = optimizer.state_dict()["smezo"]["bits"]
-    content |= {_MASK + names[number]: packed.cpu() for number, packed in bits.items()}
+    masks = {_MASK + names[number]: packed for number, packed in bits.items()}
+    return write_tensors(path, {name: tensors[name] for name in header.active} | masks)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors to a safetensors file, whole or not at all; returns its hash."""
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as part:
         save_file(content, part)
         return _file_digest(part)
@@ -258,11 +270,8 @@ def replay_from_snapshot(trajectory: Trajectory, tensors: Mapping[str, Tensor]) 
     """Like `replay`, from the last full-weight snapshot of a run, whatever the tensors hold; None if none is valid."""
     for event in reversed(trajectory.events_of("anchor")):
         path = trajectory.path.parent / str(event.facts.get("file"))
-        if not path.is_file():
-            continue
-        if _file_digest(path) == event.facts.get("sha256"):
+        if _is_valid(path, event):
             break
-        log.warning("%s is corrupted; the weights are made without it", path)
     else:
         return None
     optimizer = _load_snapshot(path, trajectory.upto(event.steps), tensors)
@@ -280,7 +289,7 @@ def replay_from_snapshot(trajectory: Trajectory, tensors: Mapping[str, Tensor]) 
 def _load_snapshot(path: Path, before: Trajectory, tensors: Mapping[str, Tensor]) -> SparseMeZO:
     """Put the weights of a snapshot, taken after the steps of ``before``, into tensors; the optimizer as it was."""
     header, records, content = before.header, before.records, load_file(path)
-    for name in header.active:
+    for name in (name for name in content if not name.startswith(_MASK)):
         tensors[name].copy_(content[name])
     optimizer = rebuild(header, tensors)
     refresh = next((record for record in reversed(records) if record.refreshed), None)
@@ -301,6 +310,26 @@ def _load_snapshot(path: Path, before: Trajectory, tensors: Mapping[str, Tensor]
         state["smezo"]["unread"] = [number for number in numbers.values() if records[-1].unread >> number & 1]
     optimizer.load_state_dict(state)
     return optimizer
+
+
+def _load_own_start(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> None:
+    """Put the starting weights that a run kept into tensors; does nothing if it kept none."""
+    for event in trajectory.events_of("anchor"):
+        path = trajectory.path.parent / str(event.facts.get("file"))
+        if event.steps == trajectory.header.first_step and _is_valid(path, event):
+            with torch.no_grad():
+                for name, value in load_file(path).items():
+                    tensors[name].copy_(value)
+
+
+def _is_valid(path: Path, event: Event) -> bool:
+    """Whether the file of an ``anchor`` is there, and what was written."""
+    if not path.is_file():
+        return False
+    valid = _file_digest(path) == event.facts.get("sha256")
+    if not valid:
+        log.warning("%s is corrupted; the weights are made without it", path)
+    return valid
 
 
 def _file_digest(path: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -26,13 +27,14 @@ from torch.optim import Optimizer
 
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory.database import copy, move
-from smezo_pl.trajectory.files import write_atomically
+from smezo_pl.trajectory.files import atomic_path, write_atomically
 from smezo_pl.trajectory.fingerprint import fingerprint, machine, root_digest
 from smezo_pl.trajectory.header import Header, TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, TrajectoryWriter, rewrite
 from smezo_pl.trajectory.recorder import Recorder, describe
-from smezo_pl.trajectory.replaying import replay, replay_from_snapshot, tensors_of
+from smezo_pl.trajectory.replaying import START_FILE, replay, replay_from_snapshot, tensors_of, write_tensors
 from smezo_pl.trajectory.settings import Resumed, Training
+from smezo_pl.trajectory.writes import is_written, remember
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ class SeedCheckpointIO(CheckpointIO):
             for state in checkpoint["optimizer_states"]:
                 if "smezo" in state:
                     state["smezo"]["bits"] = {}  # constant masks: the replay makes them again
+            _refuse_weights(checkpoint, {info.shape for info in writer.header.tensors})
         if not self._is_checked:
             try:  # before training, what could not be read back after it
                 torch.load(io.BytesIO(_serialized(without)), weights_only=True)
@@ -136,8 +139,26 @@ def _serialized(checkpoint: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+_MOST_ELEMENTS = 1 << 16  # of a tensor in a checkpoint without weights
+
+
+def _refuse_weights(value: Any, shapes: set[tuple[int, ...]], *keys: Any) -> None:
+    """Raise a `TrajectoryError` for a tensor that is as large as weights or has the shape of a matrix of them."""
+    if isinstance(value, Tensor):
+        if value.numel() > _MOST_ELEMENTS or (value.dim() > 1 and tuple(value.shape) in shapes):
+            raise TrajectoryError(
+                f"a checkpoint without weights would hold a tensor of shape {list(value.shape)}, under "
+                f"{''.join(f'[{key!r}]' for key in keys)}: leave out the callback or hyperparameter that keeps it, or "
+                "use WeightCheckpoint in place of SeedCheckpoint, which saves whole weights"
+            )
+    elif isinstance(value, Mapping | list | tuple):
+        for key, child in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _refuse_weights(child, shapes, *keys, key)
+
+
 def install(trainer: Trainer) -> SeedCheckpointIO:
     """Let the Trainer write and read checkpoints without weights. Call it in ``setup``; again, it does nothing."""
+    remember(network_of(trainer.lightning_module))
     present = trainer.strategy.checkpoint_io
     if not isinstance(present, SeedCheckpointIO):
         present = SeedCheckpointIO(present, trainer)
@@ -299,13 +320,30 @@ def open_trajectory(optimizer: SparseMeZO, module: LightningModule, path: Path, 
     network = network_of(module)
     known = [name for name in ("pretrained", "revision", "adapter", "adapter_seed") if hasattr(module, name)]
     header = describe(optimizer, network, **{name: getattr(module, name) for name in known})
-    return Recorder(optimizer, TrajectoryWriter.create(path, header), network)
+    recorder = Recorder(optimizer, TrajectoryWriter.create(path, header), network)
+    if is_written(network):
+        _keep_start(recorder, network)
+    return recorder
+
+
+def _keep_start(recorder: Recorder, network: nn.Module) -> None:
+    """Keep the starting weights beside the trajectory, where building or loading the network would give others."""
+    writer = recorder.writer
+    path = writer.path.parent / START_FILE
+    log.info(
+        "the weights were changed since the network was built: the run begins with those that it keeps in %s", path
+    )
+    digest = write_tensors(path, tensors_of(writer.header, network, str(writer.path)))
+    writer.add_event("anchor", file=str(START_FILE), sha256=digest)
 
 
 def _continue(earlier: Trajectory, path: Path) -> TrajectoryWriter:
     steps = earlier.next_step
     if not path.exists():
         copy(earlier.path, path)
+        if (start := earlier.path.parent / START_FILE).is_file():
+            with atomic_path(path.parent / START_FILE) as part:
+                shutil.copyfile(start, part)
     elif not os.path.samefile(earlier.path, path):
         raise TrajectoryError(f"{path} is the trajectory of another run: give SeedCheckpoint another dirpath")
     whole = Trajectory.read(path, damaged=True)

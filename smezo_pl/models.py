@@ -3,6 +3,7 @@
 import json
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -142,6 +143,24 @@ def position_limit(
     if getattr(config, "model_type", None) in _POSITIONS_AFTER_PADDING:
         limit -= (config.pad_token_id or 0) + 1
     return limit - (virtual_tokens or 0)
+
+
+TRUE_PRECISION = {
+    torch.float64: "64-true",
+    torch.float32: "32-true",
+    torch.bfloat16: "bf16-true",
+    torch.float16: "16-true",
+}
+
+
+def precision_of(asked: str | int, network: nn.Module) -> str:
+    """The precision that a network runs in: a mixed one as asked, else that of most of its weights."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in network.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    if "mixed" in str(asked) or not sizes:
+        return str(asked)
+    return TRUE_PRECISION.get(sizes.most_common(1)[0][0], str(asked))
 
 
 def load_tokenizer(pretrained: str | Path, *, revision: str | None = None) -> "PreTrainedTokenizerBase":

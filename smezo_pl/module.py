@@ -18,12 +18,13 @@ from smezo_pl.data import PromptBatch, PromptDataModule
 from smezo_pl.data.batch import batch_size, batch_weight, split_batch
 from smezo_pl.data.loaders import LOADER, logged_name
 from smezo_pl.methods import FirstOrder, FirstOrderBaseline, MethodName
-from smezo_pl.models import add_adapter, kind_of, load_network, load_tokenizer, position_limit
+from smezo_pl.models import add_adapter, kind_of, load_network, load_tokenizer, position_limit, precision_of
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.sparse_mezo import NON_FINITE_ADVICE, NonFiniteLossError
+from smezo_pl.saving import check_output, save_network
 from smezo_pl.scoring import evaluation
 from smezo_pl.scoring.linear_probe import LinearProbe
-from smezo_pl.strategies import check_trainer, silence_expected_warnings
+from smezo_pl.strategies import check_dtype, check_trainer, silence_expected_warnings
 from smezo_pl.tasks.objectives import reward_loss
 from smezo_pl.trajectory import resume
 from smezo_pl.trajectory.settings import as_given
@@ -66,7 +67,7 @@ class SparseMeZOModule(LightningModule):
             as configured in ``optimizer``.
         first_order: AdamW's settings, for the first-order baselines.
         save_pretrained: Folder that the trained model and its tokenizer are written to, in Hugging Face's format, when
-            ``fit`` ends.
+            ``fit`` ends: a new or an empty one, or one with an earlier output, which is replaced.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -98,6 +99,10 @@ class SparseMeZOModule(LightningModule):
         ready = isinstance(pretrained, nn.Module)
         if save_pretrained is not None and ready and not hasattr(pretrained, "save_pretrained"):
             raise ValueError(f"save_pretrained needs a transformers model, got {type(pretrained).__name__}")
+        if save_pretrained is not None and method == "linear-probe":
+            raise ValueError(
+                "save_pretrained: method 'linear-probe' leaves the model as it was; checkpoints hold its layer"
+            )
         # Callables and networks in a checkpoint's hyperparameters could not be read back with weights_only=True.
         self.save_hyperparameters(
             ignore=["optimizer", "lr_scheduler", "first_order", *(["pretrained"] if ready else [])]
@@ -111,6 +116,7 @@ class SparseMeZOModule(LightningModule):
         self.zeroth_order = order == 0
         self.baseline = FirstOrderBaseline(str(method), first_order) if order == 1 else None
         self.save_folder = save_pretrained
+        self._loaded_in: torch.dtype | None = None
         self._means: dict[int, evaluation.WeightedMeans] = defaultdict(evaluation.WeightedMeans)  # by dataloader
         self._results: list[dict[str, Any]] = []  # what the Trainer keeps of each dataloader of an evaluation
         if isinstance(pretrained, nn.Module):
@@ -156,7 +162,7 @@ class SparseMeZOModule(LightningModule):
     def configure_model(self) -> None:
         """Load the network, once, in the dtype that is the default: that of the Trainer's ``*-true`` precision."""
         if "model" not in self._modules and (network := self.starting_network()) is not None:
-            self.model = network
+            self.model, self._loaded_in = network, torch.get_default_dtype()
             remember(network)
 
     def starting_network(self) -> nn.Module | None:
@@ -205,7 +211,8 @@ class SparseMeZOModule(LightningModule):
                 "Trainer for a run that begins with the present weights, or pass ckpt_path to resume the one before"
             )
         perturbation = self.perturbation if self.zeroth_order else "none"
-        logger.info("precision %s, perturbation %s, device %s", self.trainer.precision, perturbation, self.device)
+        precision = precision_of(self.trainer.precision, self.model)
+        logger.info("precision %s, perturbation %s, device %s", precision, perturbation, self.device)
         if self.method is not None:
             methods.log_method(self)
         if self.pretrained is None and self.zeroth_order:
@@ -329,8 +336,12 @@ class SparseMeZOModule(LightningModule):
         return evaluation.prediction_rows(self.model, batch, self.text_tokenizer)
 
     def setup(self, stage: str) -> None:
-        """Let the Trainer read checkpoints without weights."""
+        """Let the Trainer read checkpoints without weights, and refuse what would spoil files or the precision."""
         resume.install(self.trainer)
+        if stage == "fit" and self.save_folder is not None:
+            check_output(self.save_folder, self.trainer, self.pretrained)
+        if self._loaded_in is not None:
+            check_dtype(self.trainer, self._loaded_in)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights into the network, which is built first if needed (as after a run in subprocesses)."""
@@ -364,9 +375,8 @@ class SparseMeZOModule(LightningModule):
         resume.restore(self.trainer)  # a run that had ended already trains no step
         trainer: Any = self.trainer
         if self.save_folder is not None and trainer.is_global_zero and not trainer.fast_dev_run:
-            self.model.save_pretrained(self.save_folder)  # type: ignore[operator]
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(self.save_folder)
+            check_output(self.save_folder, trainer, self.pretrained)  # another run may have written there
+            save_network(self.model, self.tokenizer, self.save_folder)
             logger.info("the trained model is in %s", self.save_folder)
 
     def teardown(self, stage: str) -> None:

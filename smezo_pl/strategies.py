@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor
 
+from smezo_pl.models import TRUE_PRECISION
+
 
 class ReplicasDifferError(RuntimeError):
     """The weights of two processes are not the same bits."""
@@ -133,6 +135,17 @@ def check_trainer(trainer: Trainer) -> None:
         raise MisconfigurationException(
             f"{trainer.world_size} processes with {type(trainer.strategy).__name__}: it would wrap the network for "
             "gradients or shard it, and replicas could drift apart. Use strategy='forward_ddp', or devices=1"
+        )
+
+
+def check_dtype(trainer: Trainer, loaded: torch.dtype) -> None:
+    """Refuse a network that was loaded in another precision: a rounded weight does not come back."""
+    with trainer.precision_plugin.module_init_context():
+        asked = torch.get_default_dtype()
+    if loaded != asked:
+        raise MisconfigurationException(
+            f"precision={trainer.precision!r} means weights in {asked}, and this network was loaded in {loaded}: build "
+            f"the module again for this Trainer, or give the Trainer precision={TRUE_PRECISION.get(loaded)!r}"
         )
 
 

@@ -1,6 +1,8 @@
 """The LightningModule: what a step does with a batch, what the Trainer may be asked for, what is logged and saved."""
 
+import json
 import logging
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
-from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
+from smezo_pl import PromptDataModule, RunMetrics, SeedCheckpoint, SparseMeZO, SparseMeZOModule
+from smezo_pl.callbacks import ScoreWriter
 from smezo_pl.data.batch import split_batch
 from smezo_pl.models import load_network
 from smezo_pl.strategies import check_precision
@@ -290,6 +293,69 @@ def test_save_pretrained(tiny_folder: Path, tmp_path: Path) -> None:
         assert torch.equal(a, b)
     assert again.tokenizer is not None
     assert again.tokenizer("It was great")["input_ids"] == module.tokenizer("It was great")["input_ids"]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", ["base", "link", "above", "run", "files", "file", "checkpoints"])
+def test_save_pretrained_writes_over_nothing(tiny_folder: Path, tmp_path: Path, kind: str) -> None:
+    base, run, used = tmp_path / "models" / "base", tmp_path / "run", tmp_path / "used"
+    shutil.copytree(tiny_folder, base)
+    (tmp_path / "link").symlink_to(base)
+    used.mkdir()
+    (used / "notes.txt").write_text("mine")
+    folder, reason = {
+        "base": (base, "is the folder of the model that is trained"),
+        "link": (tmp_path / "link", "is the folder of the model that is trained"),
+        "above": (base.parent, "holds the folder of the model that is trained"),
+        "run": (run, "is the folder of the run"),
+        "files": (used, "is not empty and no earlier output"),
+        "file": (used / "notes.txt", "is a file: choose a new folder"),
+        "checkpoints": (run / "checkpoints", "is the folder of the run's checkpoints"),
+    }[kind]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    module = SparseMeZOModule(str(base), fast, save_pretrained=str(folder))
+    settings: dict[str, Any] = QUIET | {"enable_checkpointing": True, "default_root_dir": run}
+    with pytest.raises(ValueError, match=reason):
+        Trainer(**settings, max_steps=2, callbacks=[SeedCheckpoint()]).fit(module, demo())
+    assert not hasattr(module, "model")  # before anything is loaded
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_save_pretrained_replaces_an_earlier_output(tiny_folder: Path, tmp_path: Path) -> None:
+    """An adapter's files do not stay beside those of a whole model, nor does what is not an output's go."""
+    adapter = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
+    out = tmp_path / "out"
+    for settings in ({"adapter": adapter}, {}):
+        module = SparseMeZOModule(str(tiny_folder), fast, save_pretrained=str(out), **settings)
+        Trainer(**QUIET, max_steps=1).fit(module, demo())
+        (out / "notes.txt").write_text("mine")
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "notes.txt", "smezo_pl.json"} <= names
+    assert not any(name.startswith("adapter") for name in names)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_trainer_with_another_precision(tiny_folder: Path, tmp_path: Path) -> None:
+    module = SparseMeZOModule(str(tiny_folder), fast)
+    Trainer(**QUIET, max_steps=1).fit(module, demo())
+    for run in ("fit", "validate"):
+        with pytest.raises(MisconfigurationException, match="build the module again .* precision='32-true'"):
+            getattr(Trainer(**QUIET, max_steps=1, precision="bf16-true"), run)(module, demo())
+    Trainer(**QUIET, max_steps=1, precision="bf16-mixed").fit(module, demo())
+    Trainer(**QUIET, max_steps=1).validate(module, demo(), verbose=False)
+
+
+@pytest.mark.parametrize(("precision", "named"), [("32-true", "bf16-true"), ("16-true", "16-true")])
+def test_reports_name_the_precision_of_the_weights(
+    make_tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: Any, tmp_path: Path, precision: Any, named: str
+) -> None:
+    """A ready network keeps its dtype in 32-true, and is cast in the others, as Lightning does it."""
+    module = SparseMeZOModule(make_tiny_model().bfloat16(), fast)
+    metrics, scores = RunMetrics(table=False), ScoreWriter()
+    trainer = Trainer(**QUIET, max_steps=1, precision=precision, callbacks=[metrics, scores], default_root_dir=tmp_path)
+    trainer.fit(module, demo(tokenizer=tiny_tokenizer))
+    trainer.validate(module, demo(tokenizer=tiny_tokenizer), verbose=False)
+    assert metrics.result is not None
+    assert metrics.result["precision"] == json.loads((tmp_path / "validate.json").read_text())["precision"] == named
 
 
 def test_saved_adapter_can_be_scored(tiny_folder: Path, tmp_path: Path) -> None:

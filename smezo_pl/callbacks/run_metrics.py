@@ -21,6 +21,7 @@ from rich.table import Table
 from smezo_pl.callbacks.common import find_zeroth_order, log_scalars, logged_metrics, run_folder, task_and_model
 from smezo_pl.callbacks.figures import Curve
 from smezo_pl.callbacks.monitor import peak_memory
+from smezo_pl.models import precision_of
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.kernels import get_kernel
 from smezo_pl.trajectory.files import write_json
@@ -190,7 +191,7 @@ class RunMetrics(Callback):
             "hyperparameters": settings,
             "skipped_steps": getattr(training, "skipped_steps", 0),
             **_dead(find_zeroth_order(trainer), getattr(data, "objective", None)),
-            "precision": str(trainer.precision),
+            "precision": precision_of(trainer.precision, pl_module),
             "curve": self._curve.points(),
             "versions": versions(),
             **_in_use(trainer, pl_module),

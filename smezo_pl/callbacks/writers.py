@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from smezo_pl.callbacks.common import logged_metrics, run_folder, task_and_model
 from smezo_pl.data import PromptDataModule
+from smezo_pl.models import precision_of
 from smezo_pl.trajectory.files import as_json, write_atomically, write_json
 from smezo_pl.trajectory.fingerprint import machine, versions
 
@@ -130,7 +131,7 @@ class ScoreWriter(Callback):
             "examples": len(data.examples(split)) if hasattr(data, "examples") else None,
             "data_seed": getattr(data, "data_seed", None),
             "seconds": round(perf_counter() - self._began, 2),
-            "precision": str(trainer.precision),
+            "precision": precision_of(trainer.precision, module),
             "versions": versions(),
             "machine": machine(module.device),
         }

@@ -18,11 +18,12 @@ from torch import nn
 
 from smezo_pl.models import add_adapter, load_model
 from smezo_pl.optim.kernels import KernelName
+from smezo_pl.saving import save_network
 from smezo_pl.trajectory.exports import export, load
 from smezo_pl.trajectory.fingerprint import model_tensors
 from smezo_pl.trajectory.header import TrajectoryError, recorded_adapter
 from smezo_pl.trajectory.log import Trajectory
-from smezo_pl.trajectory.replaying import matches_run, replay, tensors_of
+from smezo_pl.trajectory.replaying import matches_run, own_start, replay, tensors_of
 
 
 def replay_main(args: Sequence[str]) -> None:
@@ -68,6 +69,9 @@ def export_main(args: Sequence[str]) -> None:
         print("it holds a hash of the final weights, so `smezo apply` can tell whether it gets the same")
     else:
         print("the run stored no hash of the weights at this step: `smezo apply` cannot tell whether it gets the same")
+    if own_start(trajectory) is not None:
+        command = f"`smezo replay {given.run} --step {trajectory.header.first_step} --out FOLDER`"
+        print(f"it starts from weights that only the run keeps: {command} writes them for `smezo apply --model FOLDER`")
 
 
 def _write_model(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
@@ -88,9 +92,7 @@ def _write_model(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
         replay(trajectory, model, force=force, kernel=kernel, progress=lambda _: bar.advance(task), verify=False)
     seconds = perf_counter() - began
     same = matches_run(trajectory, tensors_of(trajectory.header, model, str(trajectory.path)))
-    model.save_pretrained(out)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
+    save_network(model, tokenizer, out)
     steps, rate = trajectory.next_step, len(trajectory.records) / max(seconds, 1e-9)
     print(f"{out}: the weights after {steps:,} steps, replayed in {seconds:.1f} s ({rate:.1f} steps/s)")
     if same:

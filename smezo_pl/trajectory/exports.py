@@ -106,9 +106,12 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
         steps: How many steps of the optimizer; None for all that are recorded.
 
     Raises:
-        TrajectoryError: If the trajectory is corrupted or does not reach that far, or the file cannot be written.
+        TrajectoryError: If the trajectory is corrupted or does not reach that far, or the file cannot be written or is
+            another one than an exported run.
     """
     trajectory = source.upto(steps) if isinstance(source, Trajectory) else load(source, steps)
+    if (path := Path(path)).is_file() and not _is_export(path):
+        raise TrajectoryError(f"{path} is there already and no exported run: choose another name")
     records, about, root = trajectory.records, trajectory.header, trajectory.final_root
     form = max((format_of(record, about) for record in records), default=FORMAT)
     columns_of = {name: [getattr(record, name) for record in records] for name in RATES}
@@ -153,8 +156,8 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
         "apply_with": "smezo apply FILE --model MODEL --out DIR",
     }
     data = save(arrays, metadata=metadata)
-    write_atomically(Path(path), data)
-    return Exported(Path(path), trajectory.next_step, len(data), root is not None)
+    write_atomically(path, data)
+    return Exported(path, trajectory.next_step, len(data), root is not None)
 
 
 def load(path: str | Path, steps: int | None = None) -> Trajectory:
@@ -171,6 +174,14 @@ def load(path: str | Path, steps: int | None = None) -> Trajectory:
     if is_trajectory(path) or path.name == FILE_NAME:  # by its name even if its first page is corrupted
         return Trajectory.read(path, damaged=steps is not None).upto(steps)
     return read_export(path).upto(steps)
+
+
+def _is_export(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("kind") == KIND
+    except (SafetensorError, OSError):
+        return False
 
 
 def read_export(path: Path) -> Trajectory:

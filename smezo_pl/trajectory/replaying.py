@@ -312,14 +312,23 @@ def _load_snapshot(path: Path, before: Trajectory, tensors: Mapping[str, Tensor]
     return optimizer
 
 
+def own_start(trajectory: Trajectory) -> Event | None:
+    """The event of the starting weights that a run kept, as no model has them; None if it kept none."""
+    first = trajectory.header.first_step
+    return next((event for event in trajectory.events_of("anchor") if event.steps == first), None)
+
+
 def _load_own_start(trajectory: Trajectory, tensors: Mapping[str, Tensor]) -> None:
     """Put the starting weights that a run kept into tensors; does nothing if it kept none."""
-    for event in trajectory.events_of("anchor"):
-        path = trajectory.path.parent / str(event.facts.get("file"))
-        if event.steps == trajectory.header.first_step and _is_valid(path, event):
-            with torch.no_grad():
-                for name, value in load_file(path).items():
-                    tensors[name].copy_(value)
+    if (event := own_start(trajectory)) is None:
+        return
+    path = trajectory.path.parent / str(event.facts.get("file"))
+    if _is_valid(path, event):
+        with torch.no_grad():
+            for name, value in load_file(path).items():
+                tensors[name].copy_(value)
+    else:
+        log.warning("%s, where the run keeps its starting weights, is missing or corrupted", path)
 
 
 def _is_valid(path: Path, event: Event) -> bool:

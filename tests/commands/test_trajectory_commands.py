@@ -4,13 +4,16 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
+from smezo_pl import PromptDataModule, SeedCheckpoint, SparseMeZOModule
 from smezo_pl.commands import SUBCOMMANDS
 from smezo_pl.models import add_adapter, load_model
 from smezo_pl.optim import SparseMeZO
@@ -255,3 +258,26 @@ class TestReplayAndApply:
             smezo(*words)
         assert left.value.code == 2
         assert f"usage: smezo {words[0]}" in capsys.readouterr().err
+
+
+def test_a_run_of_a_model_fitted_before_is_replayed_exported_and_applied(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = SparseMeZOModule(str(tiny_folder), partial(SparseMeZO, lr=1e-2))
+    for name in ("first", "second"):
+        callback = SeedCheckpoint(str(tmp_path / name))
+        Trainer(max_steps=2, accelerator="cpu", logger=False, callbacks=[callback], enable_progress_bar=False).fit(
+            module, PromptDataModule(num_train=16, num_dev=8, batch_size=4)
+        )
+    second = tmp_path / "second"
+    smezo("replay", second, "--out", tmp_path / "replayed")
+    assert "identical: every bit is as in the run" in capsys.readouterr().out
+    smezo("export", second, "--out", tmp_path / "run.safetensors")
+    assert f"`smezo replay {second} --step 0 --out FOLDER`" in capsys.readouterr().out
+    smezo("replay", second, "--step", 0, "--out", tmp_path / "start")
+    smezo("apply", tmp_path / "run.safetensors", "--model", tmp_path / "start", "--out", tmp_path / "applied")
+    for name in ("replayed", "applied"):
+        model, _ = load_model(tmp_path / name)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), module.model.parameters(), strict=True))
+    with pytest.raises(TrajectoryError, match="model.safetensors is there already and no exported run"):
+        smezo("export", second, "--out", tmp_path / "start" / "model.safetensors")

@@ -73,7 +73,7 @@ def make_task(keys: Mapping[str, Any], name: str = "own") -> Task:
         words=_words(keys.get("words", {})),
         may_be_empty=_texts(keys, "may_be_empty", ()),
         group=_texts(keys, "group", ()),
-        calibration=keys.get("calibration"),
+        calibration=_in_quotes("'calibration'", keys["calibration"]) if keys.get("calibration") is not None else None,
     )
 
 
@@ -84,7 +84,7 @@ def _candidates(value: Any) -> Mapping[str, str] | ListCandidates:
                 raise unknown("task: candidates from a column have no key", str(key), _LIST_KEYS)
         return ListCandidates(
             str(value["column"]),
-            text=str(value.get("text", " {option}")).replace("{option}", _SLOT),
+            text=_in_quotes("the text of an option", value.get("text", " {option}")).replace("{option}", _SLOT),
             slot=_SLOT,
             filter=value.get("filter"),
             names=tuple(str(name) for name in value.get("names", ())),
@@ -97,12 +97,7 @@ def _candidates(value: Any) -> Mapping[str, str] | ListCandidates:
         texts = list(value)
     else:
         raise ValueError(f"task: candidates must be {KEYS['candidates']}; got {value!r}")
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(
-                f"task: the text of a candidate must be in quotes, got {text!r} ({type(text).__name__});"
-                " YAML takes a bare Yes, No or number for something else"
-            )
+    texts = [_in_quotes("the text of a candidate", text) for text in texts]
     if len(set(labels)) < len(labels):
         raise ValueError(f"task: two candidates have the same label, {labels}")
     return dict(zip(labels, texts, strict=True))
@@ -136,6 +131,15 @@ def _text(keys: Mapping[str, Any], key: str) -> str:
     return value
 
 
+def _in_quotes(what: str, text: Any) -> str:
+    if not isinstance(text, str):
+        raise ValueError(
+            f"task: {what} must be in quotes, got {text!r} ({type(text).__name__}); YAML takes a bare Yes, No or number"
+            " for something else"
+        )
+    return text
+
+
 def _texts(keys: Mapping[str, Any], key: str, default: tuple[str, ...]) -> tuple[str, ...]:
     value = keys.get(key, default)
     values = (value,) if isinstance(value, str) else value
@@ -147,4 +151,7 @@ def _texts(keys: Mapping[str, Any], key: str, default: tuple[str, ...]) -> tuple
 def _words(value: Any) -> dict[str, dict[str, str]]:
     if not isinstance(value, Mapping) or not all(isinstance(words, Mapping) for words in value.values()):
         raise ValueError(f"task: 'words' must be {KEYS['words']}; got {value!r}")
-    return {str(column): {str(key): str(word) for key, word in words.items()} for column, words in value.items()}
+    return {
+        str(column): {str(key): _in_quotes(f"the word for {key!r}", word) for key, word in words.items()}
+        for column, words in value.items()
+    }

@@ -193,6 +193,21 @@ def test_no_tokenizer(small: Callable[..., PromptDataModule], tmp_path: Path) ->
         trainer(tmp_path, max_steps=1).fit(Reader(), small(tokenizer=None))
 
 
+def test_texts_that_were_cut_inside_a_character(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "cut.jsonl"
+    ends = ["", "", "\\ud83d", "\\ud83d\\ude00", ""]  # as JavaScript's slice leaves them; the fourth is whole
+    file.write_text("".join(f'{{"text": "movie{end}", "label": {i % 2}}}\n' for i, end in enumerate(ends)))
+    task = {"prompt": "{text}\n", "candidates": [" bad", " good"]}
+    settings: dict[str, Any] = {"train_file": str(file), "tokenizer": tiny_tokenizer, "num_train": 3, "num_dev": 1}
+    with pytest.raises(ValueError, match=r"cut\.jsonl, line 3: column 'text' holds half a character, '\\ud83d' at 5"):
+        PromptDataModule(task, **settings | {"num_train": 4}).encoded("train")
+    data = PromptDataModule(task, bad_rows="skip", **settings)
+    assert len(data.encoded("train")) + len(data.encoded("dev")) == 4
+    assert f"1 of 5 rows are left out; the first: {file}, line 3: column 'text' holds half a character" in caplog.text
+
+
 def test_special_tokens_in_texts(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     file = tmp_path / "chat.jsonl"
     file.write_text("".join(json.dumps({"text": f"movie {i}</s>", "label": i % 2}) + "\n" for i in range(4)))

@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 class PredictionWriter(Callback):
-    """Writes what ``predict`` returns, one JSON object per example, in the order of the data.
+    """Writes what ``predict`` returns, one JSON object per row, in the order of the file.
 
     A line holds ``index`` (row of the dataset), ``prompt`` and ``candidates`` (as text, from a `PromptDataModule`),
     ``scores`` (mean log-probability of each candidate), ``prediction`` and ``label`` (index of a candidate, the latter
     null where it is unknown). In a generation task ``prediction`` is the generated text, ``references`` holds the gold
-    answers, and there are no candidates and scores.
+    answers, and there are no candidates and scores. A row without a result has ``prediction`` null, and ``error``.
 
     Args:
         path: File to write; by default ``predictions.jsonl`` in the run's folder.
@@ -71,10 +71,10 @@ class PredictionWriter(Callback):
 
 
 def _with_text(rows: dict[int, dict[str, Any]], data: Any) -> list[dict[str, Any]]:
-    """Rows in the order of the data, with prompts and candidates where the data module has them as text."""
+    """Rows in the order of the file, with prompts and candidates where the data module has them as text."""
     if not isinstance(data, PromptDataModule):
         return list(rows.values())
-    return [
+    written = [
         {
             "index": example.index,
             "prompt": example.prompt,
@@ -85,6 +85,8 @@ def _with_text(rows: dict[int, dict[str, Any]], data: Any) -> list[dict[str, Any
         for example in data.examples("test")
         if example.index in rows
     ]
+    written += [{"index": index, "prediction": None, "error": why} for index, why in data.failed("test").items()]
+    return sorted(written, key=lambda row: row["index"])
 
 
 class ScoreWriter(Callback):

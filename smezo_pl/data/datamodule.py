@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from smezo_pl.data.batch import PromptBatch
 from smezo_pl.data.collate import Collate
 from smezo_pl.data.digests import differences, example_digests
-from smezo_pl.data.encoding import Encoded, Encoder, MaskedLMEncoder
+from smezo_pl.data.encoding import Encoded, Encoder, MaskedLMEncoder, encode_each
 from smezo_pl.data.loaders import BatchLimit, evaluation_loader, find_token_budget, train_loader
 from smezo_pl.data.sources import load_split
 from smezo_pl.data.splits import Split, SplitName, Splits, at_least
@@ -50,7 +51,8 @@ class PromptDataModule(pl.LightningDataModule):
         train_file: Your own training examples: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file in
             UTF-8 (a TSV's quotes are text), or a dataset on the hub, ``owner/name`` or ``owner/name@config:split``.
         dev_file: Your own dev examples; drawn from ``train_file`` if not given.
-        test_file: Your own test examples, for ``test`` and ``predict``; the latter needs no labels.
+        test_file: Your own test examples, for ``test`` and ``predict``. The latter needs no labels, and writes a line
+            for every row in the order of the file; for a row that cannot be scored the line says why.
         tokenizer: Name, folder or GGUF file of the tokenizer, or the tokenizer itself. Without it the module's own
             ``tokenizer`` is taken.
         batch_size: Training examples per step and process, at least 1.
@@ -59,7 +61,8 @@ class PromptDataModule(pl.LightningDataModule):
             texts (one per example if its candidates have one token, otherwise about one per candidate).
         num_train: Training examples; the task's own number (1000 for most) if not given.
         num_dev: Dev examples; the task's own number (500 for most) if not given.
-        num_test: Test examples at most; the task's own number (1000) if not given.
+        num_test: Test examples at most. If not given: all rows for ``predict`` and of ``test_file``, otherwise the
+            task's own number (1000).
         k_shot: Training examples of each class, instead of ``num_train``, and the same number for dev.
         num_demonstrations: Few-shot demonstrations, taken from the training split, before each dev and test example:
             in-context learning, for ``validate`` and ``test`` (MeZO: 32). They are cut on the left where they do not
@@ -84,7 +87,7 @@ class PromptDataModule(pl.LightningDataModule):
             log-probability gained over a content-free prompt (surface form competition, as in MeZO); ``icl_sfc``:
             the same with the demonstrations before that prompt too.
         bad_rows: What happens to a row that lacks a text or has a label outside the task: ``refuse`` ends with an error
-            that names its line; ``skip`` leaves it out and logs how many.
+            that names its line; ``skip`` leaves it out and logs how many. ``predict`` never leaves one out.
         num_workers: Processes that make batches; 0 makes them in the main process, which is enough for text.
 
     Raises:
@@ -173,7 +176,7 @@ class PromptDataModule(pl.LightningDataModule):
         self.special_tokens = special_tokens
         self._tokenizer = tokenizer
         # With what each was made of, so that another model, or another prompt, makes it again.
-        self._encoded: dict[SplitName, tuple[tuple[Any, ...], list[Encoded]]] = {}
+        self._encoded: dict[SplitName, tuple[tuple[Any, ...], list[Encoded], dict[int, str]]] = {}
         self._limit: tuple[tuple[Any, ...], BatchLimit] | None = None
         self._digested: tuple[list[Encoded], dict[str, Any]] | None = None
 
@@ -225,8 +228,15 @@ class PromptDataModule(pl.LightningDataModule):
             self.examples("test")
 
     def examples(self, split: SplitName) -> list[Example]:
-        """The examples of ``"train"``, ``"dev"`` or ``"test"`` as text, in the order they were drawn."""
+        """The examples of ``"train"``, ``"dev"`` or ``"test"`` as text, in the order they were drawn.
+
+        In ``predict``, ``"test"`` is all rows of its file in their order, without those that are `failed`.
+        """
         return self._split(split).examples
+
+    def failed(self, split: SplitName) -> dict[int, str]:
+        """Why rows to predict are no examples, or cannot be encoded, by their index in the file."""
+        return {**self._split(split).failed, **(self._encoded[split][2] if split in self._encoded else {})}
 
     def origin(self, split: SplitName) -> str:
         """The file or dataset that the examples of a split come from."""
@@ -236,15 +246,19 @@ class PromptDataModule(pl.LightningDataModule):
         """Which label of a split's file is which candidate; empty where labels are the task's own names."""
         return self._split(split).labels
 
+    @property
+    def _predicting(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+
     def _split(self, split: SplitName) -> Split:
-        return self.splits.get(split, self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING)
+        return self.splits.get(split, self._predicting)
 
     def encoded(self, split: SplitName) -> list[Encoded]:
         """The examples of a split as tokens, in the order of `examples`."""
         tokenizer, examples = self.tokenizer, self.examples(split)
         module = getattr(self.trainer, "lightning_module", None)
         positions = getattr(module, "max_positions", self.max_positions)
-        key, encoded = self._encoded.get(split, ((), []))
+        key, encoded, failed = self._encoded.get(split, ((), [], {}))
         if len(key) != 3 or key[0] is not tokenizer or key[1] is not examples or key[2] != positions:
             if not self.special_tokens:
                 refuse_special_tokens(self.task, tokenizer)
@@ -255,9 +269,13 @@ class PromptDataModule(pl.LightningDataModule):
                 new_tokens = getattr(self.task.candidates, "max_new_tokens", 0)
                 calibrated = self.calibration != "none" and split != "train"
                 encoder = Encoder(tokenizer, self.max_length, new_tokens, calibrated, self.special_tokens, positions)
-            encoded = encoder.encode(examples, self.origin(split))
-            self._check_repeats(encoded, self.origin(split))
-            self._encoded[split] = (tokenizer, examples, positions), encoded
+            encode, failed = partial(encoder.encode, origin=self.origin(split)), {}
+            if self._predicting and split == "test":
+                encoded = encode_each(encode, examples, failed)
+            else:
+                encoded = encode(examples)
+                self._check_repeats(encoded, self.origin(split))
+            self._encoded[split] = (tokenizer, examples, positions), encoded, failed
         return encoded
 
     @property

@@ -1,7 +1,7 @@
 """From text to tokens: prompts and candidates for causal and masked LMs, and answers back to text."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -232,6 +232,27 @@ class Encoder:
             start = (token,)
         room = self.max_length - len(start) - max(map(len, candidates))
         return (*start, *_last(prompt, max(room, 0))), candidates
+
+
+def encode_each(
+    encode: Callable[[Sequence[Example]], list[Encoded]], examples: Sequence[Example], failed: dict[int, str]
+) -> list[Encoded]:
+    """The tokens of all examples that have some; why the others have none goes into ``failed`` by their index.
+
+    Raises:
+        ValueError: If none has.
+    """
+    try:
+        return encode(examples)
+    except ValueError as error:
+        if len(examples) == 1:
+            failed[examples[0].index] = str(error)
+            return []
+        half = len(examples) // 2
+        encoded = encode_each(encode, examples[:half], failed) + encode_each(encode, examples[half:], failed)
+        if not encoded and len(failed) == len(examples):
+            raise
+        return encoded
 
 
 class MaskedLMEncoder:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -102,6 +102,7 @@ class Split:
     origin: str
     labels: str = ""  # how they were read, where that is not by the task's own names
     columns: Mapping[str, str] = field(default_factory=dict)  # of training examples, digests of what they are made of
+    failed: Mapping[int, str] = field(default_factory=dict)  # why rows to predict are no examples, by their index
 
 
 @dataclass
@@ -123,7 +124,7 @@ class Splits:
     num_demonstrations: int = 0
     demonstration_seed: int | None = None
     demonstrate_calibration: bool = False  # put demonstrations before the content-free prompt too
-    drawn: dict[SplitName, Split] = field(init=False, default_factory=dict)
+    drawn: dict[str, Split] = field(init=False, default_factory=dict)
     readings: dict[str, LabelReading] = field(init=False, default_factory=dict)  # by the file or dataset
 
     def __post_init__(self) -> None:
@@ -139,20 +140,26 @@ class Splits:
         for name, seed in (("data_seed", self.seed), ("demonstration_seed", self.demonstration_seed or 0)):
             if not 0 <= seed < 2**32:
                 raise ValueError(f"{name} must be in [0, 2^32), got {seed}")
-        self.sizes: dict[str, int] = {}
+        self.sizes: dict[str, Any] = {}
         for name, least in (("train", 1), ("dev", 0), ("test", 0)):
             asked, default = getattr(self, f"num_{name}"), getattr(self.task, f"num_{name}")
             self.sizes[name] = at_least(f"num_{name}", default if asked is None else asked, least)
+        if self.num_test is None and self.files["test"] is not None:
+            self.sizes["test"] = None  # all rows of a user's own file
 
     def get(self, name: SplitName, predicting: bool = False) -> Split:
-        """A split; with ``predicting`` the labels of the test set may be unknown."""
+        """A split; with ``predicting`` the test set is all rows of its file in their order, also without labels."""
         if name not in ("train", "dev", "test"):
             raise ValueError(f"split must be one of train, dev, test, got {name!r}")
-        if name not in self.drawn:
-            self.drawn |= {"test": self._test(not predicting)} if name == "test" else self._train_and_dev()
-        return self.drawn[name]
+        key = "predict" if predicting and name == "test" else name
+        if key not in self.drawn:
+            if name == "test":
+                self.drawn[key] = self._predicted() if predicting else self._test()
+            else:
+                self.drawn.update(self._train_and_dev())
+        return self.drawn[key]
 
-    def _train_and_dev(self) -> dict[SplitName, Split]:
+    def _train_and_dev(self) -> dict[str, Split]:
         data = dev_data = self._load("train")
         rows = dev_rows = self._usable(data)
         source = self.task.source
@@ -174,11 +181,52 @@ class Splits:
         log_leaked_examples(train_split, dev_split)
         return {"train": train_split, "dev": self._with_demonstrations("dev", dev_split, data)}
 
-    def _test(self, labelled: bool) -> Split:
-        data = self._load("test", labelled)
-        rows = self._usable(data, labelled)
-        numbers = sample(len(rows), self.sizes["test"], self.seed, "test examples", data.origin)
-        split = self._split("test", data, [rows[n] for n in numbers], labelled)
+    def _test(self) -> Split:
+        data = self._load("test")
+        rows = self._usable(data)
+        count = len(rows) if self.sizes["test"] is None else self.sizes["test"]
+        numbers = sample(len(rows), count, self.seed, "test examples", data.origin)
+        split = self._split("test", data, [rows[n] for n in numbers])
+        return self._with_demonstrations("test", split, self._load("train")) if self.num_demonstrations else split
+
+    def _predicted(self) -> Split:
+        """All rows of the test set in their order, or a sample of ``num_test`` if that was given.
+
+        A label that cannot be read is unknown. A row that is no example is among `Split.failed`.
+        """
+        data, how = self._load("test", labelled=False), "all"
+        numbers: Sequence[int] = range(len(data))
+        if self.num_test is not None:
+            how = f"a sample by data_seed {self.seed}, as num_test {self.num_test} is given"
+            numbers = sorted(sample(len(data), self.num_test, self.seed, "rows to predict", data.origin))
+        logger.info("%s: %d of %d rows of %s to predict: %s", self.task.name, len(numbers), len(data), data.origin, how)
+        unread: dict[int, str] = {}
+        try:
+            reading = self._reading(data)
+        except ExampleError as error:
+            reading, unread = LabelReading.of(self.task, (), (), data.origin), dict.fromkeys(numbers, str(error))
+        label, examples, failed = self.task.columns[-1], [], {}
+        make = partial(make_example, self.task, origin=data.origin, reading=reading)
+        for index, row in zip(numbers, data.rows(numbers), strict=True):
+            line = data.line(index)
+            try:
+                if index not in unread:
+                    examples.append(make(row, index, line=line))
+                    continue
+            except ExampleError as error:
+                unread[index] = str(error)
+            try:
+                examples.append(make({**row, label: None}, index, line=line))
+            except ExampleError as error:
+                failed[index] = str(error)
+                unread.pop(index)
+        for what, reasons in (("have no label that can be read", unread), ("cannot be predicted", failed)):
+            if reasons:
+                first = next(iter(reasons.values()))
+                logger.warning("%d of %d rows %s; the first: %s", len(reasons), len(numbers), what, first)
+        if numbers and not examples:
+            raise ValueError(f"none of {len(numbers)} rows can be predicted; the first: {next(iter(failed.values()))}")
+        split = Split(examples, data.origin, reading.describe(), failed)
         return self._with_demonstrations("test", split, self._load("train")) if self.num_demonstrations else split
 
     def _load(self, name: SplitName, labelled: bool = True) -> Rows:
@@ -206,7 +254,7 @@ class Splits:
                 logger.info("labels of %s: %s", data.origin, told)
         return self.readings[data.origin]
 
-    def _usable(self, data: Rows, labelled: bool = True) -> list[int]:
+    def _usable(self, data: Rows) -> list[int]:
         """The rows that examples are drawn from; with ``bad_rows: skip`` those that can be made into one."""
         if self.bad_rows == "refuse":
             return list(range(len(data)))
@@ -218,7 +266,7 @@ class Splits:
             except ExampleError as error:
                 reasons.append(str(error))
                 continue
-            if example.label < 0 and labelled:
+            if example.label < 0:
                 reasons.append(f"{data.origin}, {data.line(index)}: no label")
             else:
                 kept.append(index)
@@ -232,11 +280,11 @@ class Splits:
         labels = [example.label for example in make_examples(self.task, data, rows, self._reading(data))]
         return sample_k_per_class(labels, k, self.task.labels, self.seed, data.origin, dev)
 
-    def _split(self, name: SplitName, data: Rows, numbers: list[int], labelled: bool = True) -> Split:
+    def _split(self, name: SplitName, data: Rows, numbers: list[int]) -> Split:
         reading = self._reading(data)
         examples = make_examples(self.task, data, numbers, reading)
         unknown = [example for example in examples if example.label < 0]
-        if unknown and labelled:
+        if unknown:
             column, kind = self.task.label, "label"
             if isinstance(self.task.candidates, GeneratedAnswer):
                 column, kind = self.task.candidates.column, "answer"

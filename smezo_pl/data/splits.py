@@ -195,10 +195,11 @@ class Splits:
         A label that cannot be read is unknown. A row that is no example is among `Split.failed`.
         """
         data, how = self._load("test", labelled=False), "all"
-        numbers: Sequence[int] = range(len(data))
+        count = len(data) if self.num_test is None else self.num_test
+        drawn = sample(len(data), count, self.seed, "rows to predict", data.origin)
+        numbers = sorted(drawn)
         if self.num_test is not None:
             how = f"a sample by data_seed {self.seed}, as num_test {self.num_test} is given"
-            numbers = sorted(sample(len(data), self.num_test, self.seed, "rows to predict", data.origin))
         logger.info("%s: %d of %d rows of %s to predict: %s", self.task.name, len(numbers), len(data), data.origin, how)
         unread: dict[int, str] = {}
         try:
@@ -226,8 +227,13 @@ class Splits:
                 logger.warning("%d of %d rows %s; the first: %s", len(reasons), len(numbers), what, first)
         if numbers and not examples:
             raise ValueError(f"none of {len(numbers)} rows can be predicted; the first: {next(iter(failed.values()))}")
-        split = Split(examples, data.origin, reading.describe(), failed)
-        return self._with_demonstrations("test", split, self._load("train")) if self.num_demonstrations else split
+        split = Split(examples, data.origin, reading.describe(), failed=failed)
+        if self.num_demonstrations:
+            # In the order that they are drawn in, so that each gets the demonstrations that it gets in a test.
+            rank = {row: position for position, row in enumerate(drawn)}
+            examples = sorted(examples, key=lambda example: rank[example.index])
+            split = self._with_demonstrations("test", replace(split, examples=examples), self._load("train"))
+        return replace(split, examples=sorted(split.examples, key=lambda example: example.index))
 
     def _load(self, name: SplitName, labelled: bool = True) -> Rows:
         """The rows that a split is drawn from: the user's own file, else the task's dataset."""

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from numbers import Integral
 from typing import Any
 
 from smezo_pl.tasks.task import ListCandidates, Reading, Task
@@ -11,6 +12,9 @@ from smezo_pl.tasks.text import ExampleError
 
 UNKNOWN = -1
 """An unknown label: hidden test sets carry it."""
+
+UNCLEAR = (-2,)
+"""What a label is that spells several names or candidates, or stands for an option that is null."""
 
 SHORT_FORMS = (
     ("yes", "y", "true", "t"),
@@ -24,7 +28,7 @@ SHORT_FORMS = (
 """Spellings of one name, in lower case. Those of yes and no are what truth values are matched with."""
 
 _SHORT = {spelling: group[0] for group in SHORT_FORMS for spelling in group}
-_WHOLE = re.compile(r"(0|-?[1-9][0-9]{0,17})(\.0+)?")
+_WHOLE = re.compile(r"(0|-?[1-9][0-9]{0,999})(\.0+)?")
 
 Options = Sequence[str | None]
 """The texts of a row's candidates as they stand in the file; None for one that is null."""
@@ -44,6 +48,10 @@ def plain(value: Any) -> Any:
         text = value.strip()
         number = _WHOLE.fullmatch(text)
         return int(number[1]) if number else text or None
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
     if isinstance(value, (float, Decimal)):
         if value != value:
             return None
@@ -51,14 +59,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(text.strip() if isinstance(text, str) else text for text in value) or None
     return value
-
-
-def _folded(value: Any) -> str | None:
-    return value.strip().casefold() if isinstance(value, str) else None
-
-
-def _short(value: Any) -> str | None:
-    return ("no", "yes")[value] if isinstance(value, bool) else _SHORT.get(_folded(value) or "")
 
 
 def _raw(value: Any) -> str | None:
@@ -70,18 +70,27 @@ def _number(value: Any) -> int | str | None:
     return cell if isinstance(cell, str) or type(cell) is int else None
 
 
-def find(value: Any, known: Options, loose: bool) -> tuple[int, ...]:
-    """The indices of the text that a value spells: more than one where that text repeats, none if it spells no one.
+def _meaning(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return _SHORT.get(folded := value.strip().casefold(), folded) if isinstance(value, str) else None
 
-    It is compared as it stands, then as a number, then, if ``loose``, in lower case and by short forms; a truth value
-    by short forms alone. The first comparison that finds something decides, and two different texts are none.
+
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().casefold() in ("true", "false"))
+
+
+def find(value: Any, known: Options, loose: bool) -> tuple[int, ...]:
+    """The indices of the texts that a value may spell: of one text, which may repeat, or of several.
+
+    It is compared as it stands, then as a number, then, if ``loose`` or a truth value, in lower case and by short
+    forms. The first comparison that finds something decides.
     """
-    truth = isinstance(value, bool) or _folded(value) in ("true", "false")
-    for form in (_raw, _number, *((_folded,) if loose else ()), *((_short,) if loose or truth else ())):
+    for form in (_raw, _number, *((_meaning,) if loose or _is_truth(value) else ())):
         own = form(value)
-        hits = [i for i, text in enumerate(known) if own is not None and text is not None and form(text) == own]
+        hits = tuple(i for i, text in enumerate(known) if own is not None and text is not None and form(text) == own)
         if hits:
-            return tuple(hits) if len({known[i] for i in hits}) == 1 else ()
+            return hits
     return ()
 
 
@@ -127,39 +136,46 @@ class LabelReading:
         return replace(reading, kinds=reading._inferred(cells)) if len(reading.kinds) > 1 else reading
 
     def _with_declared(self, declared: tuple[str, ...]) -> "LabelReading":
-        task, names, kinds = self.task, self.task.labels, self.kinds
-        fixed = not task.candidate_columns  # the candidates are those of every row
-        spelled = [find(name, names, loose=True) for name in declared]
-        numbered = [find(index, names, loose=False) for index in range(len(declared))]
-        problem, codes = "", declared
-        if "name" in kinds:
-            # The file says what its numbers are, so they are no positions.
-            kinds = tuple(kind for kind in kinds if kind != "position")
-            twice = [index for index in spelled if index and spelled.count(index) > 1]
-            if twice:
+        """What is left of the readings by the file's names for its numbers, which must not contradict the task."""
+        task, names = self.task, self.task.labels
+        by_name = [hits if len(hits := find(name, names, loose=True)) == 1 else () for name in declared]
+        by_number = [find(number, names, loose=False) for number in range(len(declared))]
+        # The file says what its numbers are, so they are no positions among the task's names.
+        named = tuple(kind for kind in self.kinds if kind != "position")
+        compared = not task.candidate_columns and len(self.kinds) > 1
+        problem = ""
+        if "name" not in self.kinds:
+            reading = replace(self, declared=declared, codes=() if self.kinds == ("position",) else declared)
+            if compared and len(declared) != len(names):
+                problem = "a list of candidates is for as many labels"
+            elif compared:
+                problem = reading._contradiction([(number,) for number in range(len(declared))])
+        elif any(by_name) or not any(by_number):
+            reading = replace(self, kinds=named, declared=declared, codes=declared)
+            if twice := [hit for hit in by_name if hit and by_name.count(hit) > 1]:
                 problem = f"two of them are {names[twice[0][0]]!r}"
-            elif not any(spelled) and any(numbered):
-                codes = ()
-            elif any(numbered) and not set(names) <= set(declared):
+            elif any(by_number) and not set(names) <= set(declared):
                 problem = "a number of the file and its name are different labels of the task"
-        elif kinds == ("position",):
-            codes = ()
-        elif fixed and len(kinds) > 1 and len(declared) != len(names):
-            problem = "a list of candidates is for as many labels"
-        if fixed and len(self.kinds) > 1 and (not codes or "position" in kinds):
-            texts = [text.strip() for text in task.candidate_templates]
-            for index, name in enumerate(declared):
-                place = numbered[index] if "name" in kinds else (index,)
-                if (text := find(name, texts, loose=True)) and text != place and not problem:
-                    told = f"{texts[place[0]]!r} by its number" if place else "no candidate by its number"
-                    problem = f"{name!r} is {texts[text[0]]!r} by its name and {told}"
+        else:
+            reading = replace(self, kinds=named, declared=declared)
+            problem = reading._contradiction(by_number) if compared else ""
         if problem:
             raise ExampleError(
                 f"{self.origin}: column {task.label!r} declares the labels {_quoted(declared)}, and task {task.name!r}"
                 f" has {_quoted(names)}: {problem}; write candidates: {{name: text}} with the file's names"
-                + ("" if "name" in kinds else ", or label_is: position")
+                + ("" if "name" in self.kinds else ", or label_is: position")
             )
-        return replace(self, kinds=kinds, declared=declared, codes=codes)
+        return reading
+
+    def _contradiction(self, by_number: Sequence[tuple[int, ...]]) -> str:
+        """Where a declared name reads like another candidate than the one that its number is."""
+        texts = [text.strip() for text in self.task.candidate_templates]
+        for name, number in zip(self.declared, by_number, strict=True):
+            text = find(name, texts, loose=True)
+            if len(text) == 1 and text != number:
+                told = repr(texts[number[0]]) if number else "no candidate"
+                return f"{name!r} is {texts[text[0]]!r} by its name and {told} by its number"
+        return ""
 
     def _inferred(self, cells: Iterable[Cell]) -> tuple[Reading, ...]:
         common, because = self.kinds, ""
@@ -173,7 +189,7 @@ class LabelReading:
             label = f"{where}: label {value!r} in column {self.task.label!r}"
             if len(set(map(frozenset, golds.values()))) > 1:
                 texts = options()
-                told = [f"as {k} it is {texts[gold[0]]!r}" if gold else f"as {k} unknown" for k, gold in golds.items()]
+                told = [f"as {kind} {_told(gold, texts)}" for kind, gold in golds.items()]
                 raise ExampleError(f"{label} has two readings, {', '.join(told)}; write {_ways(golds)} in the task")
             kept = tuple(kind for kind in common if kind in golds)
             if not kept:
@@ -187,32 +203,33 @@ class LabelReading:
 
     def _possible(self, value: Any, options: Callable[[], Options]) -> dict[Reading, tuple[int, ...]]:
         """What a label is under the readings that it allows; where names come first, under the first of them."""
-        golds: dict[Reading, tuple[int, ...]] = {}
+        named, golds = self.task.names_first, dict[Reading, tuple[int, ...]]()
+        # Names and positions in a mapping do not depend on the row, whose texts take time.
+        texts: Options = self.task.candidate_templates if named else options()
         for kind in self.kinds:
-            # Names and positions in a mapping do not depend on the row, whose texts take time.
-            fixed = self.task.names_first and kind != "text"
-            gold = self._under(kind, value, self.task.candidate_templates if fixed else options())
-            if gold is not None:
+            texts = options() if named and kind == "text" else texts
+            if (gold := self._under(kind, value, texts)) is not None:
                 golds[kind] = gold
-                if self.task.names_first:
+                if named:
                     break
-        if self.task.names_first and "text" in golds and not self.codes:
+        if named and "text" in golds and not self.codes:
             # No name, but the text of one candidate may be the position of another.
-            rival = self._under("position", value, options())
+            rival = self._under("position", value, texts)
             golds |= {"position": rival} if rival else {}
         return golds
 
     def _under(self, kind: Reading, value: Any, options: Options) -> tuple[int, ...] | None:
         """The indices of the correct options, the one that is trained on first; none if the label is unknown.
 
-        None if it cannot be read so.
+        None if it cannot be read so, or `UNCLEAR`.
         """
         cell = plain(value)
         if cell is None:
             return ()
         if isinstance(cell, tuple):
-            texts = [find(text, options, loose=False) for text in cell if isinstance(text, str)]
-            return tuple(dict.fromkeys(i for indices in texts for i in indices)) or None if kind == "text" else None
+            texts = [find(text, options, loose=False) for text in cell if isinstance(text, str) and kind == "text"]
+            clear = [hits for hits in texts if len({options[i] for i in hits}) == 1]
+            return tuple(dict.fromkeys(i for hits in clear for i in hits)) or None
         known: Options = self.task.labels[: len(options)] if kind == "name" else options
         found: tuple[int, ...]
         if kind == "position":
@@ -222,11 +239,13 @@ class LabelReading:
             found = find(name, known, loose=kind == "name" or not self.task.candidate_columns)
         else:
             found = find(value, known, loose=kind == "name" or not self.task.candidate_columns)
-        if not found or options[found[0]] is None:
+        if not found:
             return () if type(cell) is int and cell == UNKNOWN else None
+        if options[found[0]] is None or (kind != "position" and len({known[i] for i in found}) > 1):
+            return UNCLEAR
         if isinstance(self.task.candidates, ListCandidates):  # an option that repeats is one answer
             return (found[0], *(i for i, text in enumerate(options) if text == options[found[0]] and i != found[0]))
-        return found if len(found) == 1 else None
+        return found if len(found) == 1 else UNCLEAR
 
     def gold(self, value: Any, options: Options, where: str) -> tuple[int, ...]:
         """The indices of the correct options, the one that is trained on first; none if the label is unknown.
@@ -235,7 +254,7 @@ class LabelReading:
             ExampleError: If the label is none of those that the task has.
         """
         gold = self._under(self.kinds[0], value, options)
-        if gold is None:
+        if gold is None or gold == UNCLEAR:
             raise ExampleError(f"{where}: {self._refusal(value, options)}")
         return gold
 
@@ -246,10 +265,10 @@ class LabelReading:
         label = f"label {value!r} in column {task.label!r}"
         texts = dict.fromkeys(text for text in options if text is not None)
         names = task.labels[: len(options)] if "name" in self.kinds else tuple(texts)
-        if isinstance(cell, bool) or _folded(value) in ("true", "false"):
+        if _is_truth(value):
             return (
-                f"{label} is a truth value, and none of {_quoted(names)} of task {task.name!r} says yes, no, true or"
-                " false: write a mapping, candidates: {true: TEXT, false: TEXT}"
+                f"{label} is a truth value, and task {task.name!r} has no name or candidate, or several, that say so:"
+                f" {_quoted(names)}; write a mapping, candidates: {{true: TEXT, false: TEXT}}"
             )
         allowed = [_quoted(names)] if self.kinds != ("position",) else []
         allowed += [f"0 to {len(options) - 1}"] if "position" in self.kinds else []
@@ -284,7 +303,7 @@ class LabelReading:
         labels = range(len(self.declared)) if self.declared else own[kind]
         golds = [self._under(kind, label, options) for label in labels]
         return ", ".join(
-            f'{label} -> "{texts[gold[0]]}"' if gold else f"{label} -> no candidate"
+            f'{label} -> "{texts[gold[0]]}"' if gold and gold != UNCLEAR else f"{label} -> no candidate"
             for label, gold in zip(self.declared or labels, golds, strict=True)
         )
 
@@ -304,6 +323,12 @@ class LabelReading:
             raise ExampleError(
                 f"{files} positions of different labels, {_quoted(other.declared)} and {_quoted(self.declared)}"
             )
+
+
+def _told(gold: tuple[int, ...], texts: Options) -> str:
+    if gold == UNCLEAR:
+        return "one of several, or null"
+    return f"it is {texts[gold[0]]!r}" if gold else "unknown"
 
 
 def _ways(kinds: Iterable[Reading]) -> str:

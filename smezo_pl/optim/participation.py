@@ -58,8 +58,7 @@ class Participation:
             logger.info("step %d reads %d tensors that were left alone before: %s", step, len(joining), some(joining))
         if unread & ~self.unread:
             logger.info(
-                "no forward of step %d reads %d of %d tensors. They are left alone until one does, for which every "
-                "step watches (exclude saves that): %s",
+                "no forward of step %d reads %d of %d tensors, which are left alone until one does: %s",
                 step,
                 len(left),
                 len(watched),

@@ -70,6 +70,7 @@ class SparseMeZO(Optimizer):
     function, and call `attach` with the network (recommended: weights are then never written during a forward). Without
     `attach` the whole model is perturbed in place, and brought back to the same bits from a copy of the active weights.
     The closure runs under ``no_grad``, twice per sample, on the same batch. A forward must not write weights.
+    Tensors that no forward reads are left alone (see `unread`).
 
     References: Sparse MeZO, arXiv 2402.15751; MeZO, arXiv 2305.17333.
 
@@ -349,7 +350,12 @@ class SparseMeZO(Optimizer):
         return [MaskStat(t.name, t.parameter.numel(), count_ones(packed[t.name]), t.threshold) for t in self._tensors()]
 
     def unread(self) -> list[str]:
-        """Names of the tensors that take no part now, because no forward has read them since the last refresh."""
+        """Names of the tensors that are left alone now.
+
+        The first step, and the first after each refresh of the masks, finds out which tensors its forwards read. The
+        others take no part until a forward reads them. Kernels are seen to read what they get through an operator of
+        torch or by its address.
+        """
         return [tensor.name for tensor in self.participation.unread_of(self._tensors())]
 
     @property

@@ -147,7 +147,7 @@ def _read_steps(
     """Steps as far as they are valid, their checksums, and what is wrong with the next one."""
     records: list[StepRecord] = []
     checks: list[bytes] = []
-    step, check, before = header.first_step, digest, None
+    step, check, before, bits = header.first_step, digest, None, header.last_number + 1
     try:
         refreshes: dict[Any, Any] = dict(connection.execute("SELECT step, data FROM refreshes").fetchall())
         for index, data in connection.execute("SELECT step, data FROM steps ORDER BY step"):
@@ -157,7 +157,7 @@ def _read_steps(
             if not isinstance(data, bytes) or not isinstance(thresholds, bytes | None):
                 return records, checks, f"step {step} is corrupted: not bytes"
             before = unpack_step(step, data, thresholds, before, check, len(header.groups))
-            if before.unread >> header.last_number + 1:
+            if before.unread.bit_length() > bits:
                 return records, checks, f"step {step} is corrupted: it leaves a tensor alone that is not optimized"
             check = data[-CHECK_SIZE:]
             records.append(before)

@@ -51,6 +51,8 @@ def run_forwards(
             f"in place: {copied_bytes / 2**20:.1f} MiB of copies of the active weights; attach(module) "
             "needs only the largest layer"
         )
+        if 0 < len(watched) < len(step.passes):
+            log_once("in place: each step watches for reads of what is left alone; exclude saves that and its copies")
     for sample in range(samples):
         for sign in (1.0, -1.0):
             with way.perturbed(Direction(step, sample, sign)):

@@ -203,16 +203,30 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 def _read_parquet(path: Path) -> pa.Table:
     try:
-        return _widened(pq.read_table(path))
+        return _plain(pq.read_table(path))
     except pa.ArrowInvalid as error:
         raise ValueError(f"cannot read {path} as Parquet: {error}") from error
 
 
-def _widened(table: pa.Table) -> pa.Table:
+def _plain(table: pa.Table) -> pa.Table:
+    """A table whose cells can be read one by one, and numbers of 32 bits as short as they are."""
+    try:
+        table.validate(full=True)
+    except pa.ArrowInvalid:  # texts that are not UTF-8: as bytes, a row of them is refused by its number
+        fields = [column.with_type(_as_bytes(column.type)) for column in table.schema]
+        table = table.cast(pa.schema(fields, table.schema.metadata))
     for index, column in enumerate(table.schema):
-        if column.type == pa.float32():  # 0.1 of 32 bits is 0.1, not 0.10000000149011612
+        if column.type == pa.float32():  # 0.1, not 0.10000000149011612
             table = table.set_column(index, column.name, table[index].cast(pa.string()).cast(pa.float64()))
     return table
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_list(kind):
+        return pa.list_(_as_bytes(kind.value_type))
+    return pa.struct([f.with_type(_as_bytes(f.type)) for f in kind]) if pa.types.is_struct(kind) else kind
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
@@ -249,4 +263,4 @@ def _from_hub(source: Source, split: str) -> Rows:
         ) from error
     logger.info("%d rows of %s from the Hugging Face hub", len(data), origin)
     names = {column: list(f.names) for column, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
-    return Rows(_widened(data.with_format("arrow")[:]), origin, names)
+    return Rows(_plain(data.with_format("arrow")[:]), origin, names)

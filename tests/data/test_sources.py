@@ -307,6 +307,19 @@ def test_fractions_of_32_bits(tmp_path: Path, task: Task) -> None:
     assert [row["text"] for row in load_file(tmp_path / "a.parquet", task, "train").rows([0, 1, 2])] == [0.1, None, 3.0]
 
 
+def test_text_columns_that_are_not_utf8(tmp_path: Path) -> None:
+    """Other writers of Parquet do not check."""
+    cells = pa.array([b"a", b"caf\xe9"]).view(pa.string())
+    answers = pa.StructArray.from_arrays([pa.ListArray.from_arrays([0, 1, 2], cells)], ["text"])
+    pq.write_table(pa.table({"text": ["x", "y"], "cells": cells, "answers": answers}), tmp_path / "a.parquet")
+    for keys in ({"prompt": "{text}", "target": "answers.text"}, {"prompt": "{cells}", "target": "text"}):
+        task = make_task(keys)
+        first, second = load_file(tmp_path / "a.parquet", task, "train").rows([0, 1])
+        assert len(make_example(task, first).candidates) == 1
+        with pytest.raises(ValueError, match=r"row 1: column '(answers.text|cells)' holds bytes that are not UTF-8"):
+            make_example(task, second, 1)
+
+
 def test_csv_counts_the_lines_of_quoted_fields(write_file: Write) -> None:
     path = write_file("a.csv", 'text,label\r\n"one, ""two""\nthree",0\r\n\r\nfour,1\r\n')
     assert read_csv(path) == [

@@ -222,7 +222,8 @@ def optimizer_of(module: Any) -> torch.optim.Optimizer | None:
         optimizer.defaults["mask"] = mask
     if module.perturbation == "layerwise":
         optimizer.attach(module.model)
-    if module.trainer.world_size > 1:  # else replicas would drift apart where only one of them reads a weight
+    if module._trainer is not None and module.trainer.world_size > 1:
+        # else replicas would drift apart where only one of them reads a weight
         optimizer.participation.over_processes = lambda flags: module.trainer.strategy.all_gather(flags).amax(0)
     return optimizer
 

@@ -218,10 +218,11 @@ def _forward(scheduler: LRScheduler, steps: int) -> None:
 
 
 def _shape(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a scheduler's state, without its progress; of one made of functions the present rate as well."""
+    """The settings in a scheduler's state, without its progress; of one made of functions what they give now."""
     kept = {name: value for name, value in state.items() if name not in _PROGRESS and name != "_schedulers"}
     if "lr_lambdas" in state:
-        kept["_last_lr"] = state["_last_lr"]
+        rates = zip(state["_last_lr"], state["base_lrs"], strict=True)
+        kept["factors"] = [f"{rate / base:.9g}" if base else "" for rate, base in rates]
     for index, inner in enumerate(state.get("_schedulers", ())):
         kept |= {f"{name} ({index})": value for name, value in _shape(inner).items()}
     return kept

@@ -28,6 +28,8 @@ LAST = "checkpoints/last.ckpt"
 class Small(Classifier):
     """A classifier whose optimizer is built from the keywords that are given, and from no others."""
 
+    routed = False
+
     def __init__(self, scheduler: Any = None, build: Any = SparseMeZO, **given: Any) -> None:
         SparseMeZOModule.__init__(self, network(), partial(build, **given), scheduler)
 
@@ -283,6 +285,8 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
 
 class Baseline(Classifier):
     """The classifier under AdamW."""
+
+    routed = False
 
     def __init__(self, scheduler: Any = None, method: Any = "full", **given: Any) -> None:
         SparseMeZOModule.__init__(

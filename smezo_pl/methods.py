@@ -259,6 +259,25 @@ def trained_only(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
     return {name: tensor for name, tensor in state.items() if trained.get(name, all(trained.values()))}
 
 
+def frozen_sample(module: nn.Module) -> dict[str, Any]:
+    """Some values of each frozen weight, which a checkpoint keeps to know the network that it was trained on."""
+    frozen = [p.detach() for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
+    values = [flat[:: max(1, flat.numel() // 8)][:8].float() for flat in (p.flatten() for p in frozen)]
+    return {"dtype": str(frozen[0].dtype), "values": torch.cat(values).cpu()} if frozen else {}
+
+
+def check_frozen(module: Any, then: Mapping[str, Any]) -> None:
+    """Refuse frozen weights that are not those of `frozen_sample`; in another dtype they are compared roughly."""
+    now = frozen_sample(module)
+    one, other = then["values"], now.get("values", torch.empty(0))
+    rough = {"rtol": 0.0, "atol": 0.0} if then["dtype"] == now.get("dtype") else {"rtol": 2.0**-6, "atol": 1e-6}
+    if one.shape != other.shape or not torch.allclose(one, other, equal_nan=True, **rough):
+        raise ValueError(
+            f"the checkpoint's weights were trained on another network than {module.pretrained or 'this one'}: the "
+            "frozen weights differ; give the pretrained model of that run"
+        )
+
+
 def check_trained(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Refuse a state that lacks trained weights, as that of another method does, with a ``ValueError``."""
     missing = [name for name, p in module.named_parameters() if p.requires_grad and name not in state]

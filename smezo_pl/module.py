@@ -356,12 +356,17 @@ class SparseMeZOModule(LightningModule):
         # With averaged weights Lightning puts two whole models in a checkpoint, and reads them as whole ones.
         if self.baseline is not None and "state_dict" in checkpoint and "averaging_state" not in checkpoint:
             checkpoint["state_dict"] = methods.trained_only(self, checkpoint["state_dict"])
+            if sample := methods.frozen_sample(self):
+                checkpoint["frozen"] = sample
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to be a network without weights, and to resume a run with another method or adapter."""
+        """Refuse to be a network without weights, another method or adapter on a resume, and another frozen network."""
         resume.refuse_unrestored(self, checkpoint)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             methods.check_resumed(self, checkpoint.get("hyper_parameters", {}))
+        if self.baseline is not None and "frozen" in checkpoint:
+            self.configure_model()
+            methods.check_frozen(self, checkpoint["frozen"])
 
     def on_validation_start(self) -> None:
         """Restore the weights of a checkpoint that holds none, and drop what an interrupted evaluation left."""

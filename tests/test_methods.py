@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from safetensors.torch import load_file, save_file
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.callbacks import RunMetrics, SeedCheckpoint, WeightCheckpoint
@@ -147,6 +149,24 @@ def test_probe_scores_are_the_head_on_the_last_prompt_position(tiny_folder: Path
 
 
 # ---------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "linear-probe"])
+def test_a_checkpoint_of_another_frozen_network_is_refused(method: str, tiny_folder: Path, tmp_path: Path) -> None:
+    other, run = tmp_path / "other", tmp_path / "run"
+    shutil.copytree(tiny_folder, other)
+    weights = load_file(other / "model.safetensors")
+    for weight in weights.values():
+        weight += 1e-3 * weight  # as after a little training
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    trainer = Trainer(**{**QUIET, "enable_checkpointing": True}, max_steps=1, callbacks=[WeightCheckpoint(str(run))])
+    trainer.fit(module_of(method, tiny_folder), demo())
+    last = str(run / "checkpoints" / "last.ckpt")
+    moved = shutil.copytree(tiny_folder, tmp_path / "moved")
+    Trainer(**QUIET, precision="bf16-true").validate(module_of(method, moved), demo(), last, verbose=False)
+    for use in ("validate", "fit"):
+        with pytest.raises(ValueError, match=r"trained on another network than .*other: the frozen weights differ"):
+            getattr(Trainer(**QUIET, max_steps=2), use)(module_of(method, other), demo(), ckpt_path=last)
 
 
 @pytest.mark.parametrize("method", FIRST_ORDER)

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from smezo_pl.optim.kernels import Kernel, KernelName, get_kernel
 from smezo_pl.optim.masks import MASK_RULES
+from smezo_pl.optim.memory import Part, check_tensor, ties
 
 Patterns = str | Sequence[str] | None
 """One or several patterns of parameter names, or None."""
 
 _T = TypeVar("_T")
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def remembers_given(cls: type[_T]) -> type[_T]:
@@ -106,74 +105,46 @@ def require_matches(argument: str, patterns: Iterable[str], names: Sequence[str]
             raise ValueError(f"{argument} pattern {pattern!r} matches no parameter{hint} Names: {shown}")
 
 
-def choose(params: Iterable[Any], scope: Mapping[str, tuple[str, ...]], given: list[str]) -> dict[str, Any]:
-    """Choose the parameters of a group that are optimized, by the patterns of ``scope``.
+def choose(
+    params: Iterable[Any],
+    scope: Mapping[str, tuple[str, ...]],
+    given: list[str],
+    groups: Iterable[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Choose the parameters of a group that are optimized, by the patterns of ``scope``; tied ones once.
 
     All names are added to ``given``, whose order numbers the tensors. ``param_names`` of the group stand apart from the
-    tensors, because torch takes a group that the filters emptied for one without names.
+    tensors, because torch takes a group that the filters emptied for one without names. ``groups`` are those before it.
     """
     items = [params] if isinstance(params, Tensor) else list(params)
     with_names = any(isinstance(item, tuple) for item in items)
     if not with_names and any(scope.values()):
         raise ValueError("include, exclude and dense need names: pass model.named_parameters() instead of parameters()")
     group: dict[str, Any] = {"params": [], "names": [], **({"param_names": []} if with_names else {}), "numbers": []}
+    parts = [
+        Part(name, tensor, "optimized by another group")
+        for before in groups
+        for name, tensor in zip(before["names"], before["params"], strict=True)
+    ]
+    entries: dict[int, dict[str, Any]] = {}
     for item in items:
         name, tensor = item if isinstance(item, tuple) else (f"parameter {len(given)}", item)
         if not isinstance(tensor, Tensor):
             raise TypeError(f"params must hold tensors or (name, tensor) pairs, got {type(tensor).__name__}")
         given.append(name)
         included = not scope["include"] or matches(name, scope["include"])
-        if not tensor.requires_grad or not included or matches(name, scope["exclude"]):
-            continue
-        if not tensor.is_meta:
-            check_tensor(name, tensor)
-        entry = {"params": tensor, "names": name, "param_names": name, "numbers": len(given) - 1}
+        treatment = ""
+        if tensor.requires_grad and included and not matches(name, scope["exclude"]):
+            treatment = "dense" if matches(name, scope["dense"]) else "optimized"
+            if not tensor.is_meta:  # its values may come before the first step
+                check_tensor(name, tensor)
+            entry = {"params": tensor, "names": name, "param_names": name, "numbers": len(given) - 1}
+            entries[len(parts)] = entry
+        parts.append(Part(name, tensor, treatment))
+    for index in sorted(entries.keys() - ties(parts)):
         for key, values in group.items():
-            values.append(entry[key])
+            values.append(entries[index][key])
     return group
-
-
-def check_tensor(name: str, tensor: Tensor) -> None:
-    """Refuse a parameter that the fused passes cannot walk."""
-    if type(tensor).__name__ == "DTensor":
-        raise TypeError(
-            f"parameter {name!r} is a DTensor; sharded parameters are not supported, use the forward_ddp strategy"
-        )
-    if tensor.dtype not in _DTYPES or tensor.is_quantized:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise TypeError(
-            f"parameter {name!r} has dtype {str(tensor.dtype).removeprefix('torch.')}; allowed: {allowed}. "
-            "Leave it out with exclude or requires_grad=False"
-        )
-    if tensor.layout != torch.strided:
-        raise ValueError(
-            f"parameter {name!r} has layout {tensor.layout}; only dense (strided) tensors can be perturbed"
-        )
-    if tensor.is_meta:
-        raise ValueError(f"parameter {name!r} is on the meta device and has no values; load the model's weights first")
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"parameter {name!r} is not contiguous (strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}); "
-            "replace it by its .contiguous() copy before building the optimizer"
-        )
-
-
-def extent(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of its storage that a tensor spans, and the one after the last."""
-    if tensor.numel() == 0:
-        return 0, 0
-    first = int(tensor.storage_offset()) * tensor.element_size()
-    reach = sum((int(size) - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, first + (reach + 1) * tensor.element_size()
-
-
-def memory_of(tensor: Tensor) -> tuple[int, int, int] | None:
-    """Address of a tensor's storage and its `extent` there; None if it has no memory."""
-    try:
-        address = tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError, ValueError):  # sparse, wrapper and lazy tensors
-        return None
-    return (address, *extent(tensor)) if address and tensor.numel() else None
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from smezo_pl.optim.masks import DENSE, WORD_RANGE, Mask, find_threshold
+from smezo_pl.optim.memory import check_tensor
 from smezo_pl.optim.noise import Stream
-from smezo_pl.optim.parameters import OptimizedTensor, check_tensor, some
+from smezo_pl.optim.parameters import OptimizedTensor, some
 
 logger = logging.getLogger(__name__)
 

@@ -175,7 +175,7 @@ class SparseMeZO(Optimizer):
         group = {**self.defaults, **param_group}
         check_group(group)
         self.overrides.append({name: param_group[name] for name in self.defaults if name in param_group})
-        group |= choose(group["params"], self._scope, self._given)
+        group |= choose(group["params"], self._scope, self._given, self.param_groups)
         group |= {"thresholds": [None] * len(group["params"]), "ready": False, "mask_step": 0}
         super().add_param_group(group)
 

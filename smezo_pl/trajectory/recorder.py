@@ -173,7 +173,7 @@ def describe(
     the seed of its own.
     """
     tensors = named_tensors(optimizer, model)
-    names = {_identity(tensor): name for name, tensor in tensors.items()}
+    names = {_identity(tensor): name for name, tensor in reversed(tensors.items())}  # of tied ones the first
     groups = []
     for group in optimizer.param_groups:
         for label, parameter in zip(group["names"], group["params"], strict=True):

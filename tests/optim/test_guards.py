@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim.perturbation import layerwise
 from tests.optim.networks import Attention, FunctionalHead
 
 
@@ -225,6 +226,24 @@ def test_so_does_a_model_of_tokens(kind):
     assert losses(kind, True, ids) == losses(kind, False, ids)
 
 
+def test_closures_in_inference_mode(monkeypatch):
+    monkeypatch.setattr(layerwise, "ROW_COST", 0)
+    ids, found = torch.tensor([[1, 9, 9, 2]]), []
+    for attach in (True, False):
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            model = nn.Sequential(nn.Embedding(11, 16), Net()).eval()
+        model[1].a.weight = model[1].head.weight = nn.Parameter(torch.linspace(-1, 1, 256).view(16, 16))
+        optimizer = SparseMeZO(model.named_parameters(), lr=0.0)
+        if attach:
+            optimizer.attach(model)
+        with torch.inference_mode():
+            for _ in range(2):
+                optimizer.step(lambda model=model: model(ids.repeat(1, 3)).sum())
+        found.append(optimizer.last_step.losses)
+    assert found[0] == found[1]
+
+
 def test_a_view_that_an_evaluation_makes_between_two_steps():
     def evaluate(model: nn.Module, batch: Tensor) -> None:
         model.view = model.a.weight.t()
@@ -298,3 +317,112 @@ def test_a_step_inside_the_closure_of_another_is_refused():
         optimizer.attach(net)
     with pytest.raises(RuntimeError, match="inside the closure of another"):
         optimizers[0].step(lambda: model(BATCHES[0]).sum() + optimizers[1].step(lambda: other(BATCHES[0]).sum()))
+
+
+class MaxNorm(nn.Module):
+    """`nn.Embedding` writes the rows that it looks up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.head = nn.Embedding(50, 16, max_norm=0.5), nn.Linear(16, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.emb(ids))
+
+
+class Clamps(MaxNorm):
+    """Writes that torch does not count, of a kind that is often seen: constraints on weights."""
+
+    class Clamped(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            self.weight.data.clamp_(-0.1, 0.1)
+            return super().forward(ids)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = self.Clamped(50, 16)
+
+
+class Replaces(MaxNorm):
+    class Renormalized(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.5)
+            return super().forward(ids)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = self.Renormalized(50, 16)
+
+
+class Assigns(MaxNorm):
+    class Assigned(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            self.weight = nn.Parameter(self.weight / 2)
+            return super().forward(ids)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = self.Assigned(50, 16)
+
+
+@pytest.mark.parametrize("attach", [True, False])
+@pytest.mark.parametrize("kind", [MaxNorm, Clamps, Replaces])
+def test_a_forward_that_writes_its_weight_is_refused(kind, attach):
+    model = kind().eval()
+    optimizer = SparseMeZO(model.named_parameters(), lr=0.0)
+    before = model.head.weight.detach().clone()
+    if attach:
+        optimizer.attach(model)
+    with pytest.raises(RuntimeError, match=r"a forward writes 'emb.weight' \(in (place|\w+\.forward)\): the forwards"):
+        optimizer.step(lambda: model(torch.arange(8)).square().sum())
+    assert torch.equal(model.head.weight, before)
+
+
+def test_a_forward_that_puts_another_parameter_in_the_slot_is_refused():
+    model = Assigns().eval()
+    optimizer, weight = SparseMeZO(model.named_parameters()), model.emb.weight
+    optimizer.attach(model)
+    with pytest.raises(RuntimeError, match=r"puts another tensor in the place of parameter 'emb.weight'"):
+        optimizer.step(lambda: model(torch.arange(8)).square().sum())
+    assert model.emb.weight is weight
+
+
+def test_a_write_of_a_later_batch_is_refused():
+    model = MaxNorm().eval()
+    model.emb.max_norm = None
+    optimizer = SparseMeZO(model.named_parameters(), exclude="emb")
+    optimizer.attach(model)
+    optimizer.step(lambda: model(torch.arange(8)).sum())
+    model.emb.max_norm = 0.5
+    with pytest.raises(RuntimeError, match=r"a forward writes 'emb.weight' \(in Embedding.forward\)"):
+        optimizer.step(lambda: model(torch.arange(8)).sum())
+
+
+@pytest.mark.parametrize("norm", ["spectral", "batch"])
+def test_norms_in_training_mode_are_refused(norm):
+    model = Net()
+    if norm == "spectral":
+        nn.utils.parametrizations.spectral_norm(model.head)
+    else:
+        model.head = nn.Sequential(nn.BatchNorm1d(16), model.head)
+    optimizer = SparseMeZO(model.named_parameters())
+    optimizer.attach(model)
+    name = "head.parametrizations.weight.0._u" if norm == "spectral" else "head.0.num_batches_tracked"
+    with pytest.raises(RuntimeError, match=rf"a forward writes '{name}' .*training mode"):
+        optimizer.step(lambda: model(BATCHES[0]).sum())
+    model.eval()
+    optimizer.step(lambda: model(BATCHES[0]).sum())
+
+
+def test_a_buffer_that_eval_mode_writes_is_named_once(caplog):
+    class Counts(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    losses(Counts, True, BATCHES)
+    assert caplog.text.count("a forward writes buffer 'calls'") == 1

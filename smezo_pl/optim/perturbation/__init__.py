@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smezo_pl.optim.masks import Mask
+from smezo_pl.optim.memory import stamp
 from smezo_pl.optim.parameters import some
 from smezo_pl.optim.perturbation.guards import refusal_of_write
 from smezo_pl.optim.perturbation.layerwise import Closure, Layerwise
@@ -112,10 +113,11 @@ class InPlace:
             for tensor, _, bits, _ in self._saved:
                 # packed, because the weights that it is judged by change
                 direction.perturb(tensor.parameter, tensor.flat, Mask("packed", bits=bits))
-            versions = {name: parameter._version for name, parameter in parameters.items()}
+            contents = len(self._watched) == len(parameters)
+            stamps = {name: stamp(parameter, contents) for name, parameter in parameters.items()}
             with self._watching():
                 yield
-            written = [name for name, parameter in parameters.items() if parameter._version != versions[name]]
+            written = [name for name, parameter in parameters.items() if stamp(parameter, contents) != stamps[name]]
             if written:
                 raise RuntimeError(refusal_of_write(some(map(repr, written)), "in place"))
         finally:

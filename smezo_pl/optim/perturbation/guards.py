@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from smezo_pl.optim.parameters import extent, memory_of, some
+from smezo_pl.optim.memory import extent, memory_of
+from smezo_pl.optim.parameters import some
 from smezo_pl.optim.step import Direction
 
 
@@ -315,5 +316,6 @@ def refusal_of_write(names: str, writer: str) -> str:
     """Why a forward may not write weights."""
     return (
         f"a forward writes {names} ({writer}): the forwards of a step would see different functions, and a trajectory "
-        "could not be replayed. Turn off what writes (max_norm, a norm in training mode), or write before training"
+        "could not be replayed. Turn off what writes (max_norm; a norm in training mode, by model.eval()), or write "
+        "before training"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from smezo_pl.optim.parameters import memory_of
+from smezo_pl.optim.memory import identity, memory_of, stamp
 from smezo_pl.optim.perturbation.guards import Guards, refusal_of_write, use_count
 from smezo_pl.optim.perturbation.reads import ReadWatch
 from smezo_pl.optim.step import Direction
+
+logger = logging.getLogger(__name__)
 
 Closure = Callable[[], "Tensor | float"]
 
@@ -93,7 +96,7 @@ class _Held:
         depth: Number of its forwards that run, one within the other.
         filled: The slots that hold copies now, and the copies.
         memories: Their memory by kind.
-        versions: The versions of these memories once all copies were made.
+        stamps: Of the copies, once all were made.
         padding_idx: Of an embedding of which only some rows are perturbed.
     """
 
@@ -104,7 +107,7 @@ class _Held:
     depth: int = 0
     filled: list[tuple[_Slot, nn.Parameter]] = field(default_factory=list)
     memories: dict[_Kind, _Scratch] = field(default_factory=dict)
-    versions: list[int] = field(default_factory=list)
+    stamps: list[tuple[int, int, int]] = field(default_factory=list)
     padding_idx: int | None = None
 
     def place(self) -> None:
@@ -158,7 +161,7 @@ class Layerwise:
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self.module = module
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        by_memory = {_identity(parameter): parameter for parameter in parameters.values()}
+        by_memory = {identity(parameter): parameter for parameter in parameters.values()}
         self._held: dict[nn.Module, _Held] = {}
         for path, owner in module.named_modules():
             if type(owner).__name__ == "OptimizedModule" or owner._compiled_call_impl is not None:
@@ -167,7 +170,7 @@ class Layerwise:
                     "the weights it was traced with; attach the module that was compiled, or do not attach (in place)"
                 )
             for name, parameter in owner._parameters.items():
-                weight = None if parameter is None else by_memory.get(_identity(parameter))
+                weight = None if parameter is None else by_memory.get(identity(parameter))
                 if parameter is not None and weight is not None:
                     self._held.setdefault(owner, _Held()).slots.append(_Slot(owner, name, parameter, weight))
         self._slots = [slot for held in self._held.values() for slot in held.slots]
@@ -179,6 +182,13 @@ class Layerwise:
                 f"parameters, among them {missing[0]!r}; attach the module whose parameters the optimizer was given"
             )
         self._links = [(parent, name, child) for parent in module.modules() for name, child in parent._modules.items()]
+        own = {id(slot.original) for slot in self._slots}
+        self._others = {
+            f"{path}.{name}".removeprefix("."): (owner, tensor)
+            for path, owner in module.named_modules()
+            for name, tensor in (*owner._parameters.items(), *owner._buffers.items())
+            if tensor is not None and id(tensor) not in own and memory_of(tensor) is not None
+        }
         self._scratch: dict[_Kind, list[_Scratch]] = {}
         self._direction: Direction | None = None
         self.read: set[int] = set()
@@ -186,6 +196,7 @@ class Layerwise:
         self._left_out: set[int] = set()
         self._guards = Guards(parameters, [slot.original for slot in self._slots], self.read)
         self.write_seconds = 0.0
+        self._logged: set[str] = set()
         self._handles: list[RemovableHandle] = []
         for owner in self._held:
             self._handles.append(owner.register_forward_pre_hook(_Hook(self, "_enter")))
@@ -220,6 +231,7 @@ class Layerwise:
             RuntimeError: If a module or parameter was replaced since `attach`, or a forward writes a weight.
         """
         self._check_structure()
+        others = [stamp(tensor) for _, tensor in self._others.values()]
         if self._guards.refresh():
             for held in self._held.values():
                 held.place()
@@ -239,11 +251,21 @@ class Layerwise:
                 if slot.owner._parameters.get(slot.name) is not slot.guard:
                     replaced.append(slot)
                 slot.owner._parameters[slot.name] = slot.original
+        for (name, (owner, tensor)), before in zip(self._others.items(), others, strict=True):
+            if stamp(tensor) != before:
+                self._refuse_write_of_state(name, owner, tensor)
         if replaced:
             raise RuntimeError(
                 f"a forward puts another tensor in the place of parameter {self._names[id(replaced[0].weight)]!r}; "
                 "leave the parameter out with exclude"
             )
+
+    def _refuse_write_of_state(self, name: str, owner: nn.Module, tensor: Tensor) -> None:
+        if isinstance(tensor, nn.Parameter) or owner.training:
+            raise RuntimeError(refusal_of_write(repr(name), f"in {type(owner).__name__}.forward"))
+        if name not in self._logged:
+            self._logged.add(name)
+            logger.warning("a forward writes buffer %r, which no trajectory or checkpoint without weights holds", name)
 
     def _check_structure(self) -> None:
         for parent, name, child in self._links:
@@ -272,6 +294,7 @@ class Layerwise:
                 result = (self._fill_rows(module, held, rows),)
             else:
                 self._fill(held)
+            held.stamps = [stamp(copy, self._watch is not None) for _, copy in held.filled]
         self.write_seconds += perf_counter() - started
         return result
 
@@ -315,7 +338,6 @@ class Layerwise:
                 done.add((kind, start))
             # torch.matmul folds or not by requires_grad, also under no_grad: the copy must look like the original
             self._put(held, slot, nn.Parameter(buffer, requires_grad=slot.original.requires_grad))
-        held.versions = [scratch.memory._version for scratch in held.memories.values()]
 
     def _put(self, held: _Held, slot: _Slot, copy: nn.Parameter) -> None:
         held.filled.append((slot, copy))
@@ -337,14 +359,19 @@ class Layerwise:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         held = self._held[module]
         held.depth -= held.depth > 0
-        if held.depth == 0:
-            self._empty(held)
+        if held.depth == 0 and (written := self._empty(held)):
+            raise RuntimeError(refusal_of_write(self._guards.names_of(written), f"in {type(module).__name__}.forward"))
 
-    def _empty(self, held: _Held) -> None:
-        """Take the copies of a module out of its slots, and give its memory back if nobody holds a part of it."""
-        written = [s.memory._version for s in held.memories.values()] != held.versions
-        held.depth, held.versions = 0, []
-        owner, weights = held.slots[0].owner, [slot.weight for slot, _ in held.filled]
+    def _empty(self, held: _Held) -> list[nn.Parameter]:
+        """Take the copies of a module out of its slots, and give its memory back if nobody holds a part of it.
+
+        Returns:
+            The weights whose copies were written.
+        """
+        stamps = [stamp(copy, self._watch is not None) for _, copy in held.filled]
+        written = [slot.weight for (slot, _), a, b in zip(held.filled, stamps, held.stamps, strict=False) if a != b]
+        held.depth = 0
+        owner = held.slots[0].owner
         while held.filled:
             slot, copy = held.filled.pop()
             if slot.owner._parameters.get(slot.name) is copy:
@@ -362,10 +389,4 @@ class Layerwise:
             else:
                 self._scratch[kind].append(scratch)
         held.memories.clear()
-        if written:
-            raise RuntimeError(refusal_of_write(self._guards.names_of(weights), f"in {type(owner).__name__}.forward"))
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """What two tensors share that are one memory, read alike."""
-    return memory_of(tensor) or id(tensor), tensor.shape, tensor.stride(), tensor.dtype
+        return written

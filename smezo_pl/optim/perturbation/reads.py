@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from smezo_pl.optim.parameters import memory_of
+from smezo_pl.optim.memory import memory_of
 
 
 class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -66,6 +66,19 @@ def adapter_of(name: str | None, given: Mapping[str, Any] | None) -> dict[str, A
         allowed = f"an adapter of peft_type {own}" if own else "no adapter"
         raise ValueError(f"method {name!r} takes {allowed}, got adapter={dict(given)}")
     return {**given, "peft_type": kind}
+
+
+def check_adapter(name: str | None, given: Mapping[str, Any] | None, present: Sequence[str]) -> None:
+    """Refuse another adapter, or a method that would not train the ones that the network has, by ``peft_type``."""
+    kinds = " and ".join(present)
+    if given is not None:
+        raise ValueError(f"the model has a {kinds} adapter, which is trained on: leave out adapter={dict(given)}")
+    own = METHODS[name].adapter.get("peft_type") if name else None
+    if name == "full" or (own is not None and list(present) != [own]):
+        raise ValueError(
+            f"method {name!r} trains {f'a {own} adapter' if own else 'the whole model'}, and the model has a {kinds} "
+            "adapter, which alone would be trained: choose another method, or merge it first (PEFT's merge_and_unload)"
+        )
 
 
 @remembers_given

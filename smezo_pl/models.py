@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MASKED_HEADS = ("ForMaskedLM", "ForPreTraining")
+_WRONG = {
+    "missing_keys": "lacks {} of the weights of {}, which would be random",
+    "mismatched_keys": "has {} weights of other shapes than {}, which would be random",
+    "conversion_errors": "has {} weights that transformers cannot bring into the form of {}",
+    "error_msgs": "gives {} errors when it is loaded as {}",
+}
+"""What transformers says of weights that it did not load."""
 
 _POSITIONS_AFTER_PADDING = {
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod", "camembert", "data2vec-text"),
@@ -52,6 +59,8 @@ def load_network(
     pretrained: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None
 ) -> "PreTrainedModel":
     """Load the network alone, of the kind that `kind_of` says; arguments and errors as in `load_model`."""
+    if _is_adapter(folder := Path(pretrained).expanduser()):
+        return cast("PreTrainedModel", _load_adapter(folder, dtype))
     import transformers
 
     masked = kind_of(pretrained, revision=revision) == "masked"
@@ -64,10 +73,16 @@ def load_network(
     # Lightning builds inside a device context, for which transformers would need accelerate.
     with torch.device("cpu"):
         network, loading = _from_pretrained(auto, pretrained, revision, **arguments)
-    if missing := sorted(loading["missing_keys"]):
+    for key, what in _WRONG.items():
+        if wrong := sorted(str(name) for name in loading.get(key) or ()):
+            raise ValueError(
+                f"pretrained={str(pretrained)!r} {what.format(len(wrong), type(network).__name__)}: "
+                f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}"
+            )
+    if getattr(network, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"pretrained={str(pretrained)!r} lacks {len(missing)} of the weights of {type(network).__name__}, which "
-            f"would be random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+            f"pretrained={str(pretrained)!r} holds a model and an adapter, and transformers would save the adapter "
+            "alone: put the adapter's files into a folder of their own, and pass that one to train the adapter"
         )
     size = f"{sum(p.numel() for p in network.parameters()):,}"
     logger.info("%s: %s, %s parameters, %s, %s", pretrained, type(network).__name__, size, dtype, network.device)
@@ -90,8 +105,10 @@ def kind_of(pretrained: "str | Path | nn.Module", *, revision: str | None = None
         architectures = [name]
     else:
         folder = Path(pretrained).expanduser()
-        # Of PEFT's folders transformers finds the base model by itself.
-        if _is_adapter(folder) or folder.suffix == ".gguf":
+        if _is_adapter(folder):
+            base, of_base = _base_of(folder)
+            return kind_of(base, revision=of_base)
+        if folder.suffix == ".gguf":
             return "causal"
         from transformers import AutoConfig
 
@@ -133,7 +150,8 @@ def position_limit(
 
         if _is_adapter(folder := Path(pretrained).expanduser()):
             settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-            return position_limit(settings["base_model_name_or_path"], settings.get("num_virtual_tokens") or 0)
+            base, of_base = _base_of(folder)
+            return position_limit(base, settings.get("num_virtual_tokens") or 0, revision=of_base)
         config = _from_pretrained(AutoConfig, pretrained, revision)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -167,6 +185,10 @@ def load_tokenizer(pretrained: str | Path, *, revision: str | None = None) -> "P
     """Load the tokenizer alone, padding on the left; arguments and errors as in `load_model`."""
     from transformers import AutoTokenizer
 
+    folder = Path(pretrained).expanduser()
+    if _is_adapter(folder) and not any(folder.glob("tokenizer*")):
+        base, of_base = _base_of(folder)
+        return load_tokenizer(base, revision=of_base)
     return with_pad_token(_from_pretrained(AutoTokenizer, pretrained, revision))
 
 
@@ -185,10 +207,7 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
     ``adapter`` holds ``peft_type`` (``LORA``, ``PREFIX_TUNING``, ...) and the arguments of PEFT's configuration of that
     type. Its starting weights are a function of ``seed``; torch's generator is left as it was.
     """
-    if find_spec("peft") is None:
-        raise ModuleNotFoundError("adapter needs peft: pip install 'smezo_pl[peft]'")
-    import peft
-
+    peft = _peft()
     types: dict[Any, Any] = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     arguments = dict(adapter)
     if not type(model).__name__.endswith(_MASKED_HEADS):  # PEFT's plain wrapper takes masked language models
@@ -217,8 +236,71 @@ def add_adapter(model: nn.Module, adapter: Mapping[str, Any], *, seed: int = 0) 
     return wrapped.eval()
 
 
+def adapter_kinds(network: nn.Module) -> list[str]:
+    """The ``peft_type`` of each adapter of a network of PEFT; none for another network."""
+    settings = getattr(network, "peft_config", None)
+    return [str(one.peft_type.value) for one in settings.values()] if isinstance(settings, dict) else []
+
+
+def _load_adapter(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """An adapter that PEFT saved, on its base model, which is frozen; the adapter is trained on."""
+    peft = _peft()
+    name, revision = _base_of(folder)
+    try:
+        base = load_network(name, dtype=dtype, revision=revision)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"{folder / 'adapter_config.json'} names the base model {name!r}: {error}") from error
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(base.dtype)
+        settings = peft.PeftConfig.from_pretrained(str(folder))
+        with torch.device("cpu"), warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            # PEFT refuses to make a prompt trainable, whose saved embeddings are so anyway.
+            network: nn.Module = peft.PeftModel.from_pretrained(
+                base, str(folder), is_trainable=not settings.is_prompt_learning
+            )
+        saved, loaded = peft.utils.load_peft_weights(str(folder), "cpu"), peft.get_peft_model_state_dict(network)
+        differing = [
+            key
+            for key in saved.keys() | loaded.keys()
+            if key not in saved or key not in loaded or not torch.equal(saved[key].to(loaded[key].dtype), loaded[key])
+        ]
+        if differing:
+            raise ValueError(f"{len(differing)} of its weights are not those of the file: {sorted(differing)[:3]}")
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, UserWarning, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"pretrained={str(folder)!r}: PEFT does not load this adapter: {reason:.300}") from error
+    finally:
+        torch.set_default_dtype(default)
+    others = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    if others:
+        logger.warning("%s: the adapters in its folders %s are not loaded", folder, ", ".join(others))
+    trained = f"{sum(p.numel() for p in network.parameters() if p.requires_grad):,}"
+    logger.info("%s: a %s adapter, of which %s parameters are trained", folder, settings.peft_type.value, trained)
+    return network.eval()
+
+
+def _peft() -> Any:
+    if find_spec("peft") is None:
+        raise ModuleNotFoundError("adapter needs peft: pip install 'smezo_pl[peft]'")
+    import peft
+
+    return peft
+
+
 def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    whole = (path for kind in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(kind))
+    return (folder / "adapter_config.json").is_file() and not any(whole)
+
+
+def _base_of(folder: Path) -> tuple[str, str | None]:
+    """Name and revision of the model that an adapter is for."""
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    name = settings.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"{folder / 'adapter_config.json'} names no base model: add it as base_model_name_or_path")
+    return str(name), settings.get("revision")
 
 
 def _from_pretrained(auto: Any, pretrained: str | Path, revision: str | None, **arguments: Any) -> Any:
@@ -249,6 +331,8 @@ def _locate(pretrained: str | Path, revision: str | None) -> tuple[str, dict[str
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"; name one of its GGUF files: {', '.join(ggufs)}" if ggufs else ""
+            if adapters := sorted(p.parent.name for p in path.glob("*/adapter_config.json")):
+                hint = f"; name the folder of one of its adapters: {', '.join(adapters)}"
             raise FileNotFoundError(f"pretrained={name!r}: the folder holds no config.json{hint}")
         return str(path), {}
     # A hub name is `name` or `owner/name`: anything else can only be a path.

@@ -18,7 +18,15 @@ from smezo_pl.data import PromptBatch, PromptDataModule
 from smezo_pl.data.batch import batch_size, batch_weight, split_batch
 from smezo_pl.data.loaders import LOADER, logged_name
 from smezo_pl.methods import FirstOrder, FirstOrderBaseline, MethodName
-from smezo_pl.models import add_adapter, kind_of, load_network, load_tokenizer, position_limit, precision_of
+from smezo_pl.models import (
+    adapter_kinds,
+    add_adapter,
+    kind_of,
+    load_network,
+    load_tokenizer,
+    position_limit,
+    precision_of,
+)
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.sparse_mezo import NON_FINITE_ADVICE, NonFiniteLossError
 from smezo_pl.saving import check_output, save_network
@@ -170,7 +178,9 @@ class SparseMeZOModule(LightningModule):
         return None if self.pretrained is None else self._adapted(load_network(self.pretrained, revision=self.revision))
 
     def _adapted(self, network: nn.Module) -> nn.Module:
-        if self.adapter is not None:
+        if kinds := adapter_kinds(network):
+            methods.check_adapter(self.method, self.hparams["adapter"], kinds)
+        elif self.adapter is not None:
             network = add_adapter(network, self.adapter, seed=self.adapter_seed)
         return (LinearProbe(network) if self.method == "linear-probe" else network).eval()
 

@@ -1,19 +1,26 @@
 """Loading pretrained models: every source, every way to name one wrongly."""
 
+import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from smezo_pl import load_model
-from smezo_pl.models import add_adapter, load_network, load_tokenizer, with_pad_token
+from smezo_pl import PromptDataModule, SeedCheckpoint, SparseMeZO, SparseMeZOModule, load_model, replay
+from smezo_pl.models import adapter_kinds, add_adapter, kind_of, load_network, load_tokenizer, with_pad_token
 
-LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+LORA: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
 def test_folder(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -186,6 +193,152 @@ def test_prefix(make_tiny_model: Callable[..., PreTrainedModel]) -> None:
     model = add_adapter(make_tiny_model("llama"), {"peft_type": "prefix_tuning", "num_virtual_tokens": 5})
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained == ["prompt_encoder.default.embedding.weight"]
+
+
+SAVED: dict[str, dict[str, Any]] = {
+    "LoRA": LORA,
+    "DoRA": {**LORA, "use_dora": True, "modules_to_save": ["norm"]},
+    "LoHa": {"peft_type": "LOHA", "r": 2, "target_modules": ["q_proj"]},
+    "IA3": {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []},
+    "prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3},
+    "p-tuning": {"peft_type": "P_TUNING", "num_virtual_tokens": 3, "encoder_hidden_size": 8},
+}
+
+
+def parts(network: nn.Module, trained: bool) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad is trained}
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def saved_adapters(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    for name, adapter in SAVED.items():
+        network = add_adapter(load_network(tiny_folder), adapter)
+        with torch.no_grad():
+            for p in network.parameters():
+                p.add_(0.1 * p.requires_grad)
+        network.save_pretrained(folder / name)  # type: ignore[operator]
+    return {name: folder / name for name in SAVED}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_training_continues_on_a_saved_adapter(
+    saved_adapters: dict[str, Path], tiny_folder: Path, tmp_path: Path, name: str
+) -> None:
+    folder, run = saved_adapters[name], tmp_path / "run"
+
+    def module(**settings: Any) -> SparseMeZOModule:
+        large = partial(SparseMeZO, lr=1e-1, eps=1e-2, sparsity=0.0, kernel="torch")
+        return SparseMeZOModule(str(folder), large, **settings)
+
+    quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    data, trained = PromptDataModule(num_train=8, num_dev=4, batch_size=4), module(save_pretrained=str(tmp_path / "o"))
+    trained.configure_model()
+    start, base = parts(trained.model, True), parts(trained.model, False)
+    Trainer(**quiet, max_steps=2, callbacks=[SeedCheckpoint(str(run))]).fit(trained, data)
+    end = parts(trained.model, True)
+    assert start.keys() == end.keys()
+    assert not any(torch.equal(start[key], end[key]) for key in start)
+    assert same_tensors(parts(trained.model, False), base)
+    assert same_tensors(parts(load_network(tmp_path / "o"), True), end)
+    restored = module()
+    Trainer(**quiet).validate(restored, data, ckpt_path=run / "checkpoints" / "last.ckpt", verbose=False)
+    assert same_tensors(parts(restored.model, True), end)
+    replayed = load_network(folder)
+    replay(run, replayed)
+    assert same_tensors(parts(replayed, True), end)
+
+
+def test_a_saved_adapter_of_a_masked_model(tiny_roberta_folder: Path, tmp_path: Path) -> None:
+    adapter = {"peft_type": "LORA", "r": 2, "target_modules": ["query"]}
+    add_adapter(load_network(tiny_roberta_folder), adapter).save_pretrained(tmp_path)  # type: ignore[operator]
+    assert kind_of(tmp_path) == "masked"
+    assert adapter_kinds(load_network(tmp_path)) == ["LORA"]
+    assert load_tokenizer(tmp_path).mask_token is not None  # of the base model
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adapter": LORA}, "has a LORA adapter, which is trained on: leave out adapter="),
+        ({"method": "prefix"}, "method 'prefix' trains a PREFIX_TUNING adapter, and the model has a LORA adapter"),
+        ({"method": "full"}, "method 'full' trains the whole model, and the model has a LORA adapter, which alone"),
+    ],
+)
+def test_a_method_that_does_not_train_the_saved_adapter(
+    saved_adapters: dict[str, Path], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseMeZOModule(str(saved_adapters["LoRA"]), **settings).configure_model()
+    allowed = SparseMeZOModule(str(saved_adapters["LoRA"]), method="lora")
+    allowed.configure_model()
+    assert adapter_kinds(allowed.model) == ["LORA"]
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file(edit(load_file(file)), file)
+
+
+def break_a_name(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: {name.replace("layers.0", "layers.7"): t for name, t in tensors.items()})
+
+
+def break_a_shape(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: {name: t[:1].clone() for name, t in tensors.items()})
+
+
+def change(folder: Path, **settings: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (break_a_name, "PEFT does not load this adapter: .*layers.0"),
+        (break_a_shape, "PEFT does not load this adapter: .*size mismatch"),
+        (lambda folder: change(folder, base_model_name_or_path=None), "names no base model"),
+        (
+            lambda folder: change(folder, base_model_name_or_path="/gone"),
+            "names the base model '/gone': ",
+        ),
+        (lambda folder: change(folder, r=7), "PEFT does not load this adapter: "),
+    ],
+)
+def test_an_adapter_that_is_not_loaded_whole(
+    saved_adapters: dict[str, Path], tmp_path: Path, harm: Callable[[Path], None], message: str
+) -> None:
+    shutil.copytree(saved_adapters["LoRA"], tmp_path / "adapter")
+    harm(tmp_path / "adapter")
+    with pytest.raises((ValueError, OSError), match=message):
+        load_network(tmp_path / "adapter")
+
+
+def test_a_model_and_an_adapter_in_one_folder(
+    saved_adapters: dict[str, Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    for folder in (tiny_folder, saved_adapters["LoRA"]):
+        shutil.copytree(folder, tmp_path / "both", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="holds a model and an adapter"):
+        load_network(tmp_path / "both")
+
+
+def test_several_adapters_in_one_folder(
+    saved_adapters: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(saved_adapters["LoRA"], tmp_path / "adapter")
+    shutil.copytree(saved_adapters["IA3"], tmp_path / "adapter" / "other")
+    load_network(tmp_path / "adapter")
+    assert "the adapters in its folders other are not loaded" in caplog.text
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="name the folder of one of its adapters: other"):
+        load_network(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
+import math
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from smezo_pl.tasks import ExampleError, make_example, make_task
 from smezo_pl.tasks.text import as_text
@@ -52,6 +55,25 @@ def test_what_is_no_text_is_refused(value: object, message: str) -> None:
     with pytest.raises(ExampleError) as error:
         as_text(value, "text", "a.jsonl, line 2")
     assert str(error.value).startswith(f"a.jsonl, line 2: column 'text' {message}")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text("1é\U0001f600\ud83d"),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.just("a"), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(VALUES)
+def test_a_value_of_json_is_its_own_text_or_refused(value: Any) -> None:
+    try:
+        text = as_text(value, "text", "a.jsonl, line 2")
+    except ExampleError:
+        half = isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
+        assert half or value is None or isinstance(value, (bool, list, dict)) or not math.isfinite(value)
+    else:
+        assert text == value if isinstance(value, str) else type(value)(text) == value
+        assert isinstance(value, str) or set(text) <= set("-.0123456789")
 
 
 WRONG = (b"\xff", "\udc80", True, {"a": 1}, [["a"]])

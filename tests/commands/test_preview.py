@@ -60,6 +60,22 @@ def test_what_the_model_sees(
 
 
 @pytest.mark.usefixtures("no_model")
+def test_what_came_of_the_labels(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"title": f"Story {i}", "label": i % 2} for i in range(8)]
+    Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for candidates, told in (
+        ([" good", " bad"], ['labels of mine.jsonl: 0 -> " good", 1 -> " bad"']),
+        ({0: "a", 1: "b"}, []),
+    ):
+        task = json.dumps({"prompt": "{title}\nTopic:", "candidates": candidates})
+        out = preview(capsys, tiny_folder, f"--data.task={task}", "--data.train_file=mine.jsonl")
+        assert [line for line in out.splitlines() if line.startswith("labels of mine")] == told
+
+
+@pytest.mark.usefixtures("no_model")
 def test_demonstrations_and_free_text(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -234,10 +234,9 @@ class LabelReading:
         found: tuple[int, ...]
         if kind == "position":
             found = (cell,) if type(cell) is int and 0 <= cell < len(options) else ()
-        elif self.codes and type(cell) is int and cell != UNKNOWN:
-            name = self.codes[cell] if 0 <= cell < len(self.codes) else None
-            found = find(name, known, loose=kind == "name" or not self.task.candidate_columns)
         else:
+            if self.codes and type(cell) is int:
+                value = self.codes[cell] if 0 <= cell < len(self.codes) else None
             found = find(value, known, loose=kind == "name" or not self.task.candidate_columns)
         if not found:
             return () if type(cell) is int and cell == UNKNOWN else None

@@ -152,6 +152,8 @@ class ListCandidates:
     def __post_init__(self) -> None:
         if self.filter is not None and self.filter not in FILTERS:
             raise ValueError(f"unknown filter {self.filter!r}; there are {', '.join(FILTERS)}")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"names of options must differ, got {self.names}")
 
 
 @dataclass(frozen=True)

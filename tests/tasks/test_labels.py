@@ -74,6 +74,12 @@ def test_a_truth_value_is_neither_a_number_nor_one_of_two_names(candidates: Any)
     refused("write a mapping, candidates: {true: TEXT, false: TEXT}", own(candidates), [True])
 
 
+def test_a_truth_value_that_two_options_say() -> None:
+    assert answers(choice(), [True, "false"], choices=[["no", "t", "other"]] * 2) == ["t", "no"]
+    refused("is a truth value, and task 'own' has", choice(), [True], choices=[["yes", "Yes", "no"]])
+    refused("label 'ab' in column 'label' is outside", choice(names=["Ab", "AB"]), ["ab"], choices=[["x", "y"]])
+
+
 def test_a_number_is_no_truth_value() -> None:
     refused("label 1 in column 'label' is outside", own({False: " No", True: " Yes"}), [1])
 
@@ -289,6 +295,8 @@ def test_label_is_names_what_it_allows() -> None:
     for keys in ({"candidates": [" a", " b"]}, {"candidates": {"column": "c"}}, {"target": "t"}):
         with pytest.raises(ValueError, match="label_is"):
             make_task({"prompt": "{text}\n", **keys, "label_is": "name"})
+    with pytest.raises(ValueError, match=re.escape("names of options must differ, got ('A', 'B', 'A')")):
+        choice(names=["A", "B", "A"])
     with pytest.raises(ValueError, match=r"'label_is' must be position, text or name: .*; got 'index'"):
         own([" a", " b"], label_is="index")
 

@@ -22,6 +22,7 @@ from smezo_pl.trajectory.database import is_written
 from smezo_pl.trajectory.exports import load
 from smezo_pl.trajectory.header import TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_trajectory, locate
+from smezo_pl.trajectory.settings import listed
 
 
 def main(args: Sequence[str]) -> None:
@@ -76,6 +77,7 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
     losses = [row.loss for row in records if row.losses and not row.skipped]
     recorded = is_trajectory(trajectory.path)
     unread = records[-1].unread.bit_count() if records else 0
+    changes = {event.steps: event.facts["changes"] for event in trajectory.events_of("settings")}
     samples = list(dict.fromkeys([header.num_samples, *(row.samples for row in records if row.samples)]))
     return {
         "path": str(trajectory.path),
@@ -91,7 +93,7 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "seed": header.seed,
         "noise": header.noise,
         "samples": samples[0] if len(samples) == 1 else samples,
-        "settings": header.settings,
+        "settings": trajectory.settings,
         "steps": trajectory.next_step,
         "skipped": sum(row.skipped for row in records),
         "refreshes": [row.step for row in records if row.refreshed],
@@ -106,6 +108,7 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "versions": header.versions,
         "machine": header.machine,
         **({"unread": unread} if unread else {}),
+        **({"changes": changes} if changes else {}),
     }
 
 
@@ -128,6 +131,9 @@ def as_text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
         lines["unread"] = (
             f"{facts['unread']} of {len(trajectory.header.active)} tensors take no part: no forward reads them"
         )
+    if "changes" in facts:
+        each = (f"after step {steps} {listed(changes)}" for steps, changes in facts["changes"].items())
+        lines["changed"] = "; ".join(each)
     if facts["loss"]:
         lines["loss"] = f"{sparkline(trajectory.records)}  {facts['loss']['first']:.4f} -> {facts['loss']['last']:.4f}"
     if facts["checkpoints"]:

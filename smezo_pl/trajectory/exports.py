@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -115,7 +115,8 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
     trajectory = source.upto(steps) if isinstance(source, Trajectory) else load(source, steps)
     if (path := Path(path)).is_file() and not _is_export(path):
         raise TrajectoryError(f"{path} is there already and no exported run: choose another name")
-    records, about, root = trajectory.records, trajectory.header, trajectory.final_root
+    records, root = trajectory.records, trajectory.final_root
+    about = replace(trajectory.header, settings=trajectory.settings)
     form = max((format_of(record, about) for record in records), default=FORMAT)
     columns_of = {name: [getattr(record, name) for record in records] for name in RATES}
     if form > FORMAT:

@@ -71,6 +71,10 @@ class Resumed:
         self._schedules: list[dict[str, Any]] = checkpoint["lr_schedulers"]
         self._steps: int = checkpoint["global_step"]
         self._then = hyperparameters.get("sparse_mezo") or hyperparameters.get("adamw") or earlier
+        if self._then is None and self._own:  # a user's own module, of which no trajectory tells: what its state tells
+            group = self._groups[0]
+            names = ("seed", "num_samples", "noise")
+            self._then = {**group, "lr": group.get("initial_lr", group["lr"]), **{n: self._own[n] for n in names}}
         self._kept: dict[str, Any] = {}
         self._is_settled = False
         self.changes: dict[str, tuple[Any, Any]] = {}
@@ -129,7 +133,7 @@ class Resumed:
                 refresh = True
         if refresh and not refreshes:
             raise ValueError(
-                f"the sparsity of the resumed run cannot change ({_listed(self.changes)}): its masks are computed "
+                f"the sparsity of the resumed run cannot change ({listed(self.changes)}): its masks are computed "
                 f"once. Add MaskRefresh, without a sparsity of its own, and they are computed now as well; {_NEW_RUN}"
             )
         for saved in self._groups if refresh else ():
@@ -183,7 +187,7 @@ class Resumed:
     def log(self) -> None:
         """Log what changed, and what stays though the default is another."""
         if self.changes:
-            log.info("resumed after %d steps with other settings: %s", self._steps, _listed(self.changes))
+            log.info("resumed after %d steps with other settings: %s", self._steps, listed(self.changes))
         if self._kept:
             kept = ", ".join(f"{name} {value!r}" for name, value in self._kept.items())
             log.info("not given, so as in the run so far: %s", kept)
@@ -197,10 +201,11 @@ _NEW_RUN = (
 def _refuse(fixed: Mapping[str, tuple[Any, Any]], settings: Mapping[str, Any]) -> None:
     if fixed:
         way_out = "for another, start a new run" if "optimizer" in settings else _NEW_RUN
-        raise ValueError(f"a resumed run cannot change {_listed(fixed)}: give what the checkpoint has; {way_out}")
+        raise ValueError(f"a resumed run cannot change {listed(fixed)}: give what the checkpoint has; {way_out}")
 
 
-def _listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
+def listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """What changed, for a message: ``lr 0.01 -> 0.001``."""
     return ", ".join(f"{name} {then!r} -> {now!r}" for name, (then, now) in changes.items())
 
 

@@ -17,7 +17,9 @@ from torch.optim import lr_scheduler
 from smezo_pl import SparseMeZO, SparseMeZOModule
 from smezo_pl.callbacks import MaskRefresh, RunMetrics, WeightCheckpoint
 from smezo_pl.cli import main
+from smezo_pl.commands.show import as_text, summary
 from smezo_pl.methods import FirstOrder
+from smezo_pl.trajectory.exports import export, load
 from smezo_pl.trajectory.log import Trajectory
 from smezo_pl.trajectory.replaying import replay
 from tests.trajectory.runs import Classifier, Examples, fit, loss_of, make_trainer, network, same
@@ -68,6 +70,9 @@ def test_what_is_given_counts_and_what_is_not_stays(tmp_path: Path, caplog: pyte
     settings = {**SparseMeZO(network().named_parameters()).settings(), **GIVEN, "lr": 1e-3, "max_skipped": 3}
     assert optimizer.settings() == hyperparameters(tmp_path) == resumed.hparams["sparse_mezo"] == settings
     assert rates(tmp_path) == [1e-2] * 4 + [1e-3] * 4
+    trajectory = Trajectory.read(tmp_path)
+    assert "after step 4 lr 0.01 -> 0.001, max_skipped 20 -> 3" in as_text(trajectory, summary(trajectory))
+    assert load(export(trajectory, tmp_path / "run.safetensors").path).header.settings == settings
     [event] = Trajectory.read(tmp_path).events_of("settings")
     assert (event.steps, event.facts) == (4, {"changes": {"lr": [1e-2, 1e-3], "max_skipped": [20, 3]}})
     assert "resumed after 4 steps with other settings: lr 0.01 -> 0.001, max_skipped 20 -> 3" in caplog.text
@@ -281,6 +286,20 @@ def test_a_module_of_ones_own(tmp_path: Path) -> None:
     assert rates(tmp_path, "weight_decay") == [0.1] * 8
     with pytest.raises(ValueError, match="cannot change seed 7 -> 8"):
         fit(tmp_path, Own(seed=8), max_steps=10, ckpt_path=tmp_path / LAST)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Found .* in eval mode",
+    "ignore:The dirpath has changed",
+    "ignore:Be aware that",
+    "ignore:Using ModelCheckpoint with manual optimization",
+)
+def test_a_module_of_ones_own_with_whole_weights(tmp_path: Path) -> None:
+    whole = ModelCheckpoint(tmp_path / "whole", every_n_train_steps=4, filename="whole")
+    fit(tmp_path, Own(**GIVEN), whole, max_steps=4)  # type: ignore[arg-type]
+    fit(tmp_path / "more", Own(lr=1e-3, kernel="torch"), max_steps=6, ckpt_path=tmp_path / "whole" / "whole.ckpt")  # type: ignore[arg-type]
+    assert rates(tmp_path / "more") == [1e-2] * 4 + [1e-3] * 2
+    assert rates(tmp_path / "more", "weight_decay") == [0.1] * 6
 
 
 class Baseline(Classifier):

@@ -27,6 +27,9 @@ SHORT_FORMS = (
 )
 """Spellings of one name, in lower case. Those of yes and no are what truth values are matched with."""
 
+_OPINIONS = {"good": "positive", "great": "positive", "bad": "negative", "terrible": "negative"}
+"""Candidates that say the same as a name: enough to refuse an order, not to read a label by."""
+
 _SHORT = {spelling: group[0] for group in SHORT_FORMS for spelling in group}
 _WHOLE = re.compile(r"(0|-?[1-9][0-9]{0,999})(\.0+)?")
 
@@ -170,8 +173,9 @@ class LabelReading:
     def _contradiction(self, by_number: Sequence[tuple[int, ...]]) -> str:
         """Where a declared name reads like another candidate than the one that its number is."""
         texts = [text.strip() for text in self.task.candidate_templates]
+        read = [_OPINIONS.get(text.casefold(), text) for text in texts]
         for name, number in zip(self.declared, by_number, strict=True):
-            text = find(name, texts, loose=True)
+            text = find(name, read, loose=True)
             if len(text) == 1 and text != number:
                 told = repr(texts[number[0]]) if number else "no candidate"
                 return f"{name!r} is {texts[text[0]]!r} by its name and {told} by its number"
@@ -195,7 +199,7 @@ class LabelReading:
             if not kept:
                 raise ExampleError(
                     f"{label} is a {' or '.join(golds)}, but {because}; a file's labels are read in one way: write them"
-                    f" in one way, or {_ways(self.kinds)} in the task"
+                    " so" + ("" if self.task.source else f", or {_ways(self.kinds)} in the task")
                 )
             if kept != common:
                 common, because = kept, f"{value!r} in {where} is a {' or '.join(golds)}"
@@ -278,7 +282,8 @@ class LabelReading:
             return f"{text}; the file calls its labels {_quoted(self.codes)}"
         if "position" in self.kinds or any(type(plain(name)) is int for name in names):
             return text
-        return f"{text}; numbers need the file's own names for them, or label_is: position if it counts in this order"
+        way = "" if task.source else ", or label_is: position if it counts in this order"
+        return f"{text}; numbers need the file's own names for them{way}"
 
     def kept(self, options: Options) -> list[int]:
         """The indices of the options that are candidates: none that is null, and if labels are texts each text once."""

@@ -249,7 +249,8 @@ class Task:
             if kind not in READINGS:
                 raise ValueError(f"label_is must be one of {', '.join(READINGS)}, got {kind!r}")
             if self.is_generation or (kind == "name" and not self.labels):
-                raise ValueError(f"label_is {kind!r} is for labels with names, and task {self.name!r} has none")
+                needed = "candidates" if self.is_generation else "names"
+                raise ValueError(f"label_is {kind!r} is for labels with {needed}, and task {self.name!r} has none")
         # Parsed now, so that a misspelled template is refused where it is written.
         _ = self.text_columns
         if self.is_generation and self.objective == "classification":

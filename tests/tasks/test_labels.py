@@ -22,6 +22,7 @@ from smezo_pl.data.sources import Rows
 from smezo_pl.data.splits import make_examples, read_labels
 from smezo_pl.scoring.evaluation import correct_predictions, predictions, scores_of
 from smezo_pl.tasks import ExampleError, LabelReading, Task, get_task, make_task
+from smezo_pl.tasks.labels import SHORT_FORMS
 
 Rowlike = Sequence[tuple[Any, Sequence[str | None]]]
 
@@ -103,11 +104,18 @@ def test_names_that_the_file_declares(candidates: Any, expected: list[str]) -> N
     assert answers(own(candidates), [0, 1], SENTIMENT) == expected
 
 
+def test_the_page_names_every_short_form() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "labels.md").read_text(encoding="utf-8")
+    for spellings in SHORT_FORMS:
+        assert f"| {', '.join(spellings)} |" in page
+
+
 @pytest.mark.parametrize(
     ("candidates", "names", "message"),
     [
         ([" positive", " negative"], SENTIMENT, "'negative' is 'negative' by its name and 'positive' by its number"),
         ([" Pos", " other"], SENTIMENT, "'positive' is 'Pos' by its name and 'other' by its number"),
+        ([" Great", " terrible"], SENTIMENT, "'negative' is 'terrible' by its name and 'Great' by its number"),
         ({0: " positive", 1: " negative"}, SENTIMENT, "'negative' is 'negative' by its name and 'positive' by its num"),
         ([" a", " b", " c"], SENTIMENT, "a list of candidates is for as many labels"),
         ({"pos": " a", "neg": " b"}, ("pos", "positive"), "two of them are 'pos'"),
@@ -119,6 +127,11 @@ def test_names_that_contradict_the_task(candidates: Any, names: tuple[str, ...],
     lists = f"a.jsonl: column 'label' declares the labels {', '.join(map(repr, names))}, and task 'own' has "
     refused(lists, task, [0], names)
     refused(message, task, [0], names)
+
+
+def test_an_order_that_reads_wrong_is_taken_where_the_task_says_so() -> None:
+    assert answers(own([" good", " bad"], label_is="position"), [0, 1], SENTIMENT) == ["good", "bad"]
+    assert answers(own({0: " good", 1: " bad"}, label_is="name"), [0, 1], SENTIMENT) == ["good", "bad"]
 
 
 def test_names_that_the_task_does_not_know_print_both_lists() -> None:

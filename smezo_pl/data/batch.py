@@ -152,9 +152,36 @@ class PromptBatch:
         if micro_batch_size >= len(self):
             return [self]
         order = self.attention_mask.sum(1)[self.example_row].argsort(stable=True)
-        return [self._take(part) for part in torch.split(order, micro_batch_size)]
+        return [self.take(part) for part in torch.split(order, micro_batch_size)]
 
-    def _take(self, examples: Tensor) -> PromptBatch:
+    def separated(self) -> PromptBatch:
+        """The same candidates, for a model to score, with each different text in a row of its own.
+
+        It holds the logits of each token apart, and no longer says where an example's prompt is.
+        """
+        if self.bidirectional:
+            return self
+        width, count = self.input_ids.shape[1], self.candidate_tokens[self.token_candidate]
+        last = self.token_order == count - 1
+        ends = (self.logit_row * width + self.logit_pos)[self.token_logit[last]]  # where each candidate's text ends
+        places, row = torch.unique(ends[self.token_candidate[last].argsort()], return_inverse=True)
+        ids, lengths = self.texts(places // width, places % width)
+        column = torch.arange(ids.shape[1], device=ids.device)
+        within = column < lengths.unsqueeze(1)
+        rows = row[self.token_candidate]
+        return replace(
+            self,
+            input_ids=ids,
+            attention_mask=within.long(),
+            position_ids=column * within,
+            subtree_end=torch.where(within, lengths.unsqueeze(1), column + 1),
+            logit_row=rows,
+            logit_pos=lengths[rows] - count + self.token_order,
+            token_logit=torch.arange(len(rows), device=ids.device),
+            branching=False,
+        )
+
+    def take(self, examples: Tensor) -> PromptBatch:
         """The examples at these indices, in this order."""
         rank = _inverse(examples, len(self))
         # Candidates and tokens keep their order within an example.

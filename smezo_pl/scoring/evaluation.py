@@ -20,7 +20,8 @@ from smezo_pl.data.batch import GenerationPrompts, PromptBatch
 from smezo_pl.data.loaders import CPU_TOKENS
 from smezo_pl.scoring.generation import NO_TOKEN, generate
 from smezo_pl.scoring.linear_probe import LinearProbe
-from smezo_pl.scoring.logits import model_logits
+from smezo_pl.scoring.logits import activation_dtype, model_logits, separates
+from smezo_pl.scoring.neighbors import awaits_check, check_neighbors
 from smezo_pl.tasks.metrics import METRICS, Answer, gathered
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,18 @@ def candidate_scores(logits: Tensor, batch: PromptBatch) -> Tensor:
 
 def scores_of(model: nn.Module, batch: PromptBatch) -> Tensor:
     """The score of each candidate, float32 ``[K]``: its mean log-probability, or the output of a linear probe."""
+    scores = _scores_of(model, batch)
+    if awaits_check(model, batch):
+        shortest = batch.attention_mask.sum(1)[batch.example_row].argmin()
+        alone = _scores_of(model, batch.take(shortest.reshape(1)))
+        check_neighbors(model, scores[batch.candidate_example == shortest], alone, activation_dtype(model))
+    return scores
+
+
+def _scores_of(model: nn.Module, batch: PromptBatch) -> Tensor:
+    network = model.network if isinstance(model, LinearProbe) else model
+    if separates(network, batch):
+        batch = batch.separated()
     if isinstance(model, LinearProbe):
         return model.scores(batch)
     return candidate_scores(model_logits(model, batch), batch)
@@ -59,7 +72,7 @@ def calibrated(model: nn.Module, scores: Tensor, batch: PromptBatch) -> Tensor:
     if batch.calibration is None:
         return scores
     inner = batch.calibration.batch
-    content_free = candidate_scores(model_logits(model, inner), inner) * inner.candidate_tokens
+    content_free = _scores_of(model, inner) * inner.candidate_tokens
     return scores * batch.candidate_tokens - content_free[batch.calibration.candidate]
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from smezo_pl.scoring.logits import has_virtual_tokens, logits_at, parameters_of
+from smezo_pl.scoring.logits import depends_on_length, has_virtual_tokens, logits_at, parameters_of
+from smezo_pl.scoring.neighbors import row_by_row
 
 ROOM_BYTES = 1 << 30
 """Largest joined cache on a CPU, in bytes."""
@@ -120,7 +121,9 @@ def _best(logits: Tensor) -> Tensor:
 def _call(model: nn.Module, ids: Tensor, mask: Tensor, **inputs: Any) -> Any:
     takes = parameters_of(model)
     inputs |= {"use_cache": True, "logits_to_keep": 1}
-    return model(input_ids=ids, attention_mask=mask, **{name: value for name, value in inputs.items() if name in takes})
+    given = {name: value for name, value in inputs.items() if name in takes}
+    with row_by_row(model, depends_on_length(model)):
+        return model(input_ids=ids, attention_mask=mask, **given)
 
 
 class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -220,6 +223,9 @@ def _decode_uncached(
         if "attention_mask" in takes:
             inputs["attention_mask"] = torch.ones_like(fed)
         end = lengths + position
+        if depends_on_length(model):
+            column = torch.arange(fed.shape[1], device=fed.device)
+            inputs["position_ids"] = column * (column < end.unsqueeze(1))
         each = torch.arange(len(rows), device=rows.device)
         token = _best(logits_at(model, fed, each, end - 1, inputs))
         answers[rows, position] = token

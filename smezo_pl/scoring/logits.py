@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smezo_pl.data.batch import PromptBatch
+from smezo_pl.scoring.neighbors import length_limit, row_by_row
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ def model_logits(model: nn.Module, batch: PromptBatch) -> Tensor:
     """
     inputs: dict[str, Any] = {"use_cache": False}
     ids, rows, positions = batch.input_ids, batch.logit_row, batch.logit_pos
+    if separates(model, batch):
+        inputs["position_ids"] = batch.position_ids
     if batch.bidirectional:
         inputs["attention_mask"] = batch.attention_mask
     elif batch.branching and allows_packing(model):
@@ -49,16 +52,28 @@ def model_logits(model: nn.Module, batch: PromptBatch) -> Tensor:
     return logits_at(model, ids, rows, positions, given)
 
 
+def separates(model: nn.Module, batch: PromptBatch) -> bool:
+    """Whether the model's positions of a text in the batch depend on its length, so that it needs a row of its own."""
+    limit = length_limit(_config(model)) if depends_on_length(model) else None
+    return limit is not None and int(batch.position_ids.max()) >= limit
+
+
+def depends_on_length(model: nn.Module) -> bool:
+    """Whether the model's positions of a long text depend on its length, and can be given for each row."""
+    return length_limit(_config(model)) is not None and not has_virtual_tokens(model)
+
+
 def logits_at(model: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tensor, inputs: dict[str, Any]) -> Tensor:
     """Logits ``[P, V]`` at some positions of some rows, both ``[P]``, of ``input_ids``, ``[R, T]``.
 
     ``inputs`` are the other arguments of the model's forward.
     """
-    width = input_ids.shape[1]
+    width, limited = input_ids.shape[1], depends_on_length(model)
     head = _head(model)
     if head is None and "logits_to_keep" in parameters_of(model):
         kept, columns = torch.unique(positions, return_inverse=True)
-        read: Tensor = model(input_ids=input_ids, logits_to_keep=kept, **inputs).logits
+        with row_by_row(model, limited):
+            read: Tensor = model(input_ids=input_ids, logits_to_keep=kept, **inputs).logits
         return read[rows, columns]
     selected: list[bool] = []
 
@@ -74,7 +89,8 @@ def logits_at(model: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tens
 
     handle = None if head is None else head.register_forward_pre_hook(select)
     try:
-        logits: Tensor = model(input_ids=input_ids, **inputs).logits
+        with row_by_row(model, limited):
+            logits: Tensor = model(input_ids=input_ids, **inputs).logits
     finally:
         if handle is not None:
             handle.remove()
@@ -135,7 +151,7 @@ def _pair_masks(model: nn.Module, batch: PromptBatch) -> Tensor | dict[str, Tens
 
     ``[R, 1, T, T]``; by layer type where the model has layers with and without a sliding window.
     """
-    dtype = _activation_dtype(model)
+    dtype = activation_dtype(model)
 
     def additive(seen: Tensor) -> Tensor:
         zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
@@ -153,7 +169,7 @@ def _pair_masks(model: nn.Module, batch: PromptBatch) -> Tensor | dict[str, Tens
     return sliding if len(types) == 1 else {"full_attention": additive(full), "sliding_attention": sliding}
 
 
-def _activation_dtype(model: nn.Module) -> torch.dtype:
+def activation_dtype(model: nn.Module) -> torch.dtype:
     """Autocast's dtype, or that of the weights."""
     for parameter in model.parameters():
         if parameter.is_floating_point():

@@ -122,6 +122,7 @@ class SparseMeZOModule(LightningModule):
         self.method, self.adapter, self.adapter_seed = method, methods.adapter_of(method, adapter), first_order.seed
         order = 0 if method is None else methods.METHODS[method].order
         self.zeroth_order = order == 0
+        self.first_order = first_order
         self.baseline = FirstOrderBaseline(str(method), first_order) if order == 1 else None
         self.save_folder = save_pretrained
         self._loaded_in: torch.dtype | None = None
@@ -201,6 +202,8 @@ class SparseMeZOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The method's optimizer on the network, and the scheduler; None for zero-shot."""
+        if self.baseline is not None:  # without the numbers of a run before, and the settings of one that was resumed
+            self.baseline = FirstOrderBaseline(str(self.method), self.first_order)
         optimizer: Any = methods.optimizer_of(self)
         if optimizer is None:
             return None

@@ -54,7 +54,7 @@ def test_the_limit_is_what_learned_positions_allow(kind: str, adapter: str | Non
     [
         ("llama", {**ROTARY, "sliding_window": 8}, 24),
         ("mistral", {**ROTARY, "sliding_window": 8}, 24),
-        ("llama", {**ROTARY, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, 24),
+        ("llama", {**ROTARY, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, 96),
         ("bloom", {**COMMON, "hidden_size": 16, "n_layer": 1, "n_head": 2}, None),
         ("mpt", {"vocab_size": 512, "d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 24}, 24),
         ("xlnet", {"vocab_size": 512, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}, None),

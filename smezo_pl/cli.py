@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, dict_to_namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -157,7 +157,8 @@ class SmezoCLI(LightningCLI):
         except Exception:  # no file, or a corrupted one: refused by what loads it, with the reason
             return False
         model, taken = self.config.fit.model, {}
-        parts = [("", model, then)]
+        schedule = {"lr_scheduler": dict_to_namespace(then["schedule"])} if "schedule" in then else {}
+        parts = [("", model, {**then, **schedule})]
         if "sparse_mezo" in then and (settings := model.optimizer.get("init_args")) is not None:
             parts.append(("optimizer", settings, {**then["sparse_mezo"], "kernel": settings.get("kernel")}))
         if "adamw" in then:
@@ -174,6 +175,8 @@ class SmezoCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the Trainer with a logger in ``runs/`` and the default callbacks that are not configured."""
+        if (schedule := self._get(self.config, "model").lr_scheduler) is not None:
+            self.model.save_hyperparameters({"schedule": schedule.as_dict()})  # for `_take_settings`
         given = self._get(self.config_init, "trainer")
         self._logger = given["logger"]
         if self._logger in (None, True):

@@ -404,6 +404,18 @@ def test_the_command_line_counts_where_it_says_something(
     assert not folders[2].exists() or not (folders[2] / "config.yaml").exists()
 
 
+def test_the_command_line_keeps_a_schedule_that_is_not_given(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    schedule = ("--model.lr_scheduler=torch.optim.lr_scheduler.StepLR", "--model.lr_scheduler.step_size=1")
+    fit_cli(tiny_folder, "--trainer.max_steps=2", "--model.optimizer.lr=1e-3", *schedule)
+    fit_cli(tiny_folder, "--trainer.max_steps=3", "--ckpt_path=last")
+    assert rates(tmp_path / "runs" / "run" / "version_1") == pytest.approx([1e-3, 1e-4, 1e-5])
+    with pytest.raises(ValueError, match="had an lr_scheduler and none is given now"):
+        fit_cli(tiny_folder, "--trainer.max_steps=4", "--ckpt_path=last", "--model.lr_scheduler=null")
+
+
 def test_the_saved_configuration_of_a_method_resumes_it(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,14 +98,21 @@ FIXED: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run(folder, Small(**GIVEN), 4)
+    return folder
+
+
 @pytest.mark.parametrize("name", FIXED)
-def test_what_cannot_change_is_refused_before_a_step(name: str, tmp_path: Path) -> None:
-    run(tmp_path, Small(**GIVEN), 4)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+def test_what_cannot_change_is_refused_before_a_step(name: str, stopped: Path) -> None:
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
     module = Small(kernel="torch", **{name: FIXED[name]})
     with pytest.raises(ValueError, match=rf"cannot change.*{name} .* -> .*smezo replay RUN --out FOLDER"):
-        run(tmp_path, module, 8, ckpt_path=tmp_path / LAST)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        run(stopped, module, 8, ckpt_path=stopped / LAST)
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["include", "exclude"])
@@ -131,10 +138,9 @@ def test_another_sparsity_where_masks_are_refreshed(mask_update: str, whole: boo
     check_replay(tmp_path, resumed)
 
 
-def test_another_sparsity_where_the_refresh_has_its_own_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, Small(**GIVEN), 4)
+def test_another_sparsity_where_the_refresh_has_its_own_is_refused(stopped: Path) -> None:
     with pytest.raises(ValueError, match="MaskRefresh, without a sparsity of its own"):
-        run(tmp_path, Small(sparsity=0.5), 8, MaskRefresh(sparsity={6: 0.9}), ckpt_path=tmp_path / LAST)
+        run(stopped, Small(sparsity=0.5), 8, MaskRefresh(sparsity={6: 0.9}), ckpt_path=stopped / LAST)
 
 
 def test_a_random_choice_needs_no_refresh(tmp_path: Path) -> None:
@@ -224,7 +230,7 @@ def test_another_schedule_is_where_it_would_be_after_the_steps_done(
     check_replay(tmp_path / "resumed", resumed)
 
 
-@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"none"}))
+@pytest.mark.parametrize("name", ["cosine", "lambda", "one cycle", "warmup"])
 def test_the_same_schedule_is_no_change(name: str, tmp_path: Path) -> None:
     run(tmp_path / "resumed", Small(SCHEDULES[name], **GIVEN), 4)
     run(tmp_path / "resumed", Small(SCHEDULES[name], kernel="torch"), 10, ckpt_path=tmp_path / "resumed" / LAST)
@@ -239,11 +245,10 @@ def test_a_schedule_that_is_not_given_again_is_refused(tmp_path: Path) -> None:
         run(tmp_path, Small(**GIVEN), 10, ckpt_path=tmp_path / LAST)
 
 
-def test_a_schedule_that_has_ended_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, Small(**GIVEN), 4)
+def test_a_schedule_that_has_ended_is_refused(stopped: Path) -> None:
     short = partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=3, cycle_momentum=False)
     with pytest.raises(ValueError, match="lr_scheduler OneCycleLR ends before the 4 steps"):
-        run(tmp_path, Small(short, **GIVEN), 10, ckpt_path=tmp_path / LAST)
+        run(stopped, Small(short, **GIVEN), 10, ckpt_path=stopped / LAST)
 
 
 def test_a_schedule_that_waits_keeps_its_counters(tmp_path: Path) -> None:

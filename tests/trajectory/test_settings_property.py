@@ -64,7 +64,7 @@ def train(folder: Path, steps: int, schedule: str, refresh: bool, given: dict[st
     return module
 
 
-@settings(max_examples=12, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SETTINGS, CHANGED, FIXED_CHANGED, st.sampled_from([*SCHEDULES]), st.sampled_from([*SCHEDULES]), st.booleans())
 def test_report_state_and_replay_agree(
     first: dict[str, Any],

@@ -128,10 +128,21 @@ def test_a_kernel_that_asks_for_the_address_reads(attach: bool) -> None:
     """As those of Triton do, which no operator of torch announces."""
     model = routed()
     model.spare.forward = lambda: model.spare.weight.data_ptr() and 0.0  # type: ignore[method-assign]
-    optimizer = train(model, attach, [])
+    optimizer = train(model, attach, [0])
+    assert "spare.weight" in left_alone(optimizer)
     optimizer.step(lambda: model(torch.ones(2, 8)).sum() + model.spare())
     assert set(left_alone(optimizer)) == of("experts.1", "experts.2") | {"token"}
     assert all("data_ptr" not in vars(parameter) for parameter in model.parameters())
+
+
+@both
+def test_a_weight_that_is_handed_out_and_read_elsewhere(attach: bool) -> None:
+    model = routed()
+    model.spare.forward = lambda: {"kept": model.spare.weight}  # type: ignore[method-assign]
+    optimizer = train(model, attach, [])
+    for _ in range(2):
+        optimizer.step(lambda: model(model.spare()["kept"][:2]).sum())
+        assert set(left_alone(optimizer)) == of("experts.1", "experts.2") | {"token"}
 
 
 @both

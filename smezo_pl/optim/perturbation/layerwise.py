@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -98,6 +98,7 @@ class _Held:
         memories: Their memory by kind.
         stamps: Of the copies, once all were made.
         padding_idx: Of an embedding of which only some rows are perturbed.
+        watching: What is left when the module ends.
     """
 
     slots: list[_Slot] = field(default_factory=list)
@@ -109,6 +110,7 @@ class _Held:
     memories: dict[_Kind, _Scratch] = field(default_factory=dict)
     stamps: list[tuple[int, int, int]] = field(default_factory=list)
     padding_idx: int | None = None
+    watching: ExitStack = field(default_factory=ExitStack)
 
     def place(self) -> None:
         """Give each weight its place; again when a weight has moved."""
@@ -192,8 +194,8 @@ class Layerwise:
         self._scratch: dict[_Kind, list[_Scratch]] = {}
         self._direction: Direction | None = None
         self.read: set[int] = set()
-        self._watch: ReadWatch | None = None
-        self._left_out: set[int] = set()
+        self._watched: set[int] = set()
+        self._is_thorough = False
         self._guards = Guards(parameters, [slot.original for slot in self._slots], self.read)
         self.write_seconds = 0.0
         self._logged: set[str] = set()
@@ -215,13 +217,11 @@ class Layerwise:
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
         """Find out which of some parameters the forwards from now on read.
 
-        All are watched in the copies that modules are handed, at the cost of a `ReadWatch`. A few are handed to no
-        module, so that their guards notice a read, which costs nothing.
+        A module that holds some of them runs under a `ReadWatch`. Elsewhere their guards notice a read.
         """
         self.read.clear()
-        is_all = len(parameters) == len(self._names)
-        self._watch = ReadWatch(self.read) if is_all else None
-        self._left_out = set() if is_all else {id(parameter) for parameter in parameters}
+        self._watched = {id(parameter) for parameter in parameters}
+        self._is_thorough = len(self._watched) == len(self._names)  # as in the first step
 
     @contextmanager
     def perturbed(self, direction: Direction) -> Iterator[None]:
@@ -239,13 +239,13 @@ class Layerwise:
                 slot.guard = self._guards[slot.original]
         self._direction, self.write_seconds, replaced = direction, 0.0, list[_Slot]()
         try:
-            with self._guards.standing(direction), self._watch.watching() if self._watch else nullcontext():
+            with self._guards.standing(direction):
                 for slot in self._slots:
                     slot.owner._parameters[slot.name] = slot.guard
                 yield
         finally:
             self._direction = None
-            for held in self._held.values():
+            for held in reversed(self._held.values()):  # inner modules first
                 self._empty(held)
             for slot in self._slots:
                 if slot.owner._parameters.get(slot.name) is not slot.guard:
@@ -294,7 +294,9 @@ class Layerwise:
                 result = (self._fill_rows(module, held, rows),)
             else:
                 self._fill(held)
-            held.stamps = [stamp(copy, self._watch is not None) for _, copy in held.filled]
+            held.stamps = [stamp(copy, self._is_thorough) for _, copy in held.filled]
+        if self._watched:
+            self._watch_copies(held)
         self.write_seconds += perf_counter() - started
         return result
 
@@ -330,8 +332,6 @@ class Layerwise:
         for slot, (kind, start) in zip(held.slots, held.places, strict=True):
             if slot.owner._parameters[slot.name] is not slot.guard:
                 continue  # as in torch.func.functional_call
-            if id(slot.weight) in self._left_out:
-                continue
             flat, buffer = held.memories[kind].views(start, slot.weight.shape)
             if (kind, start) not in done:
                 self._direction.perturb(slot.weight, flat)
@@ -342,15 +342,19 @@ class Layerwise:
     def _put(self, held: _Held, slot: _Slot, copy: nn.Parameter) -> None:
         held.filled.append((slot, copy))
         slot.owner._parameters[slot.name] = copy
-        if self._watch is not None:
-            self._watch.add(copy, id(slot.weight))
+
+    def _watch_copies(self, held: _Held) -> None:
+        wanted = [(copy, id(slot.weight)) for slot, copy in held.filled if id(slot.weight) in self._watched - self.read]
+        if wanted:
+            watch = ReadWatch(self.read)
+            for copy, key in wanted:
+                watch.add(copy, key)
+            held.watching.enter_context(watch.watching())
 
     def _take(self, kind: _Kind, numel: int, alone: bool) -> _Scratch:
         """Memory for so many elements: the last that was given back, which a larger one replaces if it is too small."""
         free = self._scratch.setdefault(kind, [])
         scratch = free.pop() if free and not alone else None
-        if scratch is not None and self._watch is not None:
-            self._watch.forget(scratch.storage)
         if scratch is None or scratch.memory.numel() < numel:
             del scratch
             scratch = _Scratch(numel, *kind)
@@ -368,7 +372,8 @@ class Layerwise:
         Returns:
             The weights whose copies were written.
         """
-        stamps = [stamp(copy, self._watch is not None) for _, copy in held.filled]
+        held.watching.close()
+        stamps = [stamp(copy, self._is_thorough) for _, copy in held.filled]
         written = [slot.weight for (slot, _), a, b in zip(held.filled, stamps, held.stamps, strict=False) if a != b]
         held.depth = 0
         owner = held.slots[0].owner
@@ -386,6 +391,7 @@ class Layerwise:
                 places = [(s.weight, start) for s, (k, start) in zip(held.slots, held.places, strict=True) if k == kind]
                 copies = [(scratch.views(start, weight.shape)[1], weight) for weight, start in places]
                 self._guards.keep(scratch.storage, copies)
+                self.read.update(id(weight) for _, weight in copies)  # by whoever keeps them
             else:
                 self._scratch[kind].append(scratch)
         held.memories.clear()

@@ -43,10 +43,6 @@ class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # kernels that torch does not dispatch, such as those of Triton, ask for the address
         tensor.data_ptr = data_ptr  # type: ignore[method-assign]
 
-    def forget(self, storage: torch.UntypedStorage) -> None:
-        """No longer watch what lies in a memory, which others will use."""
-        self._unread.pop(storage.data_ptr(), None)
-
     @contextmanager
     def watching(self) -> Iterator[None]:
         """The mode is active in the block, and compiled functions run as they were written."""

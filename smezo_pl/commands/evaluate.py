@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from smezo_pl.cli import build, show_log
 from smezo_pl.commands.tables import markdown
+from smezo_pl.commands.weights import base_model_found
 from smezo_pl.trajectory.exports import load
 from smezo_pl.trajectory.files import write_json
 from smezo_pl.trajectory.header import TrajectoryError
@@ -37,6 +38,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("run", help="folder of a run, its trajectory.smezo, or an exported run")
     parser.add_argument("--every", type=int, required=True, help="steps between two scores, at least 1")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="the split to score on")
+    parser.add_argument("--model", default=None, help="base model: hub name, folder or GGUF file (default: the run's)")
     parser.add_argument("--config", default=None, help="the configuration (default: the run's config.yaml)")
     parser.add_argument("--out", default=None, help="JSON file for the scores (default: RUN/evaluation.json)")
     given, overrides = parser.parse_known_args(args[1:])
@@ -46,7 +48,11 @@ def main(args: Sequence[str]) -> None:
     if not config.is_file():
         raise TrajectoryError(f"{config}: there is no such file; pass --config FILE with the run's model and data")
     show_log()
+    if given.model is not None:
+        overrides.append(f"--model.pretrained={given.model}")
     run = build(config, *overrides, "--trainer.logger=false")
+    with base_model_found(trajectory):
+        run.model.tokenizer  # noqa: B018 (loads it)
     scores = evaluate(trajectory, run.trainer, run.model, run.datamodule, steps, given.split)
     out = Path(given.out) if given.out else trajectory.path.parent / "evaluation.json"
     write_json(out, {"run": trajectory.header.run, "split": given.split, "scores": scores})

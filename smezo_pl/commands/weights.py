@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from time import perf_counter
@@ -118,8 +119,21 @@ def base_model(trajectory: Trajectory, name: str | None) -> tuple[Any, Any]:
         sizes[info.dtype] += prod(info.shape)
     dtype = getattr(torch, sizes.most_common(1)[0][0])
     adapter = recorded_adapter(header, str(trajectory.path))
-    model, tokenizer = load_model(name, dtype=dtype, revision=header.model.get("revision"))
+    with base_model_found(trajectory):
+        model, tokenizer = load_model(name, dtype=dtype, revision=header.model.get("revision"))
     return (model if adapter is None else add_adapter(model, adapter[0], seed=adapter[1])), tokenizer
+
+
+@contextmanager
+def base_model_found(trajectory: Trajectory) -> Iterator[None]:
+    """Add to the error of a base model that is not there, as on another machine, how to name it."""
+    try:
+        yield
+    except OSError as error:
+        recorded = trajectory.header.model.get("name")
+        raise TrajectoryError(
+            f"{error}. The run in {trajectory.path} starts from {recorded}: pass --model with where that is here"
+        ) from error
 
 
 def _difference(trajectory: Trajectory, given: argparse.Namespace, model: nn.Module) -> str:

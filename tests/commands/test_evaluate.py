@@ -12,7 +12,7 @@ from smezo_pl import PromptDataModule, build
 from smezo_pl.cli import main
 from smezo_pl.commands import evaluate, show
 from smezo_pl.commands.evaluate import ReplayTo
-from smezo_pl.commands.weights import export_main
+from smezo_pl.commands.weights import apply_main, export_main, replay_main
 from smezo_pl.trajectory import TrajectoryError
 from smezo_pl.trajectory.log import Trajectory
 from tests.test_cli import words
@@ -71,6 +71,30 @@ def test_other_starting_weights_are_refused(
     tiny_tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(TrajectoryError, match="starts from other weights than these"):
         evaluate.main(["evaluate", str(run), "--every", "2", f"--model.pretrained={tmp_path / 'other'}"])
+
+
+def test_away_from_home(run: Path, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model that the run names is somewhere else on this machine."""
+    home = tmp_path / "home"
+    (home / "models").mkdir(parents=True)
+    shutil.copytree(tiny_folder, home / "models" / "tiny")
+    monkeypatch.chdir(home)
+    main(words("fit", Path("models/tiny"), "--trainer.max_steps=2", "--model.optimizer.lr=1e-2", "--name=one"))
+    shutil.copytree(home / "runs" / "one" / "version_0", tmp_path / "away" / "run")
+    monkeypatch.chdir(tmp_path / "away")
+    message = r"pretrained='models/tiny'.*run/trajectory\.smezo starts from models/tiny: pass --model with where"
+    with pytest.raises(TrajectoryError, match=message):
+        evaluate.main(["evaluate", "run", "--every", "2"])
+    with pytest.raises(TrajectoryError, match=message):
+        replay_main(["replay", "run", "--out", "out"])
+    export_main(["export", "run", "--out", "exported.safetensors"])  # it needs no model
+    with pytest.raises(TrajectoryError, match="starts from models/tiny: pass --model with where"):
+        apply_main(["apply", "exported.safetensors", "--out", "out"])
+    with pytest.raises(TrajectoryError, match=r"pretrained='\./nowhere'.*starts from models/tiny"):
+        evaluate.main(["evaluate", "run", "--every", "2", "--model", "./nowhere"])
+    evaluate.main(["evaluate", "run", "--every", "2", "--model", str(tiny_folder)])
+    scores = json.loads(Path("run/evaluation.json").read_text())["scores"]
+    assert scores[-1]["val/loss"] == json.loads(Path("run/metrics.json").read_text())["after"]["loss"]
 
 
 @pytest.mark.parametrize("every", ["0", "-3"])

@@ -1,20 +1,19 @@
-"""The Trainer's subcommands: configuration, parser, default callbacks and log. ``build`` is the way in from Python."""
+"""The Trainer's subcommands: configuration, default callbacks and log. ``build`` is the way in from Python."""
 
-import inspect
 import logging
-import re
 import sys
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, dict_to_namespace
+from jsonargparse import dict_to_namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
 from smezo_pl.callbacks import (
     MaskRefresh,
@@ -28,50 +27,13 @@ from smezo_pl.callbacks import (
 from smezo_pl.callbacks.common import RunProgressBar
 from smezo_pl.data import PromptDataModule
 from smezo_pl.interrupts import Interrupts, command, resume_command
+from smezo_pl.methods import scheduler_of
 from smezo_pl.module import SparseMeZOModule
-from smezo_pl.optim import SparseMeZO
+from smezo_pl.parser import SuggestingParser
 from smezo_pl.run_folder import RunLogger, find_checkpoint, held
+from smezo_pl.strategies import check_strategy
 
 log = logging.getLogger(__name__)
-
-# How jsonargparse names an unknown key: on the command line, in a file, in the arguments of a class.
-_UNKNOWN = re.compile(r"(?:unrecognized arguments: --|accept option '|Option ')([\w.+-]+)")
-
-# What it says around an error in the arguments of a class: the type's full name, and the value a second time.
-_AROUND = re.compile(r"Type \S*Callable\[.*?\] expects a function or a callable class: |\.* Got value: Namespace\(.*\)")
-
-
-class SuggestingParser(LightningArgumentParser):
-    """Lightning's parser, whose errors name the nearest known key instead of all of the Trainer's hundred options."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and exit with status 2."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        message = _AROUND.sub("", message)
-        hint = suggestion(message, known_keys(self))
-        program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
-        self.exit(2, f"smezo: error: {message}{hint}\n`{program} --help` lists all keys\n")
-
-
-def known_keys(parser: ArgumentParser) -> set[str]:
-    """Every dotted key that a configuration may hold, those of the optimizer and of all subcommands included."""
-    keys = {action.dest for action in parser._actions} - {"help", "subcommand"}
-    for action in parser._actions:
-        if isinstance(action.choices, dict):  # of subcommands
-            keys.update(*(known_keys(choice) for choice in action.choices.values()))
-    return keys | {f"model.optimizer.{name}" for name in inspect.signature(SparseMeZO).parameters if name != "params"}
-
-
-def suggestion(message: str, known: Iterable[str]) -> str:
-    """``; did you mean ...?`` for an error about an unknown key, otherwise an empty string."""
-    if not (unknown := _UNKNOWN.search(message)):
-        return ""
-    key = unknown[1].replace(".init_args.", ".")
-    options = {name if "." in key else name.rpartition(".")[2]: name for name in sorted(known)}
-    near = get_close_matches(key, options, n=1, cutoff=0.6)
-    return f"; did you mean {options[near[0]]!r}?" if near else ""
-
 
 DEFAULT_CALLBACKS: dict[str, tuple[type[Callback], ...]] = {
     "fit": (ZerothOrderMonitor, RunMetrics, SeedCheckpoint),
@@ -198,11 +160,21 @@ class SmezoCLI(LightningCLI):
         callbacks += [kind() for kind in default if not any(isinstance(c, kind) for c in callbacks)]
         if given["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RunProgressBar())
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        except (ValueError, MisconfigurationException) as error:  # of Lightning, about arguments
+            raise ValueError(f"trainer: {error}") from error
+
+    def instantiate_classes(self) -> None:
+        """Build everything; a strategy that cannot be is refused first, as Lightning would with a traceback."""
+        check_strategy(self._get(self.config, "trainer").strategy)
+        super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it in a folder of its own, with the checkpoint that is meant; the last line says how to resume."""
         checkpoint, fit = self._checkpoint(subcommand), subcommand == "fit"
+        if fit:
+            check_settings(self.model)
         folder = None
         with Interrupts(graceful=fit and self.trainer.world_size == 1) as interrupts:
             try:
@@ -238,6 +210,17 @@ class SmezoCLI(LightningCLI):
                 if trained:
                     log.warning("for the trained ones: %s", command(subcommand, Path(config.relative), trained[0]))
         return None
+
+
+def check_settings(module: SparseMeZOModule) -> None:
+    """Build optimizer and scheduler for one small weight: what is out of range is refused before a model is loaded."""
+    if module.zeroth_order:
+        try:
+            scheduler_of(module, module.build_optimizer([("weight", nn.Parameter(torch.zeros(2, 2)))]))
+        except ValueError as error:
+            # Patterns of parameters are for the model's own.
+            if "matches no parameter" not in str(error) and "no parameter is optimized" not in str(error):
+                raise
 
 
 def build(config: str | Path | dict[str, Any] | None = None, *overrides: str, run: bool = False) -> SmezoCLI:

@@ -241,6 +241,19 @@ def optimizer_of(module: Any) -> torch.optim.Optimizer | None:
     return optimizer
 
 
+def scheduler_of(module: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """The module's scheduler on an optimizer, None if there is none; one that needs another optimizer is refused."""
+    try:
+        return None if module.build_scheduler is None else module.build_scheduler(optimizer)
+    except ValueError as error:
+        if "cycle_momentum" not in str(error):
+            raise
+        raise ValueError(
+            "lr_scheduler: this scheduler cycles a momentum, and SparseMeZO has none: set cycle_momentum: false in the "
+            "scheduler's init_args (--model.lr_scheduler.cycle_momentum false)"
+        ) from error
+
+
 def check_resumed(module: Any, then: Mapping[str, Any]) -> None:
     """Refuse another method or adapter than a run had so far; no method stays that of a zeroth-order run."""
     before = then.get("method")
@@ -291,11 +304,27 @@ def check_frozen(module: Any, then: Mapping[str, Any]) -> None:
         )
 
 
-def check_trained(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse a state that lacks trained weights, as that of another method does, with a ``ValueError``."""
-    missing = [name for name, p in module.named_parameters() if p.requires_grad and name not in state]
-    if missing:
+def check_network(module: Any, then: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a network with another adapter or head; ``then`` are its run's hyperparameters."""
+    before = then.get("method")
+    parts = (adapter_of(before, then.get("adapter")), before == "linear-probe")
+    if then and parts != (module.adapter, module.method == "linear-probe"):
+        way = "the run's adapter" if before in (None, module.method) else f"--model.method {before}"
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} of the weights that this method trains ({', '.join(missing[:3])}, "
-            "...): it is of another method or model"
+            f"the checkpoint is of method {before!r} with adapter {parts[0]}, and this is method {module.method!r} "
+            f"with adapter {module.adapter}: pass {way}, or the run's config.yaml with --config"
         )
+
+
+def check_state(module: Any, state: Mapping[str, Tensor]) -> None:
+    """Refuse the weights of another network with a ``ValueError``; those that a baseline froze may be missing."""
+    own = module.state_dict()
+    needed = own if module.baseline is None else (n for n, p in module.named_parameters() if p.requires_grad)
+    found = {
+        "lacks": [name for name in needed if name not in state],
+        "has besides": [name for name in state if name not in own],
+        "has in another shape": [name for name in own if name in state and state[name].shape != own[name].shape],
+    }
+    if any(found.values()):
+        parts = (f"{what} {len(names)} ({', '.join(names[:3])})" for what, names in found.items() if names)
+        raise ValueError(f"the checkpoint is of another model or method: of the weights here it {', it '.join(parts)}")

@@ -210,7 +210,7 @@ class SparseMeZOModule(LightningModule):
         name, training = ("sparse_mezo", optimizer) if self.baseline is None else ("adamw", self.baseline)
         resumed = None if self._trainer is None else resume.settle(self._trainer, training, optimizer)
         self.save_hyperparameters({name: as_given(training)})
-        scheduler = None if self.build_scheduler is None else self.build_scheduler(optimizer)
+        scheduler = methods.scheduler_of(self, optimizer)
         if resumed is not None:
             resumed.settle_schedule(optimizer, scheduler)
             resumed.log()
@@ -359,9 +359,9 @@ class SparseMeZOModule(LightningModule):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights into the network, which is built first if needed (as after a run in subprocesses)."""
         self.configure_model()
-        if self.baseline is not None:
-            methods.check_trained(self, args[0])
-            kwargs["strict"] = False  # frozen weights are not in it
+        if kwargs.get("strict", True):
+            methods.check_state(self, args[0])
+            kwargs["strict"] = self.baseline is None  # frozen weights are not in it
         return super().load_state_dict(*args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -377,6 +377,7 @@ class SparseMeZOModule(LightningModule):
         resume.refuse_unrestored(self, checkpoint)
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             methods.check_resumed(self, checkpoint.get("hyper_parameters", {}))
+        methods.check_network(self, checkpoint.get("hyper_parameters", {}))
         if self.baseline is not None and "frozen" in checkpoint:
             self.configure_model()
             methods.check_frozen(self, checkpoint["frozen"])

@@ -1,6 +1,7 @@
 """Forward-only data parallelism, and which settings of a Trainer go with forward-only training."""
 
 import warnings
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
 
 from smezo_pl.models import TRUE_PRECISION
@@ -131,6 +132,7 @@ def check_trainer(trainer: Trainer) -> None:
             "weights that are saved: leave it out. EMAWeightAveraging with WeightCheckpoint saves the average that it "
             "scores"
         )
+    check_strategy(trainer.strategy)
     if trainer.world_size > 1 and not isinstance(trainer.strategy, ForwardDDPStrategy):
         raise MisconfigurationException(
             f"{trainer.world_size} processes with {type(trainer.strategy).__name__}: it would wrap the network for "
@@ -146,6 +148,22 @@ def check_dtype(trainer: Trainer, loaded: torch.dtype) -> None:
         raise MisconfigurationException(
             f"precision={trainer.precision!r} means weights in {asked}, and this network was loaded in {loaded}: build "
             f"the module again for this Trainer, or give the Trainer precision={TRUE_PRECISION.get(loaded)!r}"
+        )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse a strategy, its name, or a mapping with its ``class_path``, that shards the network or needs gradients."""
+    path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", None)
+    if path is not None and "." not in path:
+        supported = path in ("auto", "single_device") or path.startswith(("forward_ddp", "ddp"))
+    else:
+        kind = type(strategy) if path is None else resolve_name(path)
+        supported = issubclass(kind, SingleDeviceStrategy | DDPStrategy) and not issubclass(kind, DeepSpeedStrategy)
+    if not supported:
+        raise MisconfigurationException(
+            f"strategy={path or type(strategy).__name__!r}: sharded weights and gradients have no use in forward-only "
+            "training, where every process updates its own whole network. Use strategy='auto' on one device, "
+            "'forward_ddp' on several; for less memory set precision='bf16-true' and micro_batch_size in the model"
         )
 
 

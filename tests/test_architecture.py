@@ -29,7 +29,8 @@ ALLOWED = {
     "callbacks": {"optim", "models", "data", "scoring", "trajectory"},
     "run_folder": {"callbacks", "trajectory"},
     "interrupts": set(),
-    "cli": {"optim", "data", "module", "callbacks", "run_folder", "interrupts"},
+    "parser": {"optim"},
+    "cli": {"optim", "data", "methods", "module", "callbacks", "run_folder", "interrupts", "parser", "strategies"},
     "commands": {
         *[
             "optim",
@@ -41,6 +42,7 @@ ALLOWED = {
             "trajectory",
             "callbacks",
             "cli",
+            "parser",
             "scoring",
             "tasks",
         ]

@@ -12,8 +12,9 @@ import yaml
 
 from smezo_pl import SparseMeZO, __version__, build, record
 from smezo_pl import __main__ as script
-from smezo_pl.cli import main, suggestion
+from smezo_pl.cli import main
 from smezo_pl.commands import SUBCOMMANDS
+from smezo_pl.parser import suggestion
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,11 +100,17 @@ def test_public_names_exist() -> None:
             {"model": {"pretrained": "x", "optimizer": {"class_path": "smezo_pl.SparseMeZO", "init_args": {"lrr": 1}}}},
             "did you mean 'model.optimizer.lr'?",
         ),
-        ({"model": {"pretrained": "x", "perturbation": "layer"}}, "Literal['layerwise', 'in_place']. Got value: layer"),
-        ({"model": {"pretrained": "x", "optimizer": {"mask": "smal"}}}, "Literal['small', 'large', 'random', 'dense']"),
+        (
+            {"model": {"pretrained": "x", "perturbation": "layer"}},
+            "one of 'layerwise', 'in_place'. Got value: layer",
+        ),
+        (
+            {"model": {"pretrained": "x", "optimizer": {"mask": "smal"}}},
+            "'random', 'dense'. Got value: smal; did you mean 'small'?",
+        ),
         (
             {"model": {"pretrained": "x", "optimizer": {"class_path": "torch.optim.Adam"}}},
-            "Expected 'torch.optim.Adam' to be a subclass of <class 'SparseMeZO'>",
+            "Expected 'torch.optim.Adam' to be a subclass of SparseMeZO",
         ),
         ({"data": {"class_path": "smezo_pl.PromptDataModule"}, "model": {"pretrained": "x"}}, "does not accept option"),
     ],
@@ -130,8 +137,11 @@ def test_wrong_config(
             ["--model.pretrained=x", "--model.optimizer.epz=1"],
             "Option 'epz' is not accepted; did you mean 'model.optimizer.eps'?",
         ),
-        (["--model.pretrained=x", "--model.optimizer.lr=abc"], "Expected a <class 'float'>. Got value: abc"),
-        ([], "the following arguments are required: fit.model.pretrained"),
+        (["--model.pretrained=x", "--model.optimizer.lr=abc"], "Expected float. Got value: abc"),
+        ([], "smezo: error: --model.pretrained must be given\n`smezo fit --help` lists all keys"),
+        (["--model.pretrained=x", "--model.method=lor"], "'zero-shot' or null. Got value: lor; did you mean 'lora'?"),
+        (["--model.pretrained=x", "--model.micro_batch_size=abc"], "Expected int or null. Got value: abc"),
+        (["--model.pretrained=x", "--model.adapter=5"], "Expected dict or null. Got value: 5"),
         (["--config=nowhere.yaml"], "File does not exist"),
     ],
 )
@@ -139,6 +149,31 @@ def test_wrong_words(arguments: list[str], message: str, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["fit", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.optimizer.sparsity=1.5"], "sparsity must be in [0, 1), got 1.5"),
+        (["--model.optimizer.num_samples=0"], "num_samples must be in [1, 16777216), got 0"),
+        (["--trainer.strategy=fsdp"], "strategy='fsdp': sharded weights and gradients have no use"),
+        (["--trainer.strategy=deepspeed_stage_3"], "'forward_ddp' on several"),
+        (["--trainer.strategy=lightning.pytorch.strategies.DeepSpeedStrategy"], "DeepSpeedStrategy': sharded weights"),
+        (["--trainer.accelerator=nothing"], "trainer: You selected an invalid accelerator name"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_model_is_loaded(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        script.main(words("fit", Path("no/model/here"), *arguments))
+    assert stop.value.code == 1 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_suggestion_where_nothing_is_near() -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.callbacks import RunMetrics, SeedCheckpoint, WeightCheckpoint
-from smezo_pl.cli import main
+from smezo_pl.cli import check_settings, main
 from smezo_pl.methods import METHODS, FirstOrder, MethodName
 from smezo_pl.optim.sparse_mezo import NonFiniteLossError
 from smezo_pl.scoring.evaluation import scores_of
@@ -210,8 +210,35 @@ def test_a_checkpoint_of_another_method_is_refused(tiny_folder: Path, tmp_path: 
     keep = WeightCheckpoint(str(tmp_path))
     trainer = Trainer(**{**QUIET, "enable_checkpointing": True}, max_steps=1, callbacks=[keep])
     trainer.fit(module_of("linear-probe", tiny_folder), demo(num_dev=8))
-    with pytest.raises(ValueError, match="the checkpoint lacks 8 of the weights that this method trains"):
-        Trainer(**QUIET).validate(module_of("lora", tiny_folder), demo(), keep.last_model_path)
+    for method, changes in (("lora", {}), (None, {}), (None, {"adapter": {"peft_type": "LORA"}})):
+        other = SparseMeZOModule(str(tiny_folder), method=method, **changes)
+        with pytest.raises(ValueError, match="of method 'linear-probe' with.*--model.method linear-probe, or"):
+            Trainer(**QUIET).validate(other, demo(), keep.last_model_path)
+    ranks = module_of("lora", tiny_folder, adapter={"r": 4})
+    with pytest.raises(ValueError, match="this is method 'lora' with adapter .*: pass the run's adapter, or"):
+        ranks.on_load_checkpoint({"hyper_parameters": {"method": "lora"}})
+
+
+def test_the_weights_of_another_network_are_refused_in_one_line(tiny_folder: Path) -> None:
+    module = module_of("full", tiny_folder)
+    module.configure_model()
+    state = {f"other.{name}" if "norm" in name else name: tensor[1:] for name, tensor in module.state_dict().items()}
+    message = r"here it lacks 5 \(.*\), it has besides 5 \(other.*\), it has in another shape \d+ \([^\n]*\)$"
+    with pytest.raises(ValueError, match=message):
+        module.load_state_dict(state)
+    module.load_state_dict(state | module.state_dict(), strict=False)
+
+
+@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
+def test_a_scheduler_that_wants_momentum(name: str, tiny_folder: Path) -> None:
+    arguments = {"OneCycleLR": {"max_lr": 1e-3, "total_steps": 4}, "CyclicLR": {"base_lr": 0.0, "max_lr": 1e-3}}[name]
+    schedule = partial(getattr(torch.optim.lr_scheduler, name), **arguments)
+    for method in ("s-mezo", None):
+        module = SparseMeZOModule(str(tiny_folder), method=method, lr_scheduler=schedule)
+        with pytest.raises(ValueError, match="cycles a momentum, and SparseMeZO has none: set cycle_momentum: false"):
+            check_settings(module)
+    check_settings(SparseMeZOModule(str(tiny_folder), lr_scheduler=partial(schedule, cycle_momentum=False)))
+    Trainer(**QUIET, max_steps=1).fit(module_of("linear-probe", tiny_folder, lr_scheduler=schedule), demo(num_dev=8))
 
 
 def test_load_from_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:

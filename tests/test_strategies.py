@@ -2,18 +2,19 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from smezo_pl import ForwardDDPStrategy, PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.models import load_network
-from smezo_pl.strategies import ReplicasDifferError, checksum
+from smezo_pl.strategies import ReplicasDifferError, check_strategy, checksum
 
 QUIET = {
     "accelerator": "cpu",
@@ -126,6 +127,18 @@ def test_other_strategies_are_refused(perceptron: nn.Module) -> None:
         MisconfigurationException, match=r"2 processes with DDPStrategy.*strategy='forward_ddp', or devices=1"
     ):
         module.configure_callbacks()
+
+
+def test_a_strategy_that_shards_is_refused_on_one_device_too() -> None:
+    for strategy in (
+        FSDPStrategy(),
+        "deepspeed",
+        SimpleNamespace(class_path="lightning.pytorch.strategies.FSDPStrategy"),
+    ):
+        with pytest.raises(MisconfigurationException, match="sharded weights and gradients have no use.*'forward_ddp'"):
+            check_strategy(strategy)
+    for name in ("auto", "ddp", "forward_ddp_spawn", "smezo_pl.ForwardDDPStrategy"):
+        check_strategy(name)
 
 
 def test_names_are_registered() -> None:

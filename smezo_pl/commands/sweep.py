@@ -28,13 +28,12 @@ from threading import Event, Lock
 from time import perf_counter
 from typing import Any, Literal, get_args
 
-import torch
 import yaml
-from torch import nn
 
-from smezo_pl.cli import SmezoCLI, known_keys, suggestion
+from smezo_pl.cli import SmezoCLI, check_settings
 from smezo_pl.commands.sweep_plan import CONFIG, Run, Tested, plan, read_grid, read_yaml
 from smezo_pl.commands.tables import write_summary
+from smezo_pl.parser import known_keys, readable, suggestion
 from smezo_pl.trajectory.files import lock_file
 
 LOG = "log.txt"
@@ -56,14 +55,10 @@ def check_runs(runs: Iterable[Run]) -> None:
     parser = _ParserOnly(parser_kwargs={"prog": "smezo", "exit_on_error": False}, run=False).parser
     for run in runs:
         try:
-            module = parser.instantiate_classes(parser.parse_object(run.config)).model
-            if module.zeroth_order:
-                module.build_optimizer([("weight", nn.Parameter(torch.zeros(2, 2)))])
+            check_settings(parser.instantiate_classes(parser.parse_object(run.config)).model)
         except (argparse.ArgumentError, TypeError, ValueError) as error:
-            message = " ".join(str(error).split())
-            # Patterns of parameters are for the model's own, which has not been loaded.
-            if "matches no parameter" not in message and "no parameter is optimized" not in message:
-                raise ValueError(f"run {run.name!r}: {message}{suggestion(message, known_keys(parser))}") from error
+            message = " ".join(readable(str(error)).split())
+            raise ValueError(f"run {run.name!r}: {message}{suggestion(message, known_keys(parser))}") from error
 
 
 def run_all(runs: Sequence[Run], jobs: int) -> list[Run]:

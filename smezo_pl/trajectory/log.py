@@ -244,6 +244,9 @@ class TrajectoryWriter:
                 connection.execute("DELETE FROM steps WHERE step >= ?", (trajectory.next_step,))
                 connection.execute("DELETE FROM refreshes WHERE step >= ?", (trajectory.next_step,))
                 connection.execute("DELETE FROM marks WHERE steps > ?", (trajectory.next_step,))
+                # what an earlier resume from here changed: this one may change something else
+                values = trajectory.next_step, b'{"kind":"settings"'
+                connection.execute("DELETE FROM marks WHERE steps = ? AND substr(data, 1, 18) = ?", values)
         except BaseException:
             lock.close()
             raise

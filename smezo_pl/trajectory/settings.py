@@ -68,7 +68,7 @@ class Resumed:
         # not the checkpoint itself, whose weights may be released when they were read
         self._groups: Sequence[dict[str, Any]] = state.get("param_groups", [])
         self._own: dict[str, Any] = state.get("smezo", {})
-        self._schedules: list[dict[str, Any]] = checkpoint["lr_schedulers"]
+        self._schedules: list[dict[str, Any]] = checkpoint.get("lr_schedulers", [])
         self._steps: int = checkpoint["global_step"]
         self._then = hyperparameters.get("sparse_mezo") or hyperparameters.get("adamw") or earlier
         if self._then is None and self._own:  # a user's own module, of which no trajectory tells: what its state tells

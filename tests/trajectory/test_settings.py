@@ -22,7 +22,17 @@ from smezo_pl.methods import FirstOrder
 from smezo_pl.trajectory.exports import export, load
 from smezo_pl.trajectory.log import Trajectory
 from smezo_pl.trajectory.replaying import replay
-from tests.trajectory.runs import Classifier, Examples, fit, loss_of, make_trainer, network, same
+from tests.trajectory.runs import (
+    Classifier,
+    Examples,
+    KillAfter,
+    KilledError,
+    fit,
+    loss_of,
+    make_trainer,
+    network,
+    same,
+)
 
 LAST = "checkpoints/last.ckpt"
 
@@ -59,6 +69,14 @@ def check_replay(folder: Path, module: Any) -> None:
 GIVEN = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "seed": 7, "kernel": "torch"}
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run(folder, Small(**GIVEN), 4)
+    return folder
+
+
 def test_what_is_given_counts_and_what_is_not_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "smezo_pl")
     run(tmp_path, Small(**GIVEN), 4, RunMetrics(table=False))
@@ -85,6 +103,16 @@ def test_what_is_given_counts_and_what_is_not_stays(tmp_path: Path, caplog: pyte
     assert "other settings" not in caplog.text
 
 
+def test_a_resume_that_is_taken_back_leaves_no_change(stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    for step, lr in ((4, 1e-3), (4, 1e-4), (4, None)):
+        given = {} if lr is None else {"lr": lr}
+        with pytest.raises(KilledError):
+            run(folder, Small(kernel="torch", **given), 8, KillAfter(step), ckpt_path=folder / LAST)
+        changes = [event.facts["changes"] for event in Trajectory.read(folder).events_of("settings")]
+        assert changes == ([] if lr is None else [{"lr": [1e-2, lr]}])
+
+
 FIXED: dict[str, Any] = {
     "seed": 8,
     "noise": "rademacher",
@@ -96,14 +124,6 @@ FIXED: dict[str, Any] = {
     "dense": ["3.bias"],
     "sparsity": 0.5,
 }
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps."""
-    folder = tmp_path_factory.mktemp("stopped")
-    run(folder, Small(**GIVEN), 4)
-    return folder
 
 
 @pytest.mark.parametrize("name", FIXED)

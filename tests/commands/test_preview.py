@@ -16,8 +16,9 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: object, **kwargs: object) -> None:
         raise AssertionError("preview loaded a model")
 
-    monkeypatch.setattr(models, "load_network", load)
+    # The module first: imported after the other is replaced, it would keep the replacement.
     monkeypatch.setattr("smezo_pl.module.load_network", load)
+    monkeypatch.setattr(models, "load_network", load)
 
 
 def preview(capsys: pytest.CaptureFixture[str], folder: Path, *words: str) -> str:

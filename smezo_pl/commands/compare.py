@@ -52,20 +52,36 @@ class RunFacts:
 
 
 def run_folders(paths: Iterable[str | Path]) -> list[Path]:
-    """The folders of runs that are meant: a run's own, or those of all runs of a sweep or of a name's versions."""
+    """The folders of runs that are meant: a run's own, or those of all runs anywhere below a folder."""
     folders: dict[Path, None] = {}
     for path in map(Path, paths):
         if not path.is_dir():
             raise ValueError(f"{path} is no folder: pass a run's folder, such as runs/sst2/version_0")
-        inside = [path] if _is_run(path) else sorted(child for child in path.iterdir() if _is_run(child))
-        if not inside:
-            raise ValueError(f"{path} holds no run: it and the folders in it have no metrics.json and no config.yaml")
+        if not (inside := _runs_below(path)):
+            raise ValueError(
+                f"{path} holds no run: neither in it nor below it is a metrics.json, or a config.yaml of `smezo fit`"
+            )
         folders |= dict.fromkeys(inside)
     return list(folders)
 
 
-def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("metrics.json", "config.yaml"))
+def _runs_below(path: Path) -> list[Path]:
+    if (path / "metrics.json").is_file():
+        return [path]
+    # The other subcommands save their configurations too, with keys of their own.
+    if (config := _read(path / "config.yaml", yaml.safe_load)) and not config.keys() & {
+        "verbose",
+        "return_predictions",
+    }:
+        return [path]
+    return [run for child in sorted(path.iterdir()) if child.is_dir() for run in _runs_below(child)]
+
+
+def _task_name(data: Mapping[str, Any]) -> str | None:
+    """The task's name in a configuration, as `PromptDataModule` gives it."""
+    task, file = data.get("task"), data.get("train_file") or data.get("dev_file") or data.get("test_file")
+    own = Path(file).stem if file else "own"
+    return str(task.get("name") or own) if isinstance(task, Mapping) else task
 
 
 def read_run(folder: Path) -> RunFacts:
@@ -120,7 +136,7 @@ def _metrics_so_far(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         train_loss = [(row.step + 1.0, row.loss) for row in rows if row.losses and not row.skipped] or train_loss
     seconds, peak = scalars.get(STEP_SECONDS, {}), scalars.get(PEAK_MEMORY, {})
     return {
-        "task": str((config.get("data") or {}).get("task")),
+        "task": _task_name(config.get("data") or {}),
         "method": method,
         "hyperparameters": settings,
         "seed": settings.get("seed"),
@@ -283,7 +299,7 @@ def _draw(run: RunFacts, name: str, color: str, metric: str, panels: Sequence[Ax
 def main(args: Sequence[str]) -> None:
     """Print the table, and write it and the curves."""
     parser = argparse.ArgumentParser("smezo compare", description=__doc__)
-    parser.add_argument("run", nargs="+", help="folder of a run, or of a sweep for all its runs")
+    parser.add_argument("run", nargs="+", help="folder of a run, or one with runs anywhere below it, as of a sweep")
     parser.add_argument("--out", default="compare", help="where to write, without the suffix (default: compare)")
     parser.add_argument("--metric", default=None, help="default: accuracy, or else the task's own metric")
     help_text = "a value to reach; can be repeated"

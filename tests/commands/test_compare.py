@@ -136,6 +136,33 @@ def test_the_trajectory_has_the_steps_before_there_are_events(tmp_path: Path) ->
     assert [step for step, _ in run.train_loss] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_runs_anywhere_below_a_folder_and_no_other_subcommands(tmp_path: Path) -> None:
+    runs = [finished(tmp_path / "runs" / "a" / "version_0"), running(tmp_path / "runs" / "b" / "sweep" / "lr=1")]
+    for name, keys in {"version_1": {"verbose": True}, "version_2": {"return_predictions": None}}.items():
+        (tmp_path / "runs" / "a" / name).mkdir()
+        (tmp_path / "runs" / "a" / name / "config.yaml").write_text(yaml.safe_dump({"model": {}, **keys}))
+    (runs[0] / "test").mkdir()
+    (runs[0] / "test" / "config.yaml").write_text("verbose: true\n")
+    assert run_folders([tmp_path / "runs"]) == run_folders(runs) == runs
+    with pytest.raises(ValueError, match="holds no run"):
+        run_folders([tmp_path / "runs" / "a" / "version_1"])
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"task": "sst2"}, "sst2"),
+        ({"task": {"prompt": "{text}", "name": "mine"}, "train_file": "data/films.jsonl"}, "mine"),
+        ({"task": {"prompt": "{text}", "name": None}, "train_file": "data/films.jsonl"}, "films"),
+        ({"task": {"prompt": "{text}"}}, "own"),
+        ({}, None),
+    ],
+)
+def test_the_name_of_an_unfinished_runs_task(data: dict[str, Any], name: str | None, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": data, "model": {}}))
+    assert read_run(tmp_path).task == name
+
+
 def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing is no folder: pass a run's folder"):
         run_folders([tmp_path / "nothing"])

@@ -28,6 +28,7 @@ from smezo_pl.commands.tables import as_csv, markdown
 from smezo_pl.data.loaders import logged_name
 from smezo_pl.methods import METHODS
 from smezo_pl.optim.standstill import PATIENCE
+from smezo_pl.tasks.metrics import lower_is_better
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory
 
 
@@ -194,8 +195,8 @@ def labels(runs: Sequence[RunFacts]) -> list[str]:
 
 
 def steps_to(run: RunFacts, metric: str, value: float) -> int | None:
-    """The step of the first evaluation that reaches a value, a loss from above, everything else from below."""
-    sign = -1.0 if metric == "loss" else 1.0
+    """The step of the first evaluation that reaches a value, an error from above, everything else from below."""
+    sign = -1.0 if lower_is_better(metric) else 1.0
     measured = ((step, metrics[metric]) for step, metrics in run.held_out if metric in metrics)
     return next((step for step, found in measured if isclose(found, value) or sign * found >= sign * value), None)
 
@@ -212,7 +213,8 @@ def rows_of(runs: Sequence[RunFacts], metric: str, targets: Sequence[float]) -> 
             row |= {f"{name} before": first.get(name), name: last.get(name)}
         if metric != "loss":
             found = (values.get(metric, nan) for _, values in run.held_out)
-            row[f"best {metric}"] = None if run.dead else max(filter(isfinite, found), default=None)
+            best = min if lower_is_better(metric) else max
+            row[f"best {metric}"] = None if run.dead else best(filter(isfinite, found), default=None)
         row |= {f"test {name}": run.test.get(name) for name in dict.fromkeys((metric, "loss"))}
         for target in targets:
             steps = None if run.dead else steps_to(run, metric, target)

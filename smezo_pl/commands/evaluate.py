@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from smezo_pl.cli import build, show_log
 from smezo_pl.commands.tables import markdown
 from smezo_pl.commands.weights import base_model_found
+from smezo_pl.tasks.metrics import lower_is_better
 from smezo_pl.trajectory.exports import load
 from smezo_pl.trajectory.files import write_json
 from smezo_pl.trajectory.header import TrajectoryError
@@ -121,7 +122,7 @@ def evaluate(
 def marked(scores: Sequence[dict[str, float]]) -> list[dict[str, str]]:
     """Scores as text, the best of each metric that is finite with an asterisk."""
     best = {
-        n: (min if "loss" in n else max)((row[n] for row in scores if isfinite(row[n])), default=None)
+        n: (min if lower_is_better(n) else max)((row[n] for row in scores if isfinite(row[n])), default=None)
         for n in scores[0]
     }
     return [

@@ -284,6 +284,11 @@ in the answer (0 if there is none), and ``readable``, the fraction of answers th
 """
 
 
+def lower_is_better(name: str) -> bool:
+    """Whether a logged metric, such as ``loss`` or ``val/mae/dataloader_idx_0``, measures an error."""
+    return any(part == "loss" or (part in METRICS and METRICS[part].lower_is_better) for part in name.split("/"))
+
+
 def get_metric(name: str, task: Task, what: str = "metric") -> Metric:
     """The metric of that name.
 

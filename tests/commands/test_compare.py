@@ -194,3 +194,12 @@ def test_a_metric_that_is_not_finite_is_not_the_best(tmp_path: Path) -> None:
     with open(tmp_path / "out.csv", newline="") as file:
         [row] = csv.DictReader(file)
     assert (row["accuracy"], row["best accuracy"], row["steps to 0.8"]) == ("nan", "0.5", "")
+
+
+def test_an_error_is_best_when_small(tmp_path: Path) -> None:
+    held_out = [{"step": 0, "loss": 0.9, "mae": 3.0}, {"step": 100, "loss": 0.8, "mae": 1.0}, {"step": 200, "mae": 2.0}]
+    finished(tmp_path / "run", curve={"train_loss": [], "held_out": held_out})
+    compare([tmp_path / "run"], tmp_path / "out", "mae", targets=[1.5])
+    with open(tmp_path / "out.csv", newline="") as file:
+        [row] = csv.DictReader(file)
+    assert (row["best mae"], row["steps to 1.5"]) == ("1.0", "100")

@@ -195,3 +195,15 @@ def test_at_the_top_level(run: Path, tmp_path: Path, tiny_folder: Path) -> None:
 
 def test_build_takes_the_configuration_of_a_run(run: Path) -> None:
     assert isinstance(build(run / "config.yaml").datamodule, PromptDataModule)
+
+
+def test_nan_is_never_the_best_and_an_error_is_best_when_small() -> None:
+    nan = float("nan")
+    scores = [
+        {"step": 0, "val/loss": nan, "val/accuracy": nan, "val/mae": 2.0, "val/f1": nan},
+        {"step": 4, "val/loss": 0.7, "val/accuracy": 0.5, "val/mae": nan, "val/f1": nan},
+        {"step": 8, "val/loss": 0.6, "val/accuracy": 0.6, "val/mae": 1.0, "val/f1": nan},
+    ]
+    first, second, last = evaluate.marked(scores)
+    assert list(last.values()) == ["8", "0.6000*", "0.6000*", "1.0000*", "nan"]
+    assert not any("*" in text for text in (*first.values(), *second.values()))

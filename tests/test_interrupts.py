@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     return folder / "runs"
+
+
+@pytest.fixture(autouse=True)
+def obeyed_interrupts() -> Iterator[None]:
+    """A shell lets its background jobs ignore SIGINT, and then `Interrupts` does too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
+import io
 import pickle
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -425,3 +429,70 @@ def test_a_buffer_that_eval_mode_writes_is_named_once(caplog):
 
     losses(Counts, True, BATCHES)
     assert caplog.text.count("a forward writes buffer 'calls'") == 1
+
+
+def test_a_forward_in_another_thread_is_refused():
+    model = InAList().eval()
+    optimizer = SparseMeZO(model.named_parameters())
+    optimizer.attach(model)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(RuntimeError, match="a forward runs in another thread than the step"),
+    ):
+        optimizer.step(lambda: pool.submit(model, BATCHES[1]).result().sum())
+
+
+def test_another_thread_saves_the_weights_as_they_are():
+    model, saved = Net().eval(), io.BytesIO()
+    optimizer = SparseMeZO(model.named_parameters())
+    optimizer.attach(model)
+    state, parameter = model.state_dict(), model.a.weight
+    with ThreadPoolExecutor(1) as pool:
+        model.head.register_forward_pre_hook(
+            lambda *_: pool.submit(torch.save, [state, parameter], saved.seek(0) or saved).result()
+        )
+        weight = parameter.detach().clone()
+        optimizer.step(lambda: model(BATCHES[0]).sum())
+    saved.seek(0)
+    loaded, loaded_parameter = torch.load(saved)
+    assert type(loaded_parameter) is nn.Parameter and type(loaded["a.weight"]) is Tensor
+    assert torch.equal(loaded["a.weight"], weight) and torch.equal(loaded_parameter, weight)
+
+
+def test_scripted_modules_are_refused():
+    model = Net()
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        model.head = torch.jit.script(model.head)
+    with pytest.raises(ValueError, match=r"module 'head' is compiled by torch.compile or torch.jit"):
+        SparseMeZO(model.named_parameters()).attach(model)
+
+
+def test_a_step_that_fails_leaves_the_network_as_it_was():
+    model = InAList().eval()
+    optimizer, weight = SparseMeZO(model.named_parameters()), model.a.weight
+    optimizer.attach(model)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(lambda: model(BATCHES[0]).sum())
+    assert model.a.weight is weight is model.kept[0] and type(weight) is nn.Parameter
+    handle.remove()
+    optimizer.step(lambda: model(BATCHES[0]).sum())
+
+
+def test_detach_lets_go_of_the_weights():
+    model = Net().eval()
+    optimizer = SparseMeZO(model.named_parameters())
+    optimizer.attach(model)
+    optimizer.step(lambda: model(BATCHES[0]).sum())
+    optimizer.detach()
+    alive = weakref.ref(model.a.weight)
+    gc.disable()
+    try:
+        optimizer = model = None
+        assert alive() is None
+    finally:
+        gc.enable()

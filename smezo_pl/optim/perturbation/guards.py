@@ -113,6 +113,12 @@ class _Guarded(Tensor):
                 return func(*args, **kwargs)
         return func(*_guards_in(args), **{name: _guards_in(value) for name, value in kwargs.items()})
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = self.detach()  # a guard in the thread of the step
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = nn.Parameter(plain, self.requires_grad) if isinstance(self, nn.Parameter) else plain
+        return plain.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
 
 class _GuardedParameter(_Guarded, nn.Parameter):
     pass
@@ -254,6 +260,12 @@ class Guards:
         """Free the copies that were made for reads; they serve until another module runs."""
         self._copies.clear()
 
+    def clear(self) -> None:
+        """Let go of the weights."""
+        for memory in self._memories.values():
+            memory.weights, memory.aliases = [], []
+        self._parameters, self._tensors, self._memories, self._guard_of = [], [], {}, {}
+
     @contextmanager
     def standing(self, direction: Direction) -> Iterator[None]:
         """Inside the block the guards stand in the place of the tensors."""
@@ -272,6 +284,10 @@ class Guards:
             del _standing.guard_of
             self._direction = None
             self._copies.clear()
+
+    def are_standing_here(self) -> bool:
+        """Whether this is the thread in which they stand."""
+        return hasattr(_standing, "guard_of")
 
     def read(self, guard: Guard) -> Tensor:
         """What a guard stands for: perturbed inside a step, the memory itself outside of it."""

@@ -164,12 +164,14 @@ class Layerwise:
         self.module = module
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         by_memory = {identity(parameter): parameter for parameter in parameters.values()}
-        self._held: dict[nn.Module, _Held] = {}
+        self._held = {module: _Held()}  # of the whole network, too, a call is noticed
         for path, owner in module.named_modules():
-            if type(owner).__name__ == "OptimizedModule" or owner._compiled_call_impl is not None:
+            is_compiled = type(owner).__name__ == "OptimizedModule" or owner._compiled_call_impl is not None
+            if is_compiled or isinstance(owner, torch.jit.ScriptModule):
                 raise ValueError(
-                    f"attach: module {path or type(owner).__name__!r} is compiled by torch.compile, whose graph keeps "
-                    "the weights it was traced with; attach the module that was compiled, or do not attach (in place)"
+                    f"attach: module {path or type(owner).__name__!r} is compiled by torch.compile or torch.jit, whose "
+                    "graph keeps the weights it was traced with; attach the module that was compiled, or do not attach "
+                    "(in place)"
                 )
             for name, parameter in owner._parameters.items():
                 weight = None if parameter is None else by_memory.get(identity(parameter))
@@ -205,10 +207,11 @@ class Layerwise:
             self._handles.append(owner.register_forward_hook(_Hook(self, "_leave"), always_call=True))
 
     def detach(self) -> None:
-        """Remove every hook."""
+        """Remove every hook, and let go of the weights."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._guards.clear()
 
     def extra_bytes(self) -> int:
         """Bytes of scratch kept for the next forward."""
@@ -283,6 +286,11 @@ class Layerwise:
     def _enter(self, module: nn.Module, args: Any) -> Any:
         if self._direction is None:
             return None
+        if not self._guards.are_standing_here():
+            raise RuntimeError(
+                "a forward runs in another thread than the step, where no perturbation reaches it; run it in the "
+                "closure's own thread, or use the in-place perturbation (do not call attach)"
+            )
         held = self._held[module]
         held.depth += 1
         if held.depth > 1:
@@ -376,14 +384,13 @@ class Layerwise:
         stamps = [stamp(copy, self._is_thorough) for _, copy in held.filled]
         written = [slot.weight for (slot, _), a, b in zip(held.filled, stamps, held.stamps, strict=False) if a != b]
         held.depth = 0
-        owner = held.slots[0].owner
         while held.filled:
             slot, copy = held.filled.pop()
             if slot.owner._parameters.get(slot.name) is copy:
                 slot.owner._parameters[slot.name] = slot.guard
             del copy
         if held.padding_idx is not None:
-            owner.padding_idx, held.padding_idx = held.padding_idx, None  # type: ignore[assignment]
+            held.slots[0].owner.padding_idx, held.padding_idx = held.padding_idx, None  # type: ignore[assignment]
         held.hands_out = False
         for kind, scratch in held.memories.items():
             if scratch.is_kept():

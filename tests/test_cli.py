@@ -12,6 +12,7 @@ import yaml
 
 from smezo_pl import SparseMeZO, __version__, build, record
 from smezo_pl import __main__ as script
+from smezo_pl.callbacks import WeightCheckpoint
 from smezo_pl.cli import main
 from smezo_pl.commands import SUBCOMMANDS
 from smezo_pl.parser import suggestion
@@ -306,3 +307,12 @@ def test_print_config_is_a_config(
 @pytest.mark.skipif(os.name != "posix", reason="a shell script")
 def test_ci_script_parses() -> None:
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
+
+
+def test_whole_weights_take_the_place_of_a_seed_checkpoint(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    callback = {"class_path": "smezo_pl.callbacks.WeightCheckpoint"}
+    cli = build({"model": {"pretrained": str(tiny_folder)}, "trainer": {"accelerator": "cpu", "callbacks": [callback]}})
+    assert [type(c) for c in cli.trainer.checkpoint_callbacks] == [WeightCheckpoint]

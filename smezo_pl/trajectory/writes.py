@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _FIRST_SEEN: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
-_ELEMENTS = 16
+_ELEMENTS = 8
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # so that NaN equals itself
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 
 from smezo_pl.cli import build, show_log
 from smezo_pl.commands.tables import markdown
@@ -52,6 +53,8 @@ def main(args: Sequence[str]) -> None:
     if given.model is not None:
         overrides.append(f"--model.pretrained={given.model}")
     run = build(config, *overrides, "--trainer.logger=false")
+    trainer: Any = run.trainer
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, SaveConfigCallback)]  # it is no run
     with base_model_found(trajectory):
         run.model.tokenizer  # noqa: B018 (loads it)
     scores = evaluate(trajectory, run.trainer, run.model, run.datamodule, steps, given.split)

@@ -93,6 +93,7 @@ def test_away_from_home(run: Path, tmp_path: Path, tiny_folder: Path, monkeypatc
     with pytest.raises(TrajectoryError, match=r"pretrained='\./nowhere'.*starts from models/tiny"):
         evaluate.main(["evaluate", "run", "--every", "2", "--model", "./nowhere"])
     evaluate.main(["evaluate", "run", "--every", "2", "--model", str(tiny_folder)])
+    assert not Path("runs").exists()
     scores = json.loads(Path("run/evaluation.json").read_text())["scores"]
     assert scores[-1]["val/loss"] == json.loads(Path("run/metrics.json").read_text())["after"]["loss"]
 

@@ -62,6 +62,15 @@ class MaskRefresh(Callback):
         """Whether masks are refreshed with each group's own sparsity: a resumed run may then be given another."""
         return not self.sparsity
 
+    @property
+    def state_key(self) -> str:
+        """The arguments: Lightning warns if a run is resumed without this callback, or with others."""
+        return self._generate_state_key(**self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """When masks are refreshed, and with which sparsity."""
+        return {name: getattr(self, name) for name in ("every_n_steps", "every_n_epochs", "sparsity")}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the sparsity that the schedule begins with."""
         if trainer.global_step == 0 and 0 in self.sparsity:

@@ -362,6 +362,7 @@ class PromptDataModule(pl.LightningDataModule):
             "data_seed": self.data_seed,
             "num_train": len(self.examples("train")),
             "batch_size": self.batch_size,
+            "processes": self._processes()[0],
             "max_length": self.max_length,
             "objective": self.objective,
             **self._digests(),

@@ -13,7 +13,10 @@ from smezo_pl.tasks import Example, Task
 
 _PROBE = "It was the 1st of 2,024 tests: naïve CAFÉ's “great” 日本語 👍\n\tx_y = f(3.14) != None;"
 
-_SHOWN = ("task", "data_seed", "num_train", "batch_size", "max_length", "objective", "prompt", "candidates")
+_SHOWN = (
+    *("task", "data_seed", "num_train", "batch_size", "processes", "max_length"),
+    *("objective", "prompt", "candidates"),
+)
 """What is shown as it was and is; of the rest, which are digests, only the name is."""
 
 

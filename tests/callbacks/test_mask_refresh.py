@@ -99,3 +99,10 @@ def test_large_models_are_sampled() -> None:
     assert 0 < sum(sizes[name] for name in some) <= sum(sizes.values()) // 2
     assert sampled_names(optimizer, 1) == ["3.bias"]
     assert SAMPLE == 1 << 26
+
+
+@pytest.mark.parametrize("callbacks", [[], [MaskRefresh(every_n_steps=3)]])
+def test_a_resume_without_it_is_warned_of(tmp_path: Path, callbacks: list[Callback]) -> None:
+    fit(tmp_path, Classifier(), MaskRefresh(every_n_steps=2), max_steps=3)
+    with pytest.warns(UserWarning, match="Please add the following callbacks: .*MaskRefresh.*'every_n_steps': 2"):
+        fit(tmp_path, Classifier(), *callbacks, max_steps=4, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")

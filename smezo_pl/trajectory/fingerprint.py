@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smezo_pl import __version__
+from smezo_pl.optim.memory import memory_of
 
 CHUNK = 1 << 24
 """Bytes hashed at a time. Part of the definition: another value gives other hashes."""
@@ -49,6 +50,11 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
         for name, tensor in tensors.items():
             if tensor.layout is not torch.strided:
                 raise TypeError(f"only dense tensors have a fingerprint, got one of layout {tensor.layout}")
+            if tensor.numel() and memory_of(tensor) is None:
+                raise TypeError(
+                    f"{name!r} is a {type(tensor).__name__} without memory of its own, which has no fingerprint: a run "
+                    "on such weights cannot be recorded"
+                )
             head = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".encode()
             flat = tensor.detach().reshape(-1)
             # a view as bytes needs an element: an empty tensor has no chunk

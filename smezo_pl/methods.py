@@ -13,8 +13,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from smezo_pl.data.batch import batch_weight
+from smezo_pl.optim import NonFiniteLossError, SparseMeZO
 from smezo_pl.optim.parameters import remembers_given
-from smezo_pl.optim.sparse_mezo import NonFiniteLossError, SparseMeZO
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from smezo_pl.models import (
     precision_of,
 )
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.optim.sparse_mezo import NON_FINITE_ADVICE, NonFiniteLossError
+from smezo_pl.optim.step import NON_FINITE_ADVICE, NonFiniteLossError
 from smezo_pl.saving import check_output, save_network
 from smezo_pl.scoring import evaluation
 from smezo_pl.scoring.linear_probe import LinearProbe

@@ -20,7 +20,7 @@ from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.callbacks import RunMetrics, SeedCheckpoint, WeightCheckpoint
 from smezo_pl.cli import check_settings, main
 from smezo_pl.methods import METHODS, FirstOrder, MethodName
-from smezo_pl.optim.sparse_mezo import NonFiniteLossError
+from smezo_pl.optim import NonFiniteLossError
 from smezo_pl.scoring.evaluation import scores_of
 from smezo_pl.scoring.linear_probe import LinearProbe
 from tests.trajectory.runs import KillAfter, KilledError

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.callbacks import PredictionWriter
 from smezo_pl.data.batch import split_batch
-from smezo_pl.optim.sparse_mezo import NonFiniteLossError
+from smezo_pl.optim import NonFiniteLossError
 from smezo_pl.scoring.evaluation import answers_of
 from smezo_pl.tasks.metrics import METRICS, squad_em, squad_f1
 

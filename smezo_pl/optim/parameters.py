@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from smezo_pl.optim.kernels import Kernel, KernelName, get_kernel
 from smezo_pl.optim.masks import MASK_RULES
 from smezo_pl.optim.memory import Part, check_tensor, ties
+from smezo_pl.optim.noise import NOISE_SCHEME
 
 Patterns = str | Sequence[str] | None
 """One or several patterns of parameter names, or None."""
@@ -95,14 +96,19 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) or name.startswith(pattern + ".") for pattern in patterns)
 
 
-def require_matches(argument: str, patterns: Iterable[str], names: Sequence[str]) -> None:
-    """Refuse a pattern that fits no parameter."""
-    for pattern in patterns:
+def check_scope(scope: Mapping[str, Iterable[str]], names: Sequence[str], groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse a pattern that fits no parameter, and groups without any."""
+    for argument, pattern in ((argument, pattern) for argument, patterns in scope.items() for pattern in patterns):
         if not any(matches(name, (pattern,)) for name in names):
             near = get_close_matches(pattern.strip("*"), names, n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
             raise ValueError(f"{argument} pattern {pattern!r} matches no parameter{hint} Names: {shown}")
+    if not any(group["params"] for group in groups):
+        raise ValueError(
+            f"no parameter is optimized: of {len(names)} given, none has requires_grad=True and is in include and not "
+            "in exclude"
+        )
 
 
 def choose(
@@ -165,6 +171,35 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"mask must be one of {', '.join(MASK_RULES)}, got {group['mask']!r}")
     if group["mask_update"] not in ("dynamic", "constant"):
         raise ValueError(f"mask_update must be 'dynamic' or 'constant', got {group['mask_update']!r}")
+
+
+def check_settings(num_samples: object, seed: object, max_skipped: object, noise: object, kernel: object) -> None:
+    """Refuse settings of the optimizer as a whole that are out of range."""
+    check_integer("num_samples", num_samples, 1, 1 << 24)
+    check_integer("seed", seed, 0, 1 << 64)
+    check_integer("max_skipped", max_skipped, 1, 1 << 31)
+    if noise not in ("gaussian", "rademacher"):
+        raise ValueError(f"noise must be 'gaussian' or 'rademacher', got {noise!r}")
+    if kernel not in ("auto", "numba", "triton", "torch"):
+        raise ValueError(f"kernel must be 'auto', 'numba', 'triton' or 'torch', got {kernel!r}")
+
+
+def check_state(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse the state of another optimizer, of another noise scheme, or of other parameters than in ``groups``."""
+    own = state.get("smezo")
+    if own is None:
+        raise ValueError("the state does not come from SparseMeZO: it has no entry 'smezo'")
+    if own["noise_scheme"] != NOISE_SCHEME:
+        raise ValueError(
+            f"the state was made with noise scheme {own['noise_scheme']}, this version has scheme {NOISE_SCHEME}; "
+            "the run cannot be resumed with other noise"
+        )
+    for saved, group in zip(state["param_groups"], groups, strict=False):
+        if saved["names"] != group["names"] or saved["numbers"] != group["numbers"]:
+            raise ValueError(
+                f"the state belongs to other parameters: {len(saved['names'])} saved ({saved['names'][:2]}...), "
+                f"{len(group['names'])} here ({group['names'][:2]}...)"
+            )
 
 
 def check_integer(name: str, value: object, low: int, high: int) -> None:

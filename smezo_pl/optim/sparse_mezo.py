@@ -21,34 +21,38 @@ from smezo_pl.optim.parameters import (
     Patterns,
     as_patterns,
     check_group,
-    check_integer,
+    check_scope,
+    check_settings,
+    check_state,
     choose,
-    float32,
     matches,
     remembers_given,
-    require_matches,
 )
 from smezo_pl.optim.participation import Participation
 from smezo_pl.optim.perturbation import deferred_interrupt, run_forwards
 from smezo_pl.optim.perturbation.layerwise import Closure, Layerwise
 from smezo_pl.optim.selection import MaskStat, Selection
 from smezo_pl.optim.standstill import Standstill
-from smezo_pl.optim.step import StepPerturbation, StepRecord, check_record
+from smezo_pl.optim.step import (
+    NON_FINITE_ADVICE,
+    NonFiniteLossError,
+    StepPerturbation,
+    StepRecord,
+    check_record,
+    projected_gradients,
+    rates_of,
+)
 
 logger = logging.getLogger(__name__)
 
+_SAVED = ("_steps_done", "_skipped", "_skipped_in_row", "seed", "num_samples", "noise")
+"""Attributes in a state, in which their names have no underscore in front."""
+
 _COPIED = (
-    *("num_samples", "seed", "max_skipped", "noise", "kernel", "_scope", "_given", "_steps_done", "_skipped"),
-    *("_skipped_in_row", "_refreshed", "_last_step", "_logged", "_copied_bytes", "given", "overrides"),
+    *("max_skipped", "kernel", "_scope", "_given", "_refreshed", "_last_step", "_logged", "_copied_bytes"),
+    *("given", "overrides", *_SAVED),
 )
 """Attributes that a copied or pickled optimizer keeps beside torch's own."""
-
-
-NON_FINITE_ADVICE = "Try a smaller lr, a smaller eps, or bfloat16 in place of float16"
-
-
-class NonFiniteLossError(RuntimeError):
-    """Too many losses in a row were infinite or NaN."""
 
 
 @remembers_given
@@ -134,13 +138,7 @@ class SparseMeZO(Optimizer):
         maximize: bool = False,
         max_skipped: int = 20,
     ) -> None:
-        check_integer("num_samples", num_samples, 1, 1 << 24)
-        check_integer("seed", seed, 0, 1 << 64)
-        check_integer("max_skipped", max_skipped, 1, 1 << 31)
-        if noise not in ("gaussian", "rademacher"):
-            raise ValueError(f"noise must be 'gaussian' or 'rademacher', got {noise!r}")
-        if kernel not in ("auto", "numba", "triton", "torch"):
-            raise ValueError(f"kernel must be 'auto', 'numba', 'triton' or 'torch', got {kernel!r}")
+        check_settings(num_samples, seed, max_skipped, noise, kernel)
         self.num_samples, self.seed, self.max_skipped = num_samples, seed, max_skipped
         self.noise: Distribution = noise
         self.kernel: KernelName = kernel
@@ -155,20 +153,13 @@ class SparseMeZO(Optimizer):
         defaults: dict[str, Any] = {"lr": lr, "eps": eps, "sparsity": sparsity, "weight_decay": weight_decay}
         defaults |= {"mask": mask, "mask_update": mask_update, "maximize": maximize}
         super().__init__(params, defaults)
-        for argument, patterns in self._scope.items():
-            require_matches(argument, patterns, self._given)
-        if not any(group["params"] for group in self.param_groups):
-            raise ValueError(
-                f"no parameter is optimized: of {len(self._given)} given, none has requires_grad=True and is in "
-                "include and not in exclude"
-            )
+        check_scope(self._scope, self._given, self.param_groups)
 
     def _wire(self) -> None:
         """Make the parts that are not copied with the optimizer."""
         self._listed: list[OptimizedTensor] = []
         self._layerwise: Layerwise | None = None
-        self._selection, self.participation = Selection(), Participation()
-        self.standstill = Standstill()
+        self._selection, self.participation, self.standstill = Selection(), Participation(), Standstill()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, numbered after those given before (see `torch.optim.Optimizer.add_param_group`)."""
@@ -205,12 +196,7 @@ class SparseMeZO(Optimizer):
         state = super().state_dict()
         state["smezo"] = {
             "noise_scheme": NOISE_SCHEME,
-            "steps_done": self._steps_done,
-            "skipped": self._skipped,
-            "skipped_in_row": self._skipped_in_row,
-            "seed": self.seed,
-            "num_samples": self.num_samples,
-            "noise": self.noise,
+            **{name.lstrip("_"): getattr(self, name) for name in _SAVED},
             "bits": dict(self._selection.bits),
         }
         if unread := self.participation.unread_of(self._tensors()):
@@ -223,24 +209,11 @@ class SparseMeZO(Optimizer):
         Raises:
             ValueError: If the state is another optimizer's, of another noise scheme or of other parameters.
         """
-        own = state_dict.get("smezo")
-        if own is None:
-            raise ValueError("the state does not come from SparseMeZO: it has no entry 'smezo'")
-        if own["noise_scheme"] != NOISE_SCHEME:
-            raise ValueError(
-                f"the state was made with noise scheme {own['noise_scheme']}, this version has scheme {NOISE_SCHEME}; "
-                "the run cannot be resumed with other noise"
-            )
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            if saved["names"] != group["names"] or saved["numbers"] != group["numbers"]:
-                raise ValueError(
-                    f"the state belongs to other parameters: {len(saved['names'])} saved ({saved['names'][:2]}...), "
-                    f"{len(group['names'])} here ({group['names'][:2]}...)"
-                )
+        check_state(state_dict, self.param_groups)
+        own = state_dict["smezo"]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "smezo"})
-        self._steps_done, self._skipped = own["steps_done"], own["skipped"]
-        self._skipped_in_row = own["skipped_in_row"]
-        self.seed, self.num_samples, self.noise = own["seed"], own["num_samples"], own["noise"]
+        for name in _SAVED:
+            setattr(self, name, own[name.lstrip("_")])
         self._selection.load_bits(self._tensors(), own["bits"])
         self.participation.unread = sum(1 << number for number in own.get("unread", ()))
 
@@ -293,8 +266,7 @@ class SparseMeZO(Optimizer):
 
     def prepare_masks(self) -> None:
         """Compute the thresholds that are not there yet. The first step does it; call it to see them before."""
-        waiting = [group for group in self.param_groups if not group["ready"]]
-        if waiting:
+        if waiting := [group for group in self.param_groups if not group["ready"]]:
             self._selection.make(self._tensors(), waiting, self._steps_done)
             self._refreshed = True
 
@@ -410,15 +382,13 @@ class SparseMeZO(Optimizer):
         losses, forward_seconds, self._copied_bytes, read = run_forwards(
             closure, self.num_samples, step, self._layerwise, [tensor.parameter for tensor in watched], self._log_once
         )
-        eps = self.param_groups[0]["eps"]
-        gradients = tuple(float32((plus - minus) / (2.0 * eps)) for plus, minus in losses)
-        skipped = not all(math.isfinite(value) for value in (*gradients, *(v for pair in losses for v in pair)))
+        gradients = projected_gradients(losses, self.param_groups[0]["eps"])
         record = StepRecord(
             step=self._steps_done,
             losses=losses,
-            projected_gradients=() if skipped else gradients,
-            **self._rates(),
-            skipped=skipped,
+            projected_gradients=gradients,
+            **rates_of(self.param_groups),
+            skipped=not gradients,
             refreshed=self._refreshed,
             unread=self.participation.after_forwards(watched, fresh, read, self._steps_done),
             forward_seconds=forward_seconds,
@@ -427,10 +397,8 @@ class SparseMeZO(Optimizer):
         self._apply(record, step)
         self._last_step = replace(record, total_seconds=perf_counter() - started)
         if self._skipped_in_row >= self.max_skipped:
-            raise NonFiniteLossError(
-                f"the loss was not finite in {self._skipped_in_row} steps in a row (last pair {losses[-1]}); the "
-                f"weights are those before them. {NON_FINITE_ADVICE}"
-            )
+            what = f"the loss was not finite in {self._skipped_in_row} steps in a row (last pair {losses[-1]})"
+            raise NonFiniteLossError(f"{what}; the weights are those before them. {NON_FINITE_ADVICE}")
         return torch.tensor(self._last_step.loss, dtype=torch.float32)
 
     def replay_step(
@@ -442,20 +410,8 @@ class SparseMeZO(Optimizer):
         skipped: bool = False,
         unread: int = 0,
     ) -> None:
-        """Make the update of a step again from its record, with no forward.
-
-        Args:
-            step: Index of the step; it must be `steps_done`.
-            projected_gradients: One float32 number per sample; ignored when skipped.
-            lr: Learning rate of each group.
-            weight_decay: Weight decay of each group.
-            skipped: Whether the step changed nothing.
-            unread: The tensors that took no part (see `StepRecord`).
-
-        Raises:
-            ValueError: If the step is not the next one, or numbers are missing.
-        """
-        rates = self._rates() | {"lr": tuple(lr), "weight_decay": tuple(weight_decay)}
+        """Make the update of a step again, with no forward, from what its `StepRecord` holds; see `replay_steps`."""
+        rates = rates_of(self.param_groups) | {"lr": tuple(lr), "weight_decay": tuple(weight_decay)}
         self.replay_steps([StepRecord(step, (), tuple(projected_gradients), **rates, skipped=skipped, unread=unread)])
 
     @torch.no_grad()
@@ -486,11 +442,6 @@ class SparseMeZO(Optimizer):
             self._skipped += record.skipped
             self._skipped_in_row = self._skipped_in_row + 1 if record.skipped else 0
             self._refreshed, self.participation.unread = False, record.unread
-
-    def _rates(self) -> dict[str, Any]:
-        """What a record has for each parameter group."""
-        names = ("lr", "weight_decay", "eps", "sparsity")
-        return {name: tuple(float(group[name]) for group in self.param_groups) for name in names}
 
     def _log_once(self, line: str) -> None:
         if line not in self._logged:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +15,12 @@ from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Distribution, Stream
 from smezo_pl.optim.parameters import OptimizedTensor, float32
 from smezo_pl.optim.selection import Selection
+
+NON_FINITE_ADVICE = "Try a smaller lr, a smaller eps, or bfloat16 in place of float16"
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many losses in a row were infinite or NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,19 @@ class StepRecord:
     def samples(self) -> int:
         """Number of samples; 0 if the step was skipped and its losses were not kept."""
         return len(self.losses or self.projected_gradients)
+
+
+def projected_gradients(losses: Sequence[tuple[float, float]], eps: float) -> tuple[float, ...]:
+    """``(l+ - l-) / (2 eps)`` of each sample as float32; none if one of them or of the losses is not finite."""
+    gradients = tuple(float32((plus - minus) / (2.0 * eps)) for plus, minus in losses)
+    finite = all(map(math.isfinite, (*gradients, *(loss for pair in losses for loss in pair))))
+    return gradients if finite else ()
+
+
+def rates_of(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a record has for each parameter group."""
+    names = ("lr", "weight_decay", "eps", "sparsity")
+    return {name: tuple(float(group[name]) for group in groups) for name in names}
 
 
 def check_record(record: StepRecord, step: int, groups: int, samples: int) -> None:

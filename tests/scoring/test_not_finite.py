@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl import PromptDataModule, SparseMeZOModule
 from smezo_pl.callbacks import PredictionWriter, RunMetrics, ScoreWriter, SeedCheckpoint
-from smezo_pl.optim.sparse_mezo import NonFiniteLossError
+from smezo_pl.optim import NonFiniteLossError
 
 ODD = 7
 """The row whose scores are not finite."""

@@ -117,11 +117,12 @@ def _checked(rows: Rows, task: Task, needed: Sequence[str]) -> Rows:
     present = list(dict.fromkeys(names))
     missing = [column for column in needed if column not in present]
     if missing:
+        more = f" and {len(present) - 30} others" if len(present) > 30 else ""
         near = get_close_matches(missing[0], present, n=1)
         raise ValueError(
             f"{rows.origin} lacks {'column' if len(missing) == 1 else 'columns'} {', '.join(map(repr, missing))} of"
             f" task {task.name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; it has"
-            f" {', '.join(map(repr, present))}"
+            f" {', '.join(map(repr, present[:30]))}{more}"
         )
     return replace(rows, whole=frozenset(column for column in task.columns if _is_whole(rows.table, column)))
 
@@ -216,6 +217,8 @@ def _plain(table: pa.Table) -> pa.Table:
         fields = [column.with_type(_as_bytes(column.type)) for column in table.schema]
         table = table.cast(pa.schema(fields, table.schema.metadata))
     for index, column in enumerate(table.schema):
+        if column.type == pa.string_view():  # rows of it cannot be taken
+            table = table.set_column(index, column.name, table[index].cast(pa.large_string()))
         if column.type == pa.float32():  # 0.1, not 0.10000000149011612
             table = table.set_column(index, column.name, table[index].cast(pa.string()).cast(pa.float64()))
     return table

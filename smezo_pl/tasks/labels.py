@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -27,7 +28,10 @@ SHORT_FORMS = (
 )
 """Spellings of one name, in lower case. Those of yes and no are what truth values are matched with."""
 
-_OPINIONS = {"good": "positive", "great": "positive", "bad": "negative", "terrible": "negative"}
+_OPINIONS = {
+    **dict.fromkeys(("good", "great", "excellent", "wonderful", "amazing"), "positive"),
+    **dict.fromkeys(("bad", "terrible", "awful", "horrible", "poor"), "negative"),
+}
 """Candidates that say the same as a name: enough to refuse an order, not to read a label by."""
 
 _SHORT = {spelling: group[0] for group in SHORT_FORMS for spelling in group}
@@ -73,10 +77,11 @@ def _number(value: Any) -> int | str | None:
     return cell if isinstance(cell, str) or type(cell) is int else None
 
 
-def _meaning(value: Any) -> str | None:
+def _meaning(letters: bool, value: Any) -> str | None:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return _SHORT.get(folded := value.strip().casefold(), folded) if isinstance(value, str) else None
+    folded = value.strip().casefold() if isinstance(value, str) else None
+    return _SHORT.get(folded, folded) if folded and (letters or len(folded) > 1) else folded
 
 
 def _is_truth(value: Any) -> bool:
@@ -87,9 +92,11 @@ def find(value: Any, known: Options, loose: bool) -> tuple[int, ...]:
     """The indices of the texts that a value may spell: of one text, which may repeat, or of several.
 
     It is compared as it stands, then as a number, then, if ``loose`` or a truth value, in lower case and by short
-    forms. The first comparison that finds something decides.
+    forms. The first comparison that finds something decides. A letter is a short form among two texts only: beside
+    entailment and contradiction, ``n`` is hardly no.
     """
-    for form in (_raw, _number, *((_meaning,) if loose or _is_truth(value) else ())):
+    meaning = partial(_meaning, _is_truth(value) or len(known) == 2)
+    for form in (_raw, _number, *((meaning,) if loose or _is_truth(value) else ())):
         own = form(value)
         hits = tuple(i for i, text in enumerate(known) if own is not None and text is not None and form(text) == own)
         if hits:
@@ -161,7 +168,10 @@ class LabelReading:
                 problem = "a number of the file and its name are different labels of the task"
         else:
             reading = replace(self, kinds=named, declared=declared)
-            problem = reading._contradiction(by_number) if compared else ""
+            if compared and len(set(by_number) - {()}) < len(names):
+                problem = f"the numbers of the file are 0 to {len(declared) - 1}"
+            elif compared:
+                problem = reading._contradiction(by_number)
         if problem:
             raise ExampleError(
                 f"{self.origin}: column {task.label!r} declares the labels {_quoted(declared)}, and task {task.name!r}"
@@ -173,7 +183,8 @@ class LabelReading:
     def _contradiction(self, by_number: Sequence[tuple[int, ...]]) -> str:
         """Where a declared name reads like another candidate than the one that its number is."""
         texts = [text.strip() for text in self.task.candidate_templates]
-        read = [_OPINIONS.get(text.casefold(), text) for text in texts]
+        # Among more, "terrible" may be another degree than "negative".
+        read = [_OPINIONS.get(text.casefold(), text) if len(texts) <= 3 else text for text in texts]
         for name, number in zip(self.declared, by_number, strict=True):
             text = find(name, read, loose=True)
             if len(text) == 1 and text != number:
@@ -182,13 +193,16 @@ class LabelReading:
         return ""
 
     def _inferred(self, cells: Iterable[Cell]) -> tuple[Reading, ...]:
-        common, because = self.kinds, ""
+        common, because, past, zero = self.kinds, "", "", False
         for where, value, options in cells:
             try:
                 golds = self._possible(value, options)
             except ExampleError:
                 continue  # no example: refused or left out when it is made into one
+            zero = zero or plain(value) == 0
             if not any(golds.values()):
+                if not past and "position" in common and type(plain(value)) is int and plain(value) == len(options()):
+                    past = f"{where}: {self._refusal(value, options())}"
                 continue
             label = f"{where}: label {value!r} in column {self.task.label!r}"
             if len(set(map(frozenset, golds.values()))) > 1:
@@ -203,6 +217,9 @@ class LabelReading:
                 )
             if kept != common:
                 common, because = kept, f"{value!r} in {where} is a {' or '.join(golds)}"
+        if past and not zero and common[0] == "position":
+            # Where such rows are left out, the others would be read off by one.
+            raise ExampleError(f"{past}; no label is 0, so they seem to count from 1: write those names in the task")
         return common
 
     def _possible(self, value: Any, options: Callable[[], Options]) -> dict[Reading, tuple[int, ...]]:
@@ -275,15 +292,21 @@ class LabelReading:
             )
         allowed = [_quoted(names)] if self.kinds != ("position",) else []
         allowed += [f"0 to {len(options) - 1}"] if "position" in self.kinds else []
+        if self._under(self.kinds[0], value, options) == UNCLEAR:
+            return f"{label} stands for a null option, or for several of {_quoted(names)}"
         text = f"{label} is outside task {task.name!r}, allowed are {' or '.join(allowed)}"
+        if isinstance(task.candidates, ListCandidates) and isinstance(cell, str) and len(cell) == 1 and not task.labels:
+            return f"{text}; for letters write candidates: {{column: {task.candidates.column}, names: [A, B, ...]}}"
         if type(cell) is not int:
             return text
         if self.codes:
             return f"{text}; the file calls its labels {_quoted(self.codes)}"
         if "position" in self.kinds or any(type(plain(name)) is int for name in names):
             return text
-        way = "" if task.source else ", or label_is: position if it counts in this order"
-        return f"{text}; numbers need the file's own names for them{way}"
+        way = (
+            "" if task.source else " or the task, {0: TEXT, 1: TEXT}, or label_is: position if they count in this order"
+        )
+        return f"{text}; numbers need names of their own in the file{way}"
 
     def kept(self, options: Options) -> list[int]:
         """The indices of the options that are candidates: none that is null, and if labels are texts each text once."""

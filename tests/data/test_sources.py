@@ -402,8 +402,9 @@ def test_every_kind_of_file_gives_the_same_rows(write_file: Write, tmp_path: Pat
     write_file("a.jsonl", '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
     write_file("a.csv", "text,label\na,0\nb,1\n")
     write_file("a.tsv", "text\tlabel\na\t0\nb\t1\n")
-    for kind in ("parquet", "jsonl", "csv", "tsv"):
-        found = load_file(tmp_path / f"a.{kind}", task, "train").rows([1, 0])
+    pq.write_table(pa.table({"text": pa.array(["a", "b"], pa.string_view()), "label": [0, 1]}), tmp_path / "b.parquet")
+    for name in ("a.parquet", "b.parquet", "a.jsonl", "a.csv", "a.tsv"):
+        found = load_file(tmp_path / name, task, "train").rows([1, 0])
         assert [{key: str(value) for key, value in row.items()} for row in found] == [
             {"text": "b", "label": "1"},
             {"text": "a", "label": "0"},

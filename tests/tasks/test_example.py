@@ -57,7 +57,7 @@ def test_trec_needs_names() -> None:
     message = fails(get_task("trec"), row)
     assert message.startswith(
         "label 3 in column 'coarse_label' is outside task 'trec', allowed are 'ABBR', 'ENTY', 'DESC', 'HUM', 'LOC',"
-        " 'NUM'; numbers need the file's own names for them"
+        " 'NUM'; numbers need names of their own in the file"
     )
     assert make_example(get_task("trec"), {"text": "Who ?", "coarse_label": "HUM"}).label == 3
 

@@ -78,7 +78,12 @@ def test_a_truth_value_is_neither_a_number_nor_one_of_two_names(candidates: Any)
 def test_a_truth_value_that_two_options_say() -> None:
     assert answers(choice(), [True, "false"], choices=[["no", "t", "other"]] * 2) == ["t", "no"]
     refused("is a truth value, and task 'own' has", choice(), [True], choices=[["yes", "Yes", "no"]])
-    refused("label 'ab' in column 'label' is outside", choice(names=["Ab", "AB"]), ["ab"], choices=[["x", "y"]])
+    refused(
+        "'ab' in column 'label' stands for a null option, or for",
+        choice(names=["Ab", "AB"]),
+        ["ab"],
+        choices=[["x", "y"]],
+    )
 
 
 def test_a_number_is_no_truth_value() -> None:
@@ -120,6 +125,8 @@ def test_the_page_names_every_short_form() -> None:
         ([" a", " b", " c"], SENTIMENT, "a list of candidates is for as many labels"),
         ({"pos": " a", "neg": " b"}, ("pos", "positive"), "two of them are 'pos'"),
         ({1: " a", 2: " b", 3: " c"}, ("2", "3"), "a number of the file and its name are different labels"),
+        ({1: " a", 2: " b"}, ("1 star", "2 stars"), "the numbers of the file are 0 to 1"),
+        ([" awful", " excellent"], SENTIMENT[::-1], "'positive' is 'excellent' by its name and 'awful' by its number"),
     ],
 )
 def test_names_that_contradict_the_task(candidates: Any, names: tuple[str, ...], message: str) -> None:
@@ -181,7 +188,11 @@ def test_names_come_first() -> None:
     assert answers(own({1: " 0", 0: " 1"}), [0, 1]) == ["1", "0"]
     assert answers(own({"a": " b", "b": " a"}), ["a", "b"]) == ["b", "a"]
     assert answers(own({"E": " x", "e": " y"}), ["E", "e"]) == ["x", "y"]
-    refused("label 'Ab' in column 'label' is outside", own({"AB": " x", "ab": " y"}), ["Ab"])
+    refused(
+        "label 'Ab' in column 'label' stands for a null option, or for several of 'AB', 'ab'",
+        own({"AB": " x", "ab": " y"}),
+        ["Ab"],
+    )
 
 
 def test_the_text_of_a_candidate_is_its_label_too() -> None:
@@ -191,6 +202,29 @@ def test_the_text_of_a_candidate_is_its_label_too() -> None:
 
 
 TWO = "label 1 in column 'label' has two readings, as position it is '2', as text it is '1'; write label_is: position"
+
+
+def test_a_letter_is_a_short_form_among_two_only() -> None:
+    assert answers(own([" Yes", " No"]), ["y", "n"]) == ["Yes", "No"]
+    relation = {"entailment": " Yes", "neutral": " Maybe", "contradiction": " No"}
+    for candidates in (relation, [*relation.values()]):
+        refused("label 'n' in column 'label' is outside task", own(candidates), ["n"])
+    refused("label 'no' in column 'label' is outside", own({"E": " x", "N": " y", "C": " z"}), ["no"])
+
+
+def test_degrees_of_a_name_are_no_other_order() -> None:
+    names = ("very negative", "negative", "neutral", "positive", "very positive")
+    assert answers(own([" terrible", " poorly", " okay", " fine", " great"]), [1, 3], names) == ["poorly", "fine"]
+
+
+def test_a_file_that_counts_from_one_has_no_positions() -> None:
+    with_choices = {"choices": [["a", "b"]] * 2}
+    counted = "a.jsonl, line 2: label 2 in column 'label' is outside"
+    refused(counted, own([" a", " b"]), [1, 2])
+    refused("no label is 0, so they seem to count from 1", own({"column": "choices"}), [1, 2], **with_choices)
+    assert answers(own({"column": "choices", "names": ["1", "2"]}), [1, 2], **with_choices) == ["a", "b"]
+    refused("allowed are 'a', 'b' or 0 to 1; for letters write candidates: {column: choices, names: [A, B, ...]}",
+            own({"column": "choices"}), ["A", "B"], **with_choices)  # fmt: skip
 
 
 def test_two_readings_are_refused_and_label_is_decides() -> None:
@@ -246,7 +280,7 @@ def test_positions_count_the_options_as_they_stand_in_the_file() -> None:
         assert answers(task, [2], choices=[["a", "a", "b", "c"]]) == ["b"]
         assert answers(task, [2], choices=[["yes ", "yes", "no", "maybe"]]) == ["no"]
         assert answers(task, [2], choices=[["a", None, "b"]]) == ["b"]
-        refused("label 1 in column 'label' is outside", task, [1], choices=[["a", None, "b"]])
+        refused("label 1 in column 'label' stands for a null option", task, [1], choices=[["a", None, "b"]])
     assert answers(choice(names=["A", "B", "C"]), ["C"], choices=[["a", None, "b"]]) == ["b"]
 
 
@@ -355,6 +389,13 @@ def test_rows_whose_label_is_no_label_are_left_out(tmp_path: Path, caplog: pytes
     data = PromptDataModule(keys, train_file=file, bad_rows="skip", k_shot=1)
     assert sorted(example.label for example in data.examples("train")) == [0, 1]
     assert "3 of 7 rows are left out; the first: " in caplog.text
+
+
+def test_rows_that_are_left_out_leave_no_others_off_by_one(tmp_path: Path) -> None:
+    file = labeled(tmp_path / "train.jsonl", [1, 2, 1, 2])
+    keys = {"prompt": "{text}\n", "candidates": ["a", "b"]}
+    with pytest.raises(ExampleError, match="line 2: label 2 in column 'label' is outside .* seem to count from 1"):
+        PromptDataModule(keys, train_file=file, bad_rows="skip").examples("train")
 
 
 def test_a_file_without_labels_can_be_predicted(tmp_path: Path) -> None:

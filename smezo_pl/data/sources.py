@@ -2,10 +2,9 @@
 
 import json
 import logging
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ class Rows:
     origin: str  # the file or dataset, for messages
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what integers of a column stand for, if known
     lines: Sequence[int] = ()  # the line of the file that each row begins on, where there are lines
-    whole: frozenset[str] = frozenset()  # columns of whole numbers that were read as floats
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -37,21 +35,16 @@ class Rows:
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows at these indices."""
         if isinstance(self.table, list):
-            taken = [self.table[index] for index in indices]
-        else:
-            taken = self.table.take(pa.array(indices, pa.int64())).to_pylist()
-        if self.whole:
-            taken = [row | {name: _as_integers(row[name]) for name in self.whole & row.keys()} for row in taken]
+            return [self.table[index] for index in indices]
+        taken: list[dict[str, Any]] = self.table.take(pa.array(indices, pa.int64())).to_pylist()
         return taken
 
     def values(self, column: str) -> list[Any]:
         """The values of a column, None where a row has none."""
         if isinstance(self.table, list):
-            values = [row.get(column) for row in self.table]
-        else:
-            there = column in self.table.column_names
-            values = self.table.column(column).to_pylist() if there else [None] * len(self)
-        return [_as_integers(value) for value in values] if column in self.whole else values
+            return [row.get(column) for row in self.table]
+        there = column in self.table.column_names
+        return self.table.column(column).to_pylist() if there else [None] * len(self)
 
     def line(self, index: int) -> str:
         """Where a row is, for messages."""
@@ -124,41 +117,7 @@ def _checked(rows: Rows, task: Task, needed: Sequence[str]) -> Rows:
             f" task {task.name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; it has"
             f" {', '.join(map(repr, present[:30]))}{more}"
         )
-    return replace(rows, whole=frozenset(column for column in task.columns if _is_whole(rows.table, column)))
-
-
-def _is_whole(table: pa.Table | list[dict[str, Any]], column: str) -> bool:
-    """Whether a column holds floats and all are whole: integers beside an empty cell, as pandas writes them."""
-    if isinstance(table, list):
-        values: Any = (row.get(column) for row in table)
-    elif column in table.column_names and re.search("float|double", str(table.schema.field(column).type)):
-        values = table[column].to_pylist()
-    else:
-        return False
-    seen = False
-    for number in _floats(values):
-        # Above, floats skip integers.
-        if not (number.is_integer() and abs(number) < 2**53):
-            return False
-        seen = True
-    return seen
-
-
-def _floats(value: Any) -> Iterator[float]:
-    if isinstance(value, float):
-        if not math.isnan(value):
-            yield value
-    elif not isinstance(value, (str, bytes, int)) and isinstance(value, Iterable):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _floats(item)
-
-
-def _as_integers(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isnan(value) else int(value)
-    if isinstance(value, list):
-        return [_as_integers(item) for item in value]
-    return {key: _as_integers(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return rows
 
 
 def _from_folder(task: Task, split: str, data_dir: Path, name: str) -> Rows:

@@ -334,6 +334,13 @@ class LabelReading:
             for label, gold in zip(self.declared or labels, golds, strict=True)
         )
 
+    @property
+    def _agreeing(self) -> set[Reading]:
+        """The readings that give the same: also positions where the file's names stand in the task's own order."""
+        in_order = [(index,) for index in range(len(self.codes))]
+        ordered = self.codes and [find(name, self.task.labels, loose=True) for name in self.codes] == in_order
+        return {*self.kinds, "position"} if ordered else {*self.kinds}
+
     def check_agrees(self, other: "LabelReading") -> None:
         """Refuse two files of one task whose labels are read in different ways.
 
@@ -341,7 +348,7 @@ class LabelReading:
             ExampleError: If they are.
         """
         files = f"{other.origin} and {self.origin}: column {self.task.label!r} holds"
-        if not set(self.kinds) & set(other.kinds):
+        if not self._agreeing & other._agreeing:
             raise ExampleError(
                 f"{files} a {other.kinds[0]} in the one and a {self.kinds[0]} in the other; write the labels of a task"
                 " in one way"

@@ -20,8 +20,8 @@ def as_text(value: Any, column: str, where: str) -> str:
     """The text of a value, never Python's notation of something that is no text.
 
     Text is itself, and bytes are what they are in UTF-8. Numbers are written in decimal digits without an exponent, as
-    many as they have; dates and times as in ISO 8601, ``2024-01-31 12:00:00``. Truth values, lists, structures and all
-    else have no one text.
+    many as they have, a whole float as an integer; dates and times as in ISO 8601, ``2024-01-31 12:00:00``. Truth
+    values, lists, structures and all else have no one text.
 
     Args:
         value: The value, not a missing one.
@@ -54,7 +54,8 @@ def as_text(value: Any, column: str, where: str) -> str:
     if isinstance(value, Integral):
         return str(int(value))
     if isinstance(value, (float, Decimal)) and math.isfinite(value):
-        return format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
+        # An integer beside an empty cell is read as a float.
+        return format(Decimal(repr(value)), "f").removesuffix(".0") if isinstance(value, float) else format(value, "f")
     if isinstance(value, (date, time)):
         return str(value)
     raise ExampleError(f"{where}: column {column!r} must hold a text, got {repr(value)[:60]}")

@@ -297,8 +297,7 @@ def test_integers_that_were_read_as_floats(write_file: Write, tmp_path: Path) ->
     for name in ("a.parquet", "a.jsonl"):
         data = load_file(tmp_path / name, task, "train")
         example = make_example(task, data.rows([0])[0])
-        assert (example.prompt, example.candidates) == ("1999 3.0", (" 3\n",))
-        assert data.rows([1])[0]["stars"][1:] == [4]
+        assert (example.prompt, example.candidates) == ("1999 3", (" 3\n",))
 
 
 def test_fractions_of_32_bits(tmp_path: Path, task: Task) -> None:

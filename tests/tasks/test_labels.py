@@ -373,6 +373,17 @@ def test_train_and_dev_are_read_in_one_way(tmp_path: Path) -> None:
         data.examples("train")
 
 
+def test_names_in_the_order_of_the_task_agree_with_positions() -> None:
+    rows = [{"sentence": "x", "label": label} for label in (0, 1)]
+    numbers = read_labels(get_task("sst2"), Rows(rows, "numbers"))
+    ordered, swapped = (
+        read_labels(get_task("sst2"), Rows(rows, "named", {"label": names})) for names in (SENTIMENT, ("pos", "neg"))
+    )
+    ordered.check_agrees(numbers)
+    with pytest.raises(ExampleError, match="numbers and named: column 'label' holds a position in the one and a name"):
+        swapped.check_agrees(numbers)
+
+
 def test_all_rows_decide_also_those_that_are_not_drawn(tmp_path: Path) -> None:
     file = labeled(tmp_path / "train.jsonl", [0] * 50 + ["b"])
     for more in ({}, {"bad_rows": "skip"}):

@@ -308,9 +308,11 @@ class SparseMeZOModule(LightningModule):
         """
         values = self._log_means("val")
         if self.trainer.state.fn == TrainerFn.FITTING and values and not any(m.scored for m in self._means.values()):
+            steps, advice = self.trainer.global_step, NON_FINITE_ADVICE
+            if not steps:
+                advice = "They are those of the starting weights: try bfloat16 or float32, or another model"
             raise NonFiniteLossError(
-                f"the scores of all validation examples are infinite or NaN after {self.trainer.global_step} steps. "
-                + NON_FINITE_ADVICE
+                f"the scores of all validation examples are infinite or NaN after {steps} steps. {advice}"
             )
         in_fit = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         scheduler = self.lr_schedulers() if in_fit else None

@@ -24,6 +24,7 @@ from smezo_pl.callbacks.monitor import peak_memory
 from smezo_pl.models import precision_of
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.kernels import get_kernel
+from smezo_pl.tasks.task import LOSSES
 from smezo_pl.trajectory.files import write_json
 from smezo_pl.trajectory.fingerprint import machine, versions
 
@@ -229,11 +230,12 @@ class RunMetrics(Callback):
 
 def _dead(optimizer: SparseMeZO | None, objective: str | None) -> dict[str, str]:
     """``dead`` and why the run did nothing at its end; empty if it did something."""
-    if optimizer is None or optimizer.standstill.reason is None:
+    if optimizer is None:
         return {}
+    reason = optimizer.standstill.why_dead(optimizer.steps_done, optimizer.skipped_steps)
     # A metric or a reward is constant until an answer changes: a run that rests may well have learned before.
-    rests = objective not in (None, "classification", "lm") and optimizer.standstill.moved
-    return {} if rests else {"dead": optimizer.standstill.reason}
+    rests = objective not in (None, *LOSSES) and optimizer.standstill.moved
+    return {} if rests or reason is None else {"dead": reason}
 
 
 def _in_use(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from smezo_pl.data.loaders import logged_name
 from smezo_pl.methods import METHODS
 from smezo_pl.optim.standstill import PATIENCE
 from smezo_pl.tasks.metrics import lower_is_better
+from smezo_pl.tasks.task import LOSSES
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory
 
 
@@ -132,8 +133,12 @@ def _metrics_so_far(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if (folder / FILE_NAME).is_file():
         rows = Trajectory.read(folder / FILE_NAME, damaged=True).records
         steps = max(steps, len(rows))
-        if len(rows) >= PATIENCE and not any(row.skipped or any(row.projected_gradients) for row in rows[-PATIENCE:]):
-            dead = f"both losses were equal in the last {PATIENCE} steps"
+        moves, data = [any(row.projected_gradients) for row in rows], config.get("data") or {}
+        # as in `RunMetrics`: a metric that rests, or a loss of 0, may have been learned
+        may_rest = (data.get("objective") or data.get("reward") or LOSSES[0]) not in LOSSES
+        may_rest |= not any(loss for row in rows[-PATIENCE:] for pair in row.losses for loss in pair)
+        if len(rows) >= PATIENCE and not any(moves[-PATIENCE:]) and not (may_rest and any(moves)):
+            dead = f"both losses were equal, or not finite, in the last {PATIENCE} steps"
         train_loss = [(row.step + 1.0, row.loss) for row in rows if row.losses and not row.skipped] or train_loss
     seconds, peak = scalars.get(STEP_SECONDS, {}), scalars.get(PEAK_MEMORY, {})
     return {

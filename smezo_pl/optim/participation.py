@@ -45,7 +45,7 @@ class Participation:
         """
         if not watched:
             return 0
-        flags = [id(tensor.parameter) in read for tensor in watched]
+        flags = [id(tensor.parameter) in read or not tensor.parameter.numel() for tensor in watched]
         if self.over_processes is not None:
             own = torch.tensor(flags, dtype=torch.int32, device=watched[0].parameter.device)
             flags = self.over_processes(own).bool().tolist()

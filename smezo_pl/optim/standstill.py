@@ -51,7 +51,8 @@ class Standstill:
             low, high = self._range if self._flat else (record.loss, record.loss)
             self._flat, self._range = self._flat + 1, (min(low, record.loss), max(high, record.loss))
             if self._flat == PATIENCE:
-                self._say(record, "both losses were equal, so no weight was updated", self._why_flat(step))
+                rest = "only weight decay changed weights" if any(record.weight_decay) else "no weight was updated"
+                self._say(record, f"both losses were equal, so {rest}", self._why_flat(step))
                 if self.moved and self._range == (0.0, 0.0):
                     self.reason = None
             return
@@ -61,6 +62,12 @@ class Standstill:
         self._flat = 0
         if self._watching and any(record.lr):
             self._compare(record, step)
+
+    def why_dead(self, steps: int, skipped: int) -> str | None:
+        """Why a run of so many steps, of which some were skipped, did nothing at its end; None if it did something."""
+        if self.reason is None and 0 < steps == self._flat + skipped:
+            return f"in none of its {steps} steps were the losses finite and different"
+        return self.reason
 
     def _say(self, record: StepRecord, what: str, reason: str) -> None:
         if self.reason is None:
@@ -91,10 +98,12 @@ class Standstill:
     def _why_flat(self, step: StepPerturbation) -> str:
         low, high = self._range
         if not any(_active(passes) for passes in step.passes.values()):
-            return "No weight is active: refresh the masks, or lower sparsity"
+            way = "lower lr, and begin again" if self.moved else "refresh the masks, or lower sparsity"
+            return f"No weight is active{' any more' if self.moved else ''}: {way}"
         if all(_rounded_away(passes) for passes in step.passes.values()):
-            largest = max(float(_sample(passes).abs().max()) for passes in step.passes.values())
-            return f"The weights, up to {largest:g}, are so large that eps is rounded away: lower lr, and begin again"
+            largest = max(float(part.abs().max()) for passes in step.passes.values() if len(part := _sample(passes)))
+            way = "lower lr, and begin again" if self.moved or largest > 1e4 else "raise eps"
+            return f"Beside weights of up to {largest:g}, eps is rounded away: {way}"
         if low == high:
             return (
                 f"The loss was {low:g} in each: the model's output has become constant, or does not depend on the "

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ def scores_of(model: nn.Module, batch: PromptBatch) -> Tensor:
     scores = _scores_of(model, batch)
     if awaits_check(model, batch):
         shortest = batch.attention_mask.sum(1)[batch.example_row].argmin()
-        alone = _scores_of(model, batch.take(shortest.reshape(1)))
-        check_neighbors(model, scores[batch.candidate_example == shortest], alone, activation_dtype(model))
+        read_alone = partial(_scores_of, model, batch.take(shortest.reshape(1)))
+        check_neighbors(model, scores[batch.candidate_example == shortest], read_alone, activation_dtype(model))
     return scores
 
 

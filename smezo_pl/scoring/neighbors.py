@@ -5,7 +5,7 @@ once it is beyond the length that the model was pretrained on; those of ``dynami
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -81,24 +81,32 @@ def awaits_check(model: nn.Module, batch: PromptBatch) -> bool:
     return len(batch) > 1 and model not in _checked
 
 
-def check_neighbors(model: nn.Module, together: Tensor, alone: Tensor, dtype: torch.dtype) -> None:
+@torch.no_grad()
+def check_neighbors(model: nn.Module, together: Tensor, read_alone: Callable[[], Tensor], dtype: torch.dtype) -> None:
     """Warn, once per model, if the scores of an example are others beside the rest of a batch than alone.
 
     Args:
         model: The model.
         together: Scores of the example's candidates, read with other examples.
-        alone: The same, read alone.
+        read_alone: Reads it alone.
         dtype: What the model computes in; differences below the square root of its resolution are rounding.
     """
-    if not bool((together.isfinite() & alone.isfinite()).all()):
-        return
+    try:
+        alone = read_alone()
+    except (RuntimeError, ValueError) as error:  # as of a batch normalization that needs several values
+        amount = f" (one alone gives: {' '.join(str(error).split()):.200})"
+    else:
+        if not bool((together.isfinite() & alone.isfinite()).all()):
+            return
+        difference = (together - alone).abs()
+        amount = f", by up to {float(difference.max()):.2g}"
+        resolution = torch.finfo(dtype).eps
+        if dtype == torch.float32 and together.is_cuda and torch.get_float32_matmul_precision() != "highest":
+            resolution = torch.finfo(torch.float16).eps  # TF32
+        if bool((difference <= resolution**0.5 * alone.abs().clamp_min(1)).all()):
+            _checked.add(model)
+            return
     _checked.add(model)
-    resolution = torch.finfo(dtype).eps
-    if dtype == torch.float32 and together.is_cuda and torch.get_float32_matmul_precision() != "highest":
-        resolution = torch.finfo(torch.float16).eps  # TF32
-    difference = (together - alone).abs()
-    if bool((difference <= resolution**0.5 * alone.abs().clamp_min(1)).all()):
-        return
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     batch_norm = any(m.training or m.running_mean is None for m in norms)
     cause = (
@@ -107,8 +115,7 @@ def check_neighbors(model: nn.Module, together: Tensor, alone: Tensor, dtype: to
         else "a layer that looks across the batch, or at its longest text, such as experts with a capacity"
     )
     logger.warning(
-        "the scores of an example depend on its neighbors in the batch, by up to %.2g, so results change with "
-        "batch_size and eval_batch_size; the likely cause is %s. eval_batch_size: 1 and micro_batch_size: 1 read each "
-        "example alone",
-        float(difference.max()), cause,
+        "the scores of an example depend on its neighbors in the batch%s, so results change with batch_size and "
+        "eval_batch_size; the likely cause is %s. eval_batch_size: 1 and micro_batch_size: 1 read each example alone",
+        amount, cause,
     )  # fmt: skip

@@ -202,13 +202,16 @@ def test_a_run_that_does_nothing_is_marked(tmp_path: Path) -> None:
         def loss(self, batch: Any) -> torch.Tensor:
             return super().loss(batch) if self.trainer.global_step < self.begin else torch.tensor(0.7)
 
-    def dead(folder: Path, begin: int, objective: str | None) -> str | None:
+    def dead(folder: Path, begin: int, objective: str | None, steps: int = 24) -> str | None:
         module, data = Resting(), Examples()
         module.begin, data.objective = begin, objective  # type: ignore[attr-defined]
-        make_trainer(folder, RunMetrics(table=False), max_steps=24).fit(module, data)
+        make_trainer(folder, RunMetrics(table=False), max_steps=steps).fit(module, data)
         return json.loads((folder / "metrics.json").read_text()).get("dead")  # type: ignore[no-any-return]
 
     for number, (begin, objective) in enumerate([(0, None), (0, "accuracy"), (3, "lm")]):
         assert "The loss was 0.7 in each" in str(dead(tmp_path / str(number), begin, objective))
     assert dead(tmp_path / "rests", 3, "accuracy") is None
     assert dead(tmp_path / "moves", 24, None) is None
+    # a short one
+    assert dead(tmp_path / "short", 0, None, 5) == "in none of its 5 steps were the losses finite and different"
+    assert dead(tmp_path / "short moves", 1, None, 5) is None

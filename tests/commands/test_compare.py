@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
@@ -134,6 +135,23 @@ def test_the_trajectory_has_the_steps_before_there_are_events(tmp_path: Path) ->
     run = read_run(tmp_path / "run")
     assert (run.steps, run.max_steps, run.finished) == (7, 20, False)
     assert [step for step, _ in run.train_loss] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("begin", "level", "objective", "dead"),
+    [(0, 0.7, None, True), (3, 0.7, None, True), (3, 0.7, "accuracy", False), (3, 0.0, None, False)],
+)
+def test_an_unfinished_run_is_dead_as_a_finished_one(
+    begin: int, level: float, objective: str | None, dead: bool, tmp_path: Path
+) -> None:
+    class Resting(Classifier):
+        def loss(self, batch: Any) -> torch.Tensor:
+            return super().loss(batch) if self.trainer.global_step < begin else torch.tensor(level)
+
+    with pytest.raises(KilledError):
+        fit(tmp_path, Resting(), SeedCheckpoint(str(tmp_path / "run")), KillAfter(begin + 20), max_steps=40)
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"data": {"objective": objective}}))
+    assert (read_run(tmp_path / "run").dead is not None) == dead
 
 
 def test_runs_anywhere_below_a_folder_and_no_other_subcommands(tmp_path: Path) -> None:

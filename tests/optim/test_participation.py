@@ -136,6 +136,25 @@ def test_a_kernel_that_asks_for_the_address_reads(attach: bool) -> None:
 
 
 @both
+def test_numbers_that_a_forward_takes_out_are_read_and_what_has_no_elements_takes_part(attach: bool) -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.empty = nn.Parameter(torch.ones(2)), nn.Parameter(torch.empty(0))
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x) * self.scale.tolist()[0]
+
+    model = Listed()
+    optimizer = SparseMeZO(model.named_parameters(), lr=5e-2, kernel="torch")
+    if attach:
+        optimizer.attach(model)
+    optimizer.step(lambda: model(torch.ones(3, 8)).square().mean())
+    assert optimizer.last_step.unread == 0
+
+
+@both
 def test_a_weight_that_is_handed_out_and_read_elsewhere(attach: bool) -> None:
     model = routed()
     model.spare.forward = lambda: {"kept": model.spare.weight}  # type: ignore[method-assign]

@@ -59,6 +59,26 @@ def constant() -> SparseMeZO:
     return run(net, lambda step: net(X[step]).argmax(1).float().mean() * 0 + 0.7)
 
 
+def left_behind() -> SparseMeZO:
+    """An update puts every weight above the threshold of its mask."""
+    net = nn.Linear(8, 2)
+    optimizer = SparseMeZO(net.named_parameters(), lr=1e9, kernel="torch")
+    for step in range(1 + PATIENCE):
+        optimizer.step(lambda step=step: net(X[step]).square().mean().clamp(max=9.0))
+    return optimizer
+
+
+def small_eps() -> SparseMeZO:
+    net = nn.Linear(8, 2)
+    net.empty = nn.Parameter(torch.empty(0))
+    return run(net, lambda step: net(X[step]).square().mean(), eps=1e-30)
+
+
+def decayed() -> SparseMeZO:
+    net = network()
+    return run(net, lambda step: net(X[step]).mean() * 0 + 0.7, weight_decay=0.1)
+
+
 def not_read() -> SparseMeZO:
     net = network()
     return run(net, lambda step: X[step].mean())
@@ -73,7 +93,10 @@ def rounded_away(dtype: torch.dtype = torch.float32, **settings: object) -> Spar
 
 CASES = [
     (empty_masks, "No weight is active: refresh the masks"),
-    (huge_weights, "The weights, up to 1e.30, are so large that eps is rounded away: lower lr"),
+    (left_behind, "No weight is active any more: lower lr, and begin again"),
+    (huge_weights, "Beside weights of up to 1e.30, eps is rounded away: lower lr"),
+    (small_eps, "Beside weights of up to 0.* eps is rounded away: raise eps"),
+    (decayed, "both losses were equal, so only weight decay changed weights. The loss was 0.7"),
     (constant, "The loss was 0.7 in each: the model's output has become constant"),
     (not_read, "The loss changes with the batch, and not with the weights"),
     (rounded_away, "Updates of lr 1e-30 times .* are rounded away: raise lr"),
@@ -84,7 +107,7 @@ CASES = [
 def test_a_run_that_does_nothing_says_so_once_and_why(make, reason, caplog: pytest.LogCaptureFixture) -> None:
     optimizer = make()
     said = [record.getMessage() for record in caplog.records if "did nothing" in record.getMessage()]
-    assert len(said) == 1 and said[0].startswith("the last 20 steps (to 20) did nothing: ")
+    assert len(said) == 1 and said[0].startswith(f"the last 20 steps (to {optimizer.steps_done}) did nothing: ")
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(optimizer.standstill.reason)
 

@@ -136,6 +136,23 @@ def test_what_else_mixes_a_batch_is_said_once(
     assert "the likely cause is a batch normalization that takes its statistics from the batch" in caplog.text
 
 
+def test_a_model_that_cannot_read_an_example_alone_is_trained_on_with_a_warning(
+    make_tiny_model: Callable[..., PreTrainedModel], encoded: list[Encoded], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(32, track_running_stats=False)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden + self.norm(hidden.mean(1)).unsqueeze(1)
+
+    model = make_tiny_model("gpt2")  # whose candidates share a row
+    model.transformer.ln_f = nn.Sequential(model.transformer.ln_f, Pooled())
+    assert scores_of(model, Collate(0)(encoded)).requires_grad
+    assert "(one alone gives: Expected more than 1 value per channel" in caplog.text
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_not_taken_for_a_neighbor(

@@ -18,7 +18,7 @@ from smezo_pl.optim.memory import stamp
 from smezo_pl.optim.parameters import some
 from smezo_pl.optim.perturbation.guards import refusal_of_write
 from smezo_pl.optim.perturbation.layerwise import Closure, Layerwise
-from smezo_pl.optim.perturbation.reads import ReadWatch
+from smezo_pl.optim.perturbation.reads import UNDISPATCHED, ReadWatch
 from smezo_pl.optim.step import Direction, StepPerturbation
 
 
@@ -99,7 +99,8 @@ class InPlace:
                 yield
         finally:
             for parameter in self._watched:
-                vars(parameter).pop("data_ptr", None)
+                for name in UNDISPATCHED:
+                    vars(parameter).pop(name, None)
 
     @contextmanager
     def perturbed(self, direction: Direction) -> Iterator[None]:

@@ -203,9 +203,9 @@ class Guards:
         self._direction: Direction | None = None
         self._copies: dict[int, Tensor] = {}
 
-    def __getitem__(self, tensor: Tensor) -> Guard:
-        """The guard of one of ``tensors``."""
-        return self._guard_of[id(tensor)]
+    def __getitem__(self, tensor: Tensor) -> Tensor:
+        """What stands for one of ``tensors``: its guard, or itself if it has no elements."""
+        return self._guard_of[id(tensor)] if tensor.numel() else tensor
 
     def names_of(self, parameters: Iterable[nn.Parameter]) -> str:
         """Names for a message."""

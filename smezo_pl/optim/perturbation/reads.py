@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from smezo_pl.optim.memory import memory_of
+
+UNDISPATCHED = ("data_ptr", "tolist")
+"""Methods of a tensor that read it past torch's operators: kernels such as those of Triton ask for the address."""
 
 
 class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -34,14 +38,16 @@ class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._read or (memory := memory_of(tensor)) is None:
             return
         self._unread.setdefault(memory[0], []).append((*memory[1:], key))
-        address = tensor.data_ptr()
+        for name in UNDISPATCHED:
+            # a method of the class: a bound one would keep the tensor in a cycle
+            setattr(tensor, name, self._noting(getattr(Tensor, name), weakref.ref(tensor), key))
 
-        def data_ptr() -> int:
+    def _noting(self, method: Callable[[Any], Any], tensor: weakref.ref[Tensor], key: int) -> Callable[[], Any]:
+        def noted() -> Any:
             self._read.add(key)
-            return address
+            return method(tensor())
 
-        # kernels that torch does not dispatch, such as those of Triton, ask for the address
-        tensor.data_ptr = data_ptr  # type: ignore[method-assign]
+        return noted
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -24,7 +24,6 @@ from smezo_pl.callbacks.monitor import peak_memory
 from smezo_pl.models import precision_of
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.kernels import get_kernel
-from smezo_pl.tasks.task import LOSSES
 from smezo_pl.trajectory.files import write_json
 from smezo_pl.trajectory.fingerprint import machine, versions
 
@@ -234,7 +233,7 @@ def _dead(optimizer: SparseMeZO | None, objective: str | None) -> dict[str, str]
         return {}
     reason = optimizer.standstill.why_dead(optimizer.steps_done, optimizer.skipped_steps)
     # A metric or a reward is constant until an answer changes: a run that rests may well have learned before.
-    rests = objective not in (None, *LOSSES) and optimizer.standstill.moved
+    rests = objective not in (None, "classification", "lm") and optimizer.standstill.moved
     return {} if rests or reason is None else {"dead": reason}
 
 

@@ -159,8 +159,9 @@ def position_limit(
     if not isinstance(limit, int) or limit < 1:  # XLNet says -1
         return None
     rope = getattr(config, "rope_parameters", None) or {}
-    if "dynamic" in str(rope.get("rope_type")):  # the number is that of positions before they are scaled
-        limit = int(limit * rope.get("factor", 1.0))
+    if rope.get("rope_type") in ("dynamic", "yarn"):  # the number may be that of positions before they are scaled
+        original = rope.get("original_max_position_embeddings") or limit
+        limit = max(limit, int(original * (rope.get("factor") or 1.0)))
     if getattr(config, "model_type", None) in _POSITIONS_AFTER_PADDING:
         limit -= (config.pad_token_id or 0) + 1
     return limit - (virtual_tokens or 0)

@@ -18,6 +18,7 @@ from tests.data.synthetic_tokenizers import masking_tokenizer
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 COMMON: dict[str, Any] = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 ROTARY = {**COMMON, **SIZES, "max_position_embeddings": 24}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
 LEARNED = {
     "gpt2": {**COMMON, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24},
     "opt": {**ROTARY, "ffn_dim": 24, "word_embed_proj_dim": 16},
@@ -55,6 +56,10 @@ def test_the_limit_is_what_learned_positions_allow(kind: str, adapter: str | Non
         ("llama", {**ROTARY, "sliding_window": 8}, 24),
         ("mistral", {**ROTARY, "sliding_window": 8}, 24),
         ("llama", {**ROTARY, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, 96),
+        ("llama", {**ROTARY, "rope_parameters": YARN}, 96),
+        # The number is that of all positions already.
+        ("llama", {**ROTARY, "rope_parameters": {**YARN, "original_max_position_embeddings": 6}}, 24),
+        ("llama", {**ROTARY, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 24),
         ("bloom", {**COMMON, "hidden_size": 16, "n_layer": 1, "n_head": 2}, None),
         ("mpt", {"vocab_size": 512, "d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 24}, 24),
         ("xlnet", {"vocab_size": 512, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}, None),

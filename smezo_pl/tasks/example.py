@@ -150,7 +150,8 @@ def _options(candidates: ListCandidates, value: Any, where: str) -> list[str | N
     """The options as they stand in the list; None for a null, which is no option but keeps its position."""
     column = candidates.column
     if not isinstance(value, (list, tuple)):
-        raise ExampleError(f"{where}: column {column!r} must hold a list of texts, got {str(value)[:60]!r}")
+        way = "; write the list that the structure holds as a column" if isinstance(value, Mapping) else ""
+        raise ExampleError(f"{where}: column {column!r} must hold a list of texts, got {str(value)[:60]!r}{way}")
     change = FILTERS[candidates.filter or "strip"]
     options = [None if is_missing(item) else change(as_text(item, column, where)) for item in value]
     distinct = tuple(dict.fromkeys(option for option in options if option is not None))

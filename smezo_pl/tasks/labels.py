@@ -193,16 +193,18 @@ class LabelReading:
         return ""
 
     def _inferred(self, cells: Iterable[Cell]) -> tuple[Reading, ...]:
-        common, because, past, zero = self.kinds, "", "", False
+        common, because, odd, numbers = self.kinds, "", "", set[int]()
         for where, value, options in cells:
             try:
                 golds = self._possible(value, options)
             except ExampleError:
                 continue  # no example: refused or left out when it is made into one
-            zero = zero or plain(value) == 0
+            if type(number := plain(value)) is int:
+                numbers.add(number)
             if not any(golds.values()):
-                if not past and "position" in common and type(plain(value)) is int and plain(value) == len(options()):
-                    past = f"{where}: {self._refusal(value, options())}"
+                texts = self.task.candidate_templates if self.task.names_first else options()
+                if not odd and number in (UNKNOWN, len(texts)):
+                    odd = f"{where}: {self._refusal(value, texts)}"
                 continue
             label = f"{where}: label {value!r} in column {self.task.label!r}"
             if len(set(map(frozenset, golds.values()))) > 1:
@@ -217,9 +219,12 @@ class LabelReading:
                 )
             if kept != common:
                 common, because = kept, f"{value!r} in {where} is a {' or '.join(golds)}"
-        if past and not zero and common[0] == "position":
+        if odd and common[0] == "position" and numbers - {UNKNOWN} and 0 not in numbers:
             # Where such rows are left out, the others would be read off by one.
-            raise ExampleError(f"{past}; no label is 0, so they seem to count from 1: write those names in the task")
+            raise ExampleError(
+                f"{odd}; no label is 0, so these are hardly positions: name them, {{1: TEXT, 2: TEXT}}, for a list in"
+                " a column names: [1, 2], or write label_is: position"
+            )
         return common
 
     def _possible(self, value: Any, options: Callable[[], Options]) -> dict[Reading, tuple[int, ...]]:

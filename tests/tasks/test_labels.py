@@ -217,11 +217,17 @@ def test_degrees_of_a_name_are_no_other_order() -> None:
     assert answers(own([" terrible", " poorly", " okay", " fine", " great"]), [1, 3], names) == ["poorly", "fine"]
 
 
-def test_a_file_that_counts_from_one_has_no_positions() -> None:
+def test_numbers_that_are_hardly_positions() -> None:
     with_choices = {"choices": [["a", "b"]] * 2}
     counted = "a.jsonl, line 2: label 2 in column 'label' is outside"
     refused(counted, own([" a", " b"]), [1, 2])
-    refused("no label is 0, so they seem to count from 1", own({"column": "choices"}), [1, 2], **with_choices)
+    refused(
+        "no label is 0, so these are hardly positions: name them", own({"column": "choices"}), [1, 2], **with_choices
+    )
+    refused("line 1: label -1 in column 'label' is outside task", own([" a", " b"]), [-1, 1])
+    refused("so these are hardly positions", get_task("sst2"), [1, 2])
+    assert answers(own([" a", " b"]), [-1, -1]) == [None, None]  # all hidden
+    assert answers(own([" a", " b"], label_is="position"), [-1, 1]) == [None, "b"]
     assert answers(own({"column": "choices", "names": ["1", "2"]}), [1, 2], **with_choices) == ["a", "b"]
     refused("allowed are 'a', 'b' or 0 to 1; for letters write candidates: {column: choices, names: [A, B, ...]}",
             own({"column": "choices"}), ["A", "B"], **with_choices)  # fmt: skip
@@ -405,7 +411,7 @@ def test_rows_whose_label_is_no_label_are_left_out(tmp_path: Path, caplog: pytes
 def test_rows_that_are_left_out_leave_no_others_off_by_one(tmp_path: Path) -> None:
     file = labeled(tmp_path / "train.jsonl", [1, 2, 1, 2])
     keys = {"prompt": "{text}\n", "candidates": ["a", "b"]}
-    with pytest.raises(ExampleError, match="line 2: label 2 in column 'label' is outside .* seem to count from 1"):
+    with pytest.raises(ExampleError, match="line 2: label 2 in column 'label' is outside .* hardly positions"):
         PromptDataModule(keys, train_file=file, bad_rows="skip").examples("train")
 
 

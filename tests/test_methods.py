@@ -396,7 +396,8 @@ def test_callbacks_of_zeroth_order_say_what_they_need(tiny_folder: Path, tmp_pat
 
 
 def test_several_processes_are_refused(tiny_folder: Path) -> None:
-    module = SimpleNamespace(baseline=object(), method="lora", trainer=SimpleNamespace(world_size=2))
+    trainer = SimpleNamespace(world_size=2)
+    module = SimpleNamespace(baseline=object(), method="lora", first_order=FirstOrder(), trainer=trainer)
     with pytest.raises(MisconfigurationException, match="method 'lora' runs in one process.*set devices=1"):
         SparseMeZOModule.configure_optimizers(module)  # type: ignore[arg-type]
 

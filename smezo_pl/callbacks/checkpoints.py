@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,8 +170,31 @@ class WeightCheckpoint(ModelCheckpoint):
         if filepath == self.best_model_path:
             self.best_step = trainer.global_step
         writer = self._recorder.writer if self._recorder is not None else None
-        trainer.save_checkpoint(filepath, False, storage_options=resume.Atomic(writer))
+        with _before_the_next_epoch(trainer):
+            trainer.save_checkpoint(filepath, False, storage_options=resume.Atomic(writer))
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+
+
+@contextmanager
+def _before_the_next_epoch(trainer: Trainer) -> Iterator[None]:
+    """Inside the block a resume from an epoch's last batch begins the next epoch, as it does where a validation is due.
+
+    Of a run that is stopped there Lightning 2.6 takes the next epoch's batches for more of that epoch.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    progress = loop.batch_progress
+    stops, trainer.should_stop = trainer.should_stop, False  # else a validation is due in any case
+    ended = progress.is_last_batch and progress.current.completed == progress.current.processed
+    ended = ended and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+    trainer.should_stop = stops
+    counters = (progress.total, progress.current) if ended else ()
+    for counter in counters:
+        counter.completed -= 1  # as in `on_train_batch_end`, from where Lightning resumes rightly
+    try:
+        yield
+    finally:
+        for counter in counters:
+            counter.completed += 1
 
 
 class SeedCheckpoint(WeightCheckpoint):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
@@ -719,6 +719,39 @@ def test_epochs_are_counted_through_any_resumes(tmp_path: Path, killed: tuple[in
     assert [row.thresholds for row in Trajectory.read(run).records] == [
         row.thresholds for row in Trajectory.read(tmp_path / "straight").records
     ]
+    assert same(resumed.model, trained.model)
+
+
+class StopAfter(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("kind", [SeedCheckpoint, WeightCheckpoint])
+@pytest.mark.parametrize("stopped", [(8, 16), (5, 8, 13)], ids=str)
+def test_epochs_are_counted_through_runs_that_are_stopped(
+    tmp_path: Path, stopped: tuple[int, ...], kind: type[WeightCheckpoint]
+) -> None:
+    """A run that is stopped validates once more, and its checkpoint comes after that."""
+
+    def run(folder: Path, *callbacks: Any, ckpt_path: Path | None = None) -> tuple[Watch, Classifier]:
+        callbacks = (*callbacks, MaskRefresh(every_n_epochs=2), kind())
+        module, watch = Classifier(), Watch()
+        trainer = make_trainer(folder, watch, *callbacks, max_steps=32, val_check_interval=5)
+        trainer.fit(module, Examples(), ckpt_path=ckpt_path)
+        return watch, module
+
+    seen, trained = run(tmp_path / "straight")
+    ckpt_path = None
+    for step in stopped:
+        run(tmp_path / "stopped", StopAfter(step), ckpt_path=ckpt_path)
+        ckpt_path = tmp_path / "stopped" / LAST
+    watch, resumed = run(tmp_path / "stopped", ckpt_path=ckpt_path)
+    assert min(watch.train) == stopped[-1] + 1
+    assert equal_after(watch, seen)
     assert same(resumed.model, trained.model)
 
 

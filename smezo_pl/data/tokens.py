@@ -28,7 +28,9 @@ class Texts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False) -> None:
         self.tokenizer, self.special_tokens = tokenizer, special_tokens
         added = tokenizer.added_tokens_decoder.items()
-        self._special = frozenset(id for id, token in added if token.special)
+        # Text becomes the unknown token too, and only a fast tokenizer's copy can tell why.
+        text = None if tokenizer.is_fast else tokenizer.unk_token_id
+        self._special = frozenset(id for id, token in added if token.special and id != text)
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text."""

@@ -122,7 +122,7 @@ def test_a_slow_tokenizer_refuses_what_it_cannot_read_as_text() -> None:
 
     tokenizer = word_tokenizer(["a"], eos=True)
     tokenizer.__class__ = Slow
-    assert Texts(tokenizer)(["a"]) == [[2]]
+    assert Texts(tokenizer)(["a", "a b"]) == [[2], [2, tokenizer.unk_token_id]]
     with pytest.raises(ValueError, match=r"'a</s>' holds a special token's name, which Slow cannot read as text; spe"):
         Texts(tokenizer)(["a</s>"])
 

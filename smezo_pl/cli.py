@@ -186,7 +186,8 @@ class SmezoCLI(LightningCLI):
                     error.__dict__["resume_command"] = resume  # `smezo_pl.__main__` prints it after the error
                     raise
                 if resume:
-                    print(f"stopped at step {self.trainer.global_step}; to resume:\n{resume}", file=sys.stderr)
+                    step = self.trainer.global_step  # 0 also where spawned processes train
+                    print(f"stopped{f' at step {step}' if step else ''}; to resume:\n{resume}", file=sys.stderr)
                 raise SystemExit(128 + interrupts.received) from None
 
     def _checkpoint(self, subcommand: str) -> str | None:

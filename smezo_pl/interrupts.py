@@ -62,9 +62,13 @@ class Interrupts:
 def resume_command(trainer: Trainer, folder: Path | None, given: str | None) -> str | None:
     """The command that resumes a run from its newest checkpoint, or from the ``given`` one; None without any."""
     callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    files = [Path(path) for c in callbacks for path in (c.best_model_path, c.last_model_path) if Path(path).is_file()]
+    if folder is None or not (folder / "config.yaml").is_file():
+        return None
+    paths = [path for c in callbacks for path in (c.best_model_path, c.last_model_path)]
+    paths.append(str(folder / "checkpoints" / "last.ckpt"))  # of spawned processes this one's callbacks know nothing
+    files = [Path(path) for path in paths if Path(path).is_file()]
     newest: str | Path | None = max(files, key=lambda path: path.stat().st_mtime_ns, default=given)
-    if folder is None or newest is None or not (folder / "config.yaml").is_file():
+    if newest is None:
         return None
     return command("fit", folder / "config.yaml", newest)
 

@@ -1,7 +1,9 @@
 """Forward-only data parallelism, and which settings of a Trainer go with forward-only training."""
 
+import signal
 import warnings
 from pkgutil import resolve_name
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ class ForwardDDPStrategy(DDPStrategy):
     Only losses travel: `SparseMeZOModule` gathers them within the step, so all processes get the same projected
     gradient and, since the noise is a function of integers, the same weights to the last bit. Nothing is wrapped and no
     gradient bucket is held. The weights are compared over the processes before the first step, every ``check_every``
-    steps and after the last one. Registered as ``strategy="forward_ddp"``.
+    steps and after the last one. SIGTERM ends all processes at once. Registered as ``strategy="forward_ddp"``.
 
     Args:
         check_every: Steps between two comparisons, at least 1.
@@ -43,6 +45,24 @@ class ForwardDDPStrategy(DDPStrategy):
             raise ValueError(f"check_every must be at least 1, got {check_every}")
         super().__init__(**settings)
         self.check_every = check_every
+
+    def setup(self, trainer: Trainer) -> None:
+        """Set up as `DDPStrategy`, but for the end by SIGTERM."""
+        super().setup(trainer)
+        # Lightning 2.6 broadcasts within its handler, in the middle of a step's own communication: neither ends.
+        trainer._signal_connector._sigterm_notifier_fn = self._terminate  # type: ignore[method-assign, assignment]
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        assert self.lightning_module is not None
+        if not callable(self.lightning_module.trainer._signal_connector._original_handlers[signal.SIGTERM]):
+            raise SystemExit(128 + number)  # else that handler is called next, and decides
+
+    def teardown(self) -> None:
+        """Tear down; a run that was interrupted leaves no process behind, waiting for this one."""
+        super().teardown()
+        trainer = getattr(self.lightning_module, "_trainer", None)  # none where a spawned process ran it
+        if self.launcher is not None and (trainer is None or trainer.interrupted):
+            self.launcher.kill(signal.SIGKILL)
 
     def configure_ddp(self) -> None:
         """Give every process the weights of the first; nothing is wrapped, as there are no gradients to reduce."""

@@ -4,6 +4,8 @@ import json
 import os
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ class Ends(Callback):
         setattr(self, hook, self.end)
 
     def end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step == self.at and not os.environ.get("RESUMED"):
+        if trainer.global_step == self.at and trainer.is_global_zero and not os.environ.get("RESUMED"):
             if self.kind == "error":
                 raise KeyError("a bug")
             if self.kind == "refusal":
@@ -135,6 +137,20 @@ def test_a_second_signal_ends_it_at_once(tiny_folder: Path, here: Path, capsys: 
     assert stop.value.code == 130
     assert Trajectory.read(here / "demo" / "version_0").next_step == 4
     assert "--ckpt_path runs/demo/version_0/checkpoints/last.ckpt" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_sigterm_to_one_of_two_processes_ends_both(tiny_folder: Path, here: Path) -> None:
+    devices = "--trainer.strategy=forward_ddp", "--trainer.devices=2", "--trainer.val_check_interval=1.0"
+    end = ending(3, "SIGTERM", "on_train_batch_end")
+    command = [sys.executable, "-m", "smezo_pl", *words("fit", tiny_folder, *devices, "--data.batch_size=4", end)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.splitlines()[-2] == "stopped at step 3; to resume:"
+    assert done.stderr.endswith(
+        "fit --config runs/demo/version_0/config.yaml --ckpt_path runs/demo/version_0/checkpoints/last.ckpt\n"
+    )
+    assert Trajectory.read(here / "demo" / "version_0").next_step == 3
 
 
 @pytest.mark.parametrize(("kind", "status"), [("SIGTERM", 143), ("SIGINT", 130)])

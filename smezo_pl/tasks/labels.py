@@ -34,7 +34,11 @@ _OPINIONS = {
 }
 """Candidates that say the same as a name: enough to refuse an order, not to read a label by."""
 
+_ANSWERS = {"entailment": "yes", "contradiction": "no"}
+"""The same for names, as the prompt of an inference is a question."""
+
 _SHORT = {spelling: group[0] for group in SHORT_FORMS for spelling in group}
+_JOINED = re.compile(r"(?<=[a-z])[_-](?=[a-z])")
 _WHOLE = re.compile(r"(0|-?[1-9][0-9]{0,999})(\.0+)?")
 
 Options = Sequence[str | None]
@@ -80,7 +84,7 @@ def _number(value: Any) -> int | str | None:
 def _meaning(letters: bool, value: Any) -> str | None:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    folded = value.strip().casefold() if isinstance(value, str) else None
+    folded = _JOINED.sub(" ", value.strip().casefold()) if isinstance(value, str) else None
     return _SHORT.get(folded, folded) if folded and (letters or len(folded) > 1) else folded
 
 
@@ -186,7 +190,7 @@ class LabelReading:
         # Among more, "terrible" may be another degree than "negative".
         read = [_OPINIONS.get(text.casefold(), text) if len(texts) <= 3 else text for text in texts]
         for name, number in zip(self.declared, by_number, strict=True):
-            text = find(name, read, loose=True)
+            text = find(_ANSWERS.get(str(_meaning(True, name)), name), read, loose=True)
             if len(text) == 1 and text != number:
                 told = repr(texts[number[0]]) if number else "no candidate"
                 return f"{name!r} is {texts[text[0]]!r} by its name and {told} by its number"

@@ -126,6 +126,7 @@ def test_the_page_names_every_short_form() -> None:
         ({"pos": " a", "neg": " b"}, ("pos", "positive"), "two of them are 'pos'"),
         ({1: " a", 2: " b", 3: " c"}, ("2", "3"), "a number of the file and its name are different labels"),
         ({1: " a", 2: " b"}, ("1 star", "2 stars"), "the numbers of the file are 0 to 1"),
+        ([" Yes", " No"], ("contradiction", "entails"), "'contradiction' is 'No' by its name and 'Yes' by its number"),
         ([" awful", " excellent"], SENTIMENT[::-1], "'positive' is 'excellent' by its name and 'awful' by its number"),
     ],
 )
@@ -210,6 +211,15 @@ def test_a_letter_is_a_short_form_among_two_only() -> None:
     for candidates in (relation, [*relation.values()]):
         refused("label 'n' in column 'label' is outside task", own(candidates), ["n"])
     refused("label 'no' in column 'label' is outside", own({"E": " x", "N": " y", "C": " z"}), ["no"])
+
+
+def test_words_may_be_joined() -> None:
+    names = ("not_entailment", "Entailment")
+    assert answers(own({"not entailment": " a", "entailment": " b"}), [0, 1], names) == ["a", "b"]
+    assert answers(own({"1": " a", "x-y": " b"}), ["X Y", "-1"]) == ["b", None]
+    refused(
+        "'very_bad' is 'very bad' by its name and 'very good'", own([" very good", " very bad"]), [0], ("very_bad", "x")
+    )
 
 
 def test_degrees_of_a_name_are_no_other_order() -> None:

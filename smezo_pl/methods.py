@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from smezo_pl.data.batch import batch_weight
 from smezo_pl.optim import NonFiniteLossError, SparseMeZO
 from smezo_pl.optim.parameters import remembers_given
+from smezo_pl.optim.standstill import PATIENCE
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,17 @@ class FirstOrderBaseline:
         self._groups: list[dict[str, Any]] = []
         self.adamw = adamw if adamw.lr is not None else replace(adamw, lr=METHODS[method].lr)
         self.last_loss = math.nan
-        self.skipped_steps = self._skipped_in_row = 0
+        self.skipped_steps = self._skipped_in_row = self._without_gradient = 0
+
+    @property
+    def dead(self) -> str | None:
+        """Why the last steps did nothing; None if they did something."""
+        if self._without_gradient < PATIENCE:
+            return None
+        return (
+            "the gradient was 0: the loss does not depend on the weights that are trained, or the model has diverged "
+            "to a constant output (then lower lr, and begin again)"
+        )
 
     def settings(self) -> dict[str, Any]:
         """Hyperparameters as plain values, as `SparseMeZO.settings` gives them."""
@@ -195,6 +206,9 @@ class FirstOrderBaseline:
         self.last_loss, gradient_norm = torch.stack([total, norm.float()]).tolist()
         if math.isfinite(self.last_loss) and math.isfinite(gradient_norm):
             self._skipped_in_row = 0
+            self._without_gradient = 0 if gradient_norm or not self.last_loss else self._without_gradient + 1
+            if self._without_gradient == PATIENCE:
+                logger.warning("the last %d steps did nothing: %s", PATIENCE, self.dead)
         else:
             self.skipped_steps += 1
             self._skipped_in_row += 1

@@ -363,6 +363,18 @@ def test_a_loss_without_gradient_is_refused(tiny_folder: Path) -> None:
         Trainer(**QUIET, max_steps=1).fit(NoGradient(str(tiny_folder), method="full"), demo(num_dev=8))
 
 
+class Unmoved(SparseMeZOModule):
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss(batch) * 0 + 0.7
+
+
+def test_a_run_whose_gradient_is_0_is_dead(tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, settings = Unmoved(str(tiny_folder), method="lora"), {"default_root_dir": tmp_path, "max_steps": 21}
+    Trainer(**QUIET | settings, callbacks=[RunMetrics(table=False)]).fit(module, demo(num_dev=8))
+    assert caplog.text.count("the last 20 steps did nothing: the gradient was 0") == 1
+    assert json.loads((tmp_path / "metrics.json").read_text())["dead"].startswith("the gradient was 0")
+
+
 def test_losses_that_are_not_finite_are_skipped_and_end_the_run(tiny_folder: Path) -> None:
     module = Infinite(str(tiny_folder), method="lora")
     module.configure_model()

@@ -190,7 +190,7 @@ class RunMetrics(Callback):
             "seed": settings.get("seed"),
             "hyperparameters": settings,
             "skipped_steps": getattr(training, "skipped_steps", 0),
-            **_dead(find_zeroth_order(trainer), getattr(data, "objective", None)),
+            **_dead(training, getattr(data, "objective", None)),
             "precision": precision_of(trainer.precision, pl_module),
             "curve": self._curve.points(),
             "versions": versions(),
@@ -227,14 +227,15 @@ class RunMetrics(Callback):
         console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
-def _dead(optimizer: SparseMeZO | None, objective: str | None) -> dict[str, str]:
+def _dead(training: Any, objective: str | None) -> dict[str, str]:
     """``dead`` and why the run did nothing at its end; empty if it did something."""
-    if optimizer is None:
-        return {}
-    reason = optimizer.standstill.why_dead(optimizer.steps_done, optimizer.skipped_steps)
-    # A metric or a reward is constant until an answer changes: a run that rests may well have learned before.
-    rests = objective not in (None, "classification", "lm") and optimizer.standstill.moved
-    return {} if rests or reason is None else {"dead": reason}
+    reason = getattr(training, "dead", None)  # of a first-order baseline
+    if isinstance(training, SparseMeZO):
+        reason = training.standstill.why_dead(training.steps_done, training.skipped_steps)
+        # A metric or a reward is constant until an answer changes: a run that rests may well have learned before.
+        if training.standstill.moved and objective not in (None, "classification", "lm"):
+            return {}
+    return {} if reason is None else {"dead": reason}
 
 
 def _in_use(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

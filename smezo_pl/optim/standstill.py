@@ -105,10 +105,14 @@ class Standstill:
             way = "lower lr, and begin again" if self.moved or largest > 1e4 else "raise eps"
             return f"Beside weights of up to {largest:g}, eps is rounded away: {way}"
         if low == high:
+            constant = (
+                "the model has diverged to a constant output (lower lr, and begin again)"
+                if self.moved
+                else "the model's output is constant, or does not depend on the weights that are optimized"
+            )
             return (
-                f"The loss was {low:g} in each: the model's output has become constant, or does not depend on the "
-                "weights that are optimized, or the loss is a step function such as an accuracy (then a larger eps or "
-                "batch may help)"
+                f"The loss was {low:g} in each: {constant}, or the loss is a step function such as an accuracy (then a "
+                "larger eps or batch may help)"
             )
         return (
             "The loss changes with the batch, and not with the weights that are optimized: does the model read them, "

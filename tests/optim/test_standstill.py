@@ -74,6 +74,11 @@ def small_eps() -> SparseMeZO:
     return run(net, lambda step: net(X[step]).square().mean(), eps=1e-30)
 
 
+def diverged() -> SparseMeZO:
+    net, losses = network(), iter([1.0, 0.0])
+    return run(net, lambda step: net(X[step]).mean() * 0 + next(losses, 0.7), 1 + PATIENCE)
+
+
 def decayed() -> SparseMeZO:
     net = network()
     return run(net, lambda step: net(X[step]).mean() * 0 + 0.7, weight_decay=0.1)
@@ -97,7 +102,8 @@ CASES = [
     (huge_weights, "Beside weights of up to 1e.30, eps is rounded away: lower lr"),
     (small_eps, "Beside weights of up to 0.* eps is rounded away: raise eps"),
     (decayed, "both losses were equal, so only weight decay changed weights. The loss was 0.7"),
-    (constant, "The loss was 0.7 in each: the model's output has become constant"),
+    (constant, "The loss was 0.7 in each: the model's output is constant, or does not depend"),
+    (diverged, "The loss was 0.7 in each: the model has diverged to a constant output .lower lr"),
     (not_read, "The loss changes with the batch, and not with the weights"),
     (rounded_away, "Updates of lr 1e-30 times .* are rounded away: raise lr"),
 ]

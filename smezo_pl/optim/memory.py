@@ -61,10 +61,13 @@ def extent(tensor: Tensor) -> tuple[int, int]:
 def memory_of(tensor: Tensor) -> tuple[int, int, int] | None:
     """Address of a tensor's storage and its `extent` there; None if it has no memory."""
     try:
-        address = tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
     except (RuntimeError, NotImplementedError, ValueError):  # sparse, wrapper and lazy tensors
         return None
-    return (address, *extent(tensor)) if address and tensor.numel() else None
+    if not address or not tensor.numel():
+        return None
+    return (address, 0, storage.nbytes()) if tensor.is_nested else (address, *extent(tensor))
 
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:

@@ -180,6 +180,28 @@ class Encoder(Net):
         return super().forward(self.encoder(x))
 
 
+class Padded(Net):
+    """With a mask for padding that path packs a batch into a nested tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16, batch_first=True), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.encoder(x, src_key_padding_mask=torch.arange(x.shape[1]).expand(x.shape[:2]) > 3))
+
+
+class Empty(Net):
+    """Some models (MobileBERT) have layers without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.empty = nn.Parameter(torch.empty(0, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.new_empty(x.shape[0], 0) @ self.empty
+
+
 class OldNorm(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -214,11 +236,12 @@ def losses(kind: type[nn.Module], attach: bool, batches: list[Tensor], between: 
 
 
 KINDS = [Net, Twice, InAList, Partial, Closure, StaleView, BufferView, FlatBuffer, LazyView, LazyInside, Handed]
-KINDS += [Recurrent, Parameters, Encoder, OldNorm, Functional, Copied]
+KINDS += [Recurrent, Parameters, Encoder, Padded, Empty, OldNorm, Functional, Copied]
 BATCHES = [torch.randn(4, length, 16, generator=torch.Generator().manual_seed(length)) for length in (5, 9, 12)]
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_by_layer_gives_the_losses_of_in_place(kind):
     assert losses(kind, True, BATCHES) == losses(kind, False, BATCHES)
@@ -465,6 +488,17 @@ def test_scripted_modules_are_refused():
         model.head = torch.jit.script(model.head)
     with pytest.raises(ValueError, match=r"module 'head' is compiled by torch.compile or torch.jit"):
         SparseMeZO(model.named_parameters()).attach(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch raises some while it imports its own compiler
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+def test_modules_that_a_compiled_function_runs_are_refused():
+    model = Net().eval()
+    optimizer = SparseMeZO(model.named_parameters())
+    model.forward = torch.compile(model.forward, backend="eager")
+    optimizer.attach(model)
+    with pytest.raises(RuntimeError, match=r"a function compiled by torch.compile runs Linear.*do not call attach"):
+        optimizer.step(lambda: model(BATCHES[0]).sum())
 
 
 def test_a_step_that_fails_leaves_the_network_as_it_was():

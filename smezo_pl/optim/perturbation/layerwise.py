@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from smezo_pl.optim.memory import identity, memory_of, stamp
 from smezo_pl.optim.perturbation.guards import Guards, refusal_of_write, use_count
-from smezo_pl.optim.perturbation.reads import ReadWatch
+from smezo_pl.optim.perturbation.reads import ReadWatch, is_compiled_caller
 from smezo_pl.optim.step import Direction
 
 logger = logging.getLogger(__name__)
@@ -175,11 +175,11 @@ class Layerwise:
                 )
             for name, parameter in owner._parameters.items():
                 weight = None if parameter is None else by_memory.get(identity(parameter))
-                if parameter is not None and weight is not None:
+                if parameter is not None and weight is not None and parameter.numel():
                     self._held.setdefault(owner, _Held()).slots.append(_Slot(owner, name, parameter, weight))
         self._slots = [slot for held in self._held.values() for slot in held.slots]
         found = {id(slot.weight) for slot in self._slots}
-        missing = [name for key, name in self._names.items() if key not in found]
+        missing = [name for name, parameter in parameters.items() if parameter.numel() and id(parameter) not in found]
         if missing:
             raise ValueError(
                 f"attach: {type(module).__name__} does not hold {len(missing)} of the optimizer's {len(self._names)} "
@@ -290,6 +290,12 @@ class Layerwise:
             raise RuntimeError(
                 "a forward runs in another thread than the step, where no perturbation reaches it; run it in the "
                 "closure's own thread, or use the in-place perturbation (do not call attach)"
+            )
+        if is_compiled_caller():
+            raise RuntimeError(
+                f"a function compiled by torch.compile runs {type(module).__name__}, and its graph would keep the copies "
+                "of weights that it was traced with; compile what runs no module, or use the in-place perturbation (do "
+                "not call attach)"
             )
         held = self._held[module]
         held.depth += 1

@@ -19,6 +19,12 @@ UNDISPATCHED = ("data_ptr", "tolist")
 """Methods of a tensor that read it past torch's operators: kernels such as those of Triton ask for the address."""
 
 
+def is_compiled_caller() -> bool:
+    """Whether a function compiled by torch.compile is running."""
+    # without torch._dynamo, which takes a second to import, nothing is compiled
+    return "torch._dynamo" in sys.modules and callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
+
+
 class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the tensors of which an operator takes memory, also through views, while the mode is active.
 
@@ -52,8 +58,7 @@ class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def watching(self) -> Iterator[None]:
         """The mode is active in the block, and compiled functions run as they were written."""
-        # A compiled graph reads weights unseen, and torch would give it up for good once it met the mode. Without
-        # torch._dynamo, which takes a second to import, nothing is compiled.
+        # A compiled graph reads weights unseen, and torch would give it up for good once it met the mode.
         with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(), self:
             yield
 

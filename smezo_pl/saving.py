@@ -40,12 +40,20 @@ def check_output(folder: str, trainer: Trainer, pretrained: str | None) -> None:
             raise ValueError(
                 f"{given} {held} the folder of {what} ({path}), whose files must stay: choose a new folder"
             )
-    if where.exists() and not where.is_dir():
-        raise ValueError(f"{given} is a file: choose a new folder")
+    check_place(where, given)
     if where.is_dir() and any(where.iterdir()) and not (where / MARKER).is_file():
         raise ValueError(
             f"{given} is not empty and no earlier output, whose files a {MARKER} names: choose a new or an empty folder"
         )
+
+
+def check_place(folder: Path, given: str) -> None:
+    """Refuse a folder that cannot be made or written; ``given`` is how the message names it."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{given} is {'' if nearest == folder else 'below '}a file: choose a new folder")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"{given}: {nearest} cannot be written by this user: choose another folder")
 
 
 def save_network(network: Any, tokenizer: Any, folder: str | Path) -> None:
@@ -55,7 +63,8 @@ def save_network(network: Any, tokenizer: Any, folder: str | Path) -> None:
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.part-") as part:
+    # within the folder, as what is above it can be another file system, or not writable
+    with TemporaryDirectory(dir=folder, prefix=".part-") as part:
         for source in (network, tokenizer):
             if source is not None:
                 source.save_pretrained(part)

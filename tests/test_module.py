@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
-from smezo_pl import PromptDataModule, RunMetrics, SeedCheckpoint, SparseMeZO, SparseMeZOModule
+from smezo_pl import PromptDataModule, RunMetrics, SeedCheckpoint, SparseMeZO, SparseMeZOModule, saving
 from smezo_pl.callbacks import ScoreWriter
 from smezo_pl.data.batch import split_batch
 from smezo_pl.models import load_network
@@ -295,8 +295,10 @@ def test_save_pretrained(tiny_folder: Path, tmp_path: Path) -> None:
     assert again.tokenizer("It was great")["input_ids"] == module.tokenizer("It was great")["input_ids"]  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("kind", ["base", "link", "above", "run", "files", "file", "checkpoints"])
-def test_save_pretrained_writes_over_nothing(tiny_folder: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["base", "link", "above", "run", "files", "file", "below", "denied", "checkpoints"])
+def test_save_pretrained_writes_over_nothing(
+    tiny_folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, run, used = tmp_path / "models" / "base", tmp_path / "run", tmp_path / "used"
     shutil.copytree(tiny_folder, base)
     (tmp_path / "link").symlink_to(base)
@@ -309,15 +311,31 @@ def test_save_pretrained_writes_over_nothing(tiny_folder: Path, tmp_path: Path, 
         "run": (run, "is the folder of the run"),
         "files": (used, "is not empty and no earlier output"),
         "file": (used / "notes.txt", "is a file: choose a new folder"),
+        "below": (used / "notes.txt" / "out", "is below a file: choose a new folder"),
+        "denied": (tmp_path / "new" / "out", "cannot be written by this user"),
         "checkpoints": (run / "checkpoints", "is the folder of the run's checkpoints"),
     }[kind]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if kind == "denied":  # to root nothing is
+        monkeypatch.setattr(saving.os, "access", lambda *_: False)
     module = SparseMeZOModule(str(base), fast, save_pretrained=str(folder))
     settings: dict[str, Any] = QUIET | {"enable_checkpointing": True, "default_root_dir": run}
     with pytest.raises(ValueError, match=reason):
         Trainer(**settings, max_steps=2, callbacks=[SeedCheckpoint()]).fit(module, demo())
     assert not hasattr(module, "model")  # before anything is loaded
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_save_pretrained_writes_within_its_folder(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is mounted has no neighbors on its file system."""
+    moved = []
+    monkeypatch.setattr(saving.os, "replace", lambda a, b: moved.append(Path(a)) or shutil.move(a, b))
+    module = SparseMeZOModule(str(tiny_folder), fast, save_pretrained=str(tmp_path / "out"))
+    Trainer(**QUIET, max_steps=1).fit(module, demo())
+    assert moved and all(tmp_path / "out" in path.parents for path in moved)
+    assert not list((tmp_path / "out").glob(".part-*"))
 
 
 def test_save_pretrained_replaces_an_earlier_output(tiny_folder: Path, tmp_path: Path) -> None:

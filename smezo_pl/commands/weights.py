@@ -19,7 +19,7 @@ from torch import nn
 
 from smezo_pl.models import add_adapter, load_model
 from smezo_pl.optim.kernels import KernelName
-from smezo_pl.saving import save_network
+from smezo_pl.saving import check_place, save_network
 from smezo_pl.trajectory.exports import export, load
 from smezo_pl.trajectory.fingerprint import model_tensors
 from smezo_pl.trajectory.header import TrajectoryError, recorded_adapter
@@ -86,6 +86,7 @@ def _write_model(parser: argparse.ArgumentParser, args: Sequence[str]) -> None:
     out, force, kernel = Path(given.out), given.force, given.kernel
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TrajectoryError(f"--out {out} exists and is not empty: pass a new folder")
+    check_place(out, f"--out {out}")
     model, tokenizer = base_model(trajectory, given.model)
     began = perf_counter()
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:

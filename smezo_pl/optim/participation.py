@@ -49,7 +49,7 @@ class Participation:
         if self.over_processes is not None:
             own = torch.tensor(flags, dtype=torch.int32, device=watched[0].parameter.device)
             flags = self.over_processes(own).bool().tolist()
-        if fresh and not read:
+        if fresh and not any(flags):
             logger.warning("step %d: no forward was seen to read a weight that is optimized; all take part", step)
             return 0
         left = [tensor for tensor, is_read in zip(watched, flags, strict=True) if not is_read]

@@ -244,6 +244,8 @@ class TestReplayAndApply:
         (tmp_path / "file").write_text("")
         with pytest.raises(TrajectoryError, match=r"--out .* exists and is not empty"):
             smezo("replay", run[0], "--out", tmp_path)
+        with pytest.raises(ValueError, match=r"--out .* is below a file"):
+            smezo("replay", run[0], "--out", tmp_path / "file" / "model")
 
     def test_without_a_model(self, tiny_folder: Path, tmp_path: Path) -> None:
         train(load_model(tiny_folder)[0], tmp_path / "run", 1)

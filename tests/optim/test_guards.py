@@ -191,17 +191,6 @@ class Padded(Net):
         return super().forward(self.encoder(x, src_key_padding_mask=torch.arange(x.shape[1]).expand(x.shape[:2]) > 3))
 
 
-class Empty(Net):
-    """Some models (MobileBERT) have layers without elements."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.empty = nn.Parameter(torch.empty(0, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + x.new_empty(x.shape[0], 0) @ self.empty
-
-
 class OldNorm(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +225,7 @@ def losses(kind: type[nn.Module], attach: bool, batches: list[Tensor], between: 
 
 
 KINDS = [Net, Twice, InAList, Partial, Closure, StaleView, BufferView, FlatBuffer, LazyView, LazyInside, Handed]
-KINDS += [Recurrent, Parameters, Encoder, Padded, Empty, OldNorm, Functional, Copied]
+KINDS += [Recurrent, Parameters, Encoder, Padded, OldNorm, Functional, Copied]
 BATCHES = [torch.randn(4, length, 16, generator=torch.Generator().manual_seed(length)) for length in (5, 9, 12)]
 
 

@@ -265,14 +265,3 @@ def test_a_compiled_module_in_place_stays_compiled(before: bool) -> None:
     optimizer.step(lambda: compiled(x).sum())
     assert len(ran) == 2
     torch.compiler.reset()
-
-
-@pytest.mark.parametrize("attach", [True, False])
-def test_a_tensor_without_elements_is_not_named(attach: bool) -> None:
-    model = nn.Sequential(nn.Linear(8, 2))
-    model.register_parameter("empty", nn.Parameter(torch.empty(0)))
-    optimizer = SparseMeZO(model.named_parameters())
-    if attach:
-        optimizer.attach(model)
-    optimizer.step(lambda: model(torch.ones(1, 8)).sum())
-    assert not optimizer.unread()

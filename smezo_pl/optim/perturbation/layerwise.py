@@ -175,11 +175,11 @@ class Layerwise:
                 )
             for name, parameter in owner._parameters.items():
                 weight = None if parameter is None else by_memory.get(identity(parameter))
-                if parameter is not None and weight is not None and parameter.numel():
+                if parameter is not None and weight is not None:
                     self._held.setdefault(owner, _Held()).slots.append(_Slot(owner, name, parameter, weight))
         self._slots = [slot for held in self._held.values() for slot in held.slots]
         found = {id(slot.weight) for slot in self._slots}
-        missing = [name for name, parameter in parameters.items() if parameter.numel() and id(parameter) not in found]
+        missing = [name for key, name in self._names.items() if key not in found]
         if missing:
             raise ValueError(
                 f"attach: {type(module).__name__} does not hold {len(missing)} of the optimizer's {len(self._names)} "
@@ -293,9 +293,9 @@ class Layerwise:
             )
         if is_compiled_caller():
             raise RuntimeError(
-                f"a function compiled by torch.compile runs {type(module).__name__}, and its graph would keep the copies "
-                "of weights that it was traced with; compile what runs no module, or use the in-place perturbation (do "
-                "not call attach)"
+                f"a function compiled by torch.compile runs {type(module).__name__}, and its graph would keep the "
+                "copies of weights that it was traced with; compile what runs no module, or use the in-place "
+                "perturbation (do not call attach)"
             )
         held = self._held[module]
         held.depth += 1

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import dict_to_namespace
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -119,7 +119,11 @@ class SmezoCLI(LightningCLI):
         except Exception:  # no file, or a corrupted one: refused by what loads it, with the reason
             return False
         model, taken = self.config.fit.model, {}
-        schedule = {"lr_scheduler": dict_to_namespace(then["schedule"])} if "schedule" in then else {}
+        schedule = {}
+        if "schedule" in then:
+            parser: Any = Namespace
+            arguments = parser(then["schedule"].get("init_args", {}))
+            schedule["lr_scheduler"] = parser({**then["schedule"], "init_args": arguments})
         parts = [("", model, {**then, **schedule})]
         if "sparse_mezo" in then and (settings := model.optimizer.get("init_args")) is not None:
             parts.append(("optimizer", settings, {**then["sparse_mezo"], "kernel": settings.get("kernel")}))
@@ -132,7 +136,9 @@ class SmezoCLI(LightningCLI):
                 if now[key] != values[key]:
                     now[key] = taken[".".join(filter(None, ["model", name, key]))] = values[key]
         if taken:
-            log.info("not given, so as in %s: %s", checkpoint, ", ".join(f"{k} {v!r}" for k, v in taken.items()))
+            log.info(
+                "not given, so as in %s: %s", checkpoint, ", ".join(f"{k} {_plain(v)!r}" for k, v in taken.items())
+            )
         return bool(taken)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -211,6 +217,10 @@ class SmezoCLI(LightningCLI):
                 if trained:
                     log.warning("for the trained ones: %s", command(subcommand, Path(config.relative), trained[0]))
         return None
+
+
+def _plain(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, Namespace) else value
 
 
 def check_settings(module: SparseMeZOModule) -> None:

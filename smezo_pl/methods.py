@@ -318,6 +318,22 @@ def check_frozen(module: Any, then: Mapping[str, Any]) -> None:
         )
 
 
+def check_dtypes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to train on in another precision than that of a checkpoint's weights and of its frozen ones."""
+    own = module.state_dict()
+    pairs = [
+        (str(tensor.dtype), str(own[name].dtype)) for name, tensor in checkpoint["state_dict"].items() if name in own
+    ]
+    then, now = checkpoint.get("frozen"), frozen_sample(module)
+    if then and now:
+        pairs.append((then["dtype"], now["dtype"]))
+    if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
+        raise ValueError(
+            f"a resumed run cannot change its precision: the checkpoint is of weights in {other[0]}, and they are "
+            f"{other[1]} here; give the same --trainer.precision, or start a new run from its weights"
+        )
+
+
 def check_network(module: Any, then: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of a network with another adapter or head; ``then`` are its run's hyperparameters."""
     before = then.get("method")

@@ -375,14 +375,18 @@ class SparseMeZOModule(LightningModule):
                 checkpoint["frozen"] = sample
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to be a network without weights, another method or adapter on a resume, and another frozen network."""
+        """Refuse no weights, another frozen network, and on a resume another method, adapter or precision."""
         resume.refuse_unrestored(self, checkpoint)
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+        resumes = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if resumes:
             methods.check_resumed(self, checkpoint.get("hyper_parameters", {}))
         methods.check_network(self, checkpoint.get("hyper_parameters", {}))
         if self.baseline is not None and "frozen" in checkpoint:
             self.configure_model()
             methods.check_frozen(self, checkpoint["frozen"])
+        if resumes:
+            self.configure_model()
+            methods.check_dtypes(self, checkpoint)
 
     def on_validation_start(self) -> None:
         """Restore the weights of a checkpoint that holds none, and drop what an interrupted evaluation left."""

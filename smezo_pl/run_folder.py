@@ -131,7 +131,7 @@ def held(trainer: Trainer, checkpoint: str | None, *, fit: bool) -> Iterator[Pat
                 _refuse_another_run(path, checkpoint)
             yield folder
     except BaseException:
-        if not existed and trainer.global_step == 0:
+        if not existed and trainer.global_step <= _read(checkpoint).get("global_step", 0):
             _remove_leftovers(folder)
         raise
 
@@ -153,11 +153,19 @@ def _refuse_another_run(folder: Path, checkpoint: str | None) -> None:
 
 def _run_of(checkpoint: str) -> str | None:
     """The run whose trajectory a checkpoint continues, whether or not it holds weights."""
-    with suppress(Exception):  # what cannot be read is refused where it is loaded
-        content = torch.load(checkpoint, map_location="meta", mmap=True, weights_only=True)
-        place = content.get(SEED_KEY) or content["callbacks"]["SeedCheckpoint"]["place"]
-        return str(place["run"])
+    with suppress(KeyError):
+        content = _read(checkpoint)
+        return str((content.get(SEED_KEY) or content["callbacks"]["SeedCheckpoint"]["place"])["run"])
     return None
+
+
+def _read(checkpoint: str | None) -> dict[str, Any]:
+    """What a checkpoint holds, without its tensors' values; empty if it cannot be read, which loading it refuses."""
+    content: Any = None
+    if checkpoint is not None:
+        with suppress(Exception):
+            content = torch.load(checkpoint, map_location="meta", mmap=True, weights_only=True)
+    return content if isinstance(content, dict) else {}
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -169,6 +169,17 @@ def test_a_checkpoint_of_another_frozen_network_is_refused(method: str, tiny_fol
             getattr(Trainer(**QUIET, max_steps=2), use)(module_of(method, other), demo(), ckpt_path=last)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_resume_in_another_precision_is_refused(method: str, tiny_folder: Path, tmp_path: Path) -> None:
+    keep = WeightCheckpoint(str(tmp_path))
+    Trainer(**{**QUIET, "enable_checkpointing": True}, max_steps=1, callbacks=[keep]).fit(
+        module_of(method, tiny_folder), demo()
+    )
+    trainer = Trainer(**QUIET, max_steps=2, precision="bf16-true")
+    with pytest.raises(ValueError, match=r"cannot change its precision: .*torch.float32, and they are torch.bfloat16"):
+        trainer.fit(module_of(method, tiny_folder), demo(), ckpt_path=keep.last_model_path)
+
+
 @pytest.mark.parametrize("method", FIRST_ORDER)
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_a_killed_run_resumes_to_the_same_bits(method: str, scheduled: bool, tiny_folder: Path, tmp_path: Path) -> None:

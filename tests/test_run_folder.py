@@ -223,6 +223,17 @@ def test_a_run_that_never_began_leaves_no_folder(
     ]
 
 
+def test_a_resume_that_is_refused_when_weights_are_restored_leaves_no_folder(
+    tiny_folder: Path, trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = trained / "runs" / "a" / "version_1" / "checkpoints" / "last.ckpt"
+    more = "--trainer.max_steps=5", "--trainer.precision=bf16-true", f"--ckpt_path={last}"
+    status, error = refused(words("fit", tiny_folder, *more), capsys)
+    assert status == 1 and "was trained in float32 and is bfloat16 here" in error
+    assert "to resume" not in error  # by the same command, which would be refused again
+    assert list(here.rglob("*")) == [here / "runs"]
+
+
 @pytest.mark.slow
 def test_two_processes_under_one_name(tiny_folder: Path, here: Path) -> None:
     arguments = [

@@ -175,6 +175,7 @@ class Resumed:
         self._schedules[:] = [state]
         if differing := [name for name in dict.fromkeys(differing) if not (new_rate and name.startswith("base_lrs"))]:
             kind = type(scheduler).__name__
+            differing = [name for name in differing if not name.startswith("_")] or differing
             before = {name: one[name] for name in differing if name in one}
             after = {name: other[name] for name in differing if name in other}
             self.changes["lr_scheduler"] = (f"{before}" if saved else "none", f"{kind} {after}")

@@ -168,7 +168,7 @@ class SmezoCLI(LightningCLI):
             callbacks.append(RunProgressBar())
         try:
             return super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        except (ValueError, MisconfigurationException) as error:  # of Lightning, about arguments
+        except (ValueError, ImportError, MisconfigurationException) as error:  # of Lightning, about arguments
             raise ValueError(f"trainer: {error}") from error
 
     def instantiate_classes(self) -> None:

@@ -35,7 +35,7 @@ class SuggestingParser(LightningArgumentParser):
         message = readable(message)
         hint = suggestion(message, known_keys(self))
         program = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
-        if required := _REQUIRED.search(message):  # where the keys begin with the subcommand
+        if required := _REQUIRED.match(message):  # where the keys begin with the subcommand
             subcommand = required["keys"].partition(".")[0]
             keys = (f"--{key.strip().removeprefix(subcommand + '.')}" for key in required["keys"].split(","))
             message, program = f"{', '.join(keys)} must be given", f"smezo {subcommand}"
@@ -44,13 +44,18 @@ class SuggestingParser(LightningArgumentParser):
 
 def readable(message: str) -> str:
     """An error of jsonargparse without Python's names of types, each allowed value once."""
-    message = _UNION.sub(lambda found: f"Expected a {_either(found['errors'])}. Got value: {found['value']}", message)
+    message = _UNION.sub(_either, message)
     message = re.sub(r"(?:a )?typing\.Literal\[(.*?)\]", r"one of \1", _AROUND.sub("", message))
     return re.sub(r"(?:a )?<class '([\w.]+)'>", lambda found: "null" if found[1] == "NoneType" else found[1], message)
 
 
-def _either(errors: str) -> str:
-    return " or ".join(part.strip().removeprefix("Expected a ") for part in re.split(r"\n\s*- ", errors))
+def _either(found: re.Match[str]) -> str:
+    """What is wrong within the type that was meant; where none was, all types."""
+    parts = [part.strip() for part in re.split(r"\n\s*- ", found["errors"])]
+    if reasons := [part.rstrip(".") for part in parts if not part.startswith("Expected ")]:
+        return "; ".join(reasons)
+    types = " or ".join(part.removeprefix("Expected a ") for part in parts)
+    return f"Expected a {types}. Got value: {found['value']}"
 
 
 def known_keys(parser: ArgumentParser) -> set[str]:

@@ -143,6 +143,11 @@ def test_wrong_config(
         (["--model.pretrained=x", "--model.method=lor"], "'zero-shot' or null. Got value: lor; did you mean 'lora'?"),
         (["--model.pretrained=x", "--model.micro_batch_size=abc"], "Expected int or null. Got value: abc"),
         (["--model.pretrained=x", "--model.adapter=5"], "Expected dict or null. Got value: 5"),
+        (
+            ["--model.pretrained=x", "--model.lr_scheduler=LambdaLR"],
+            "the following arguments are required: lr_lambda\n",
+        ),
+        (["--model.pretrained=x", "--model.lr_scheduler=ReduceLROnPlateau"], "- Multiple subclasses with name ReduceL"),
         (["--config=nowhere.yaml"], "File does not exist"),
     ],
 )

@@ -126,7 +126,12 @@ CONFIGURATIONS: dict[str, tuple[Callable[[], Classifier], Callable[[], list[Any]
 }
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+SLOW = ("constant masks", "refreshed where it is saved", "a part of the network", "n-SPSA, rademacher", "a schedule")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CONFIGURATIONS]
+)
 def test_a_resume_is_exact_in_every_configuration(tmp_path: Path, name: str) -> None:
     build, callbacks = CONFIGURATIONS[name]
     trained, resumed = build(), build()
@@ -700,9 +705,16 @@ def test_a_resume_is_exact_with_another_number_of_workers(
     assert same(resumed.model, straight[1].model)
 
 
+MORE_KILLS = ((8, 17), (7, 16), (8, 16, 24), (8, 13, 16, 27))
+
+
 # 8 batches an epoch: resumes from the last one of an epoch, with and without a validation there, and from elsewhere
 @pytest.mark.parametrize("validated", [4, 5])
-@pytest.mark.parametrize("killed", [(8, 16), (8, 17), (7, 16), (8, 16, 24), (9, 17, 24), (8, 13, 16, 27)], ids=str)
+@pytest.mark.parametrize(
+    "killed",
+    [(8, 16), (9, 17, 24), *(pytest.param(k, marks=pytest.mark.slow) for k in MORE_KILLS)],
+    ids=str,
+)
 def test_epochs_are_counted_through_any_resumes(tmp_path: Path, killed: tuple[int, ...], validated: int) -> None:
     """Masks refreshed every second epoch: a wrong count, or another order of the examples, gives other weights."""
     settings: dict[str, Any] = {"max_steps": 32, "val_check_interval": validated}
@@ -731,7 +743,7 @@ class StopAfter(Callback):
 
 
 @pytest.mark.parametrize("kind", [SeedCheckpoint, WeightCheckpoint])
-@pytest.mark.parametrize("stopped", [(8, 16), (5, 8, 13)], ids=str)
+@pytest.mark.parametrize("stopped", [(5, 8, 13), pytest.param((8, 16), marks=pytest.mark.slow)], ids=str)
 def test_epochs_are_counted_through_runs_that_are_stopped(
     tmp_path: Path, stopped: tuple[int, ...], kind: type[WeightCheckpoint]
 ) -> None:

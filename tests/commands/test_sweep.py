@@ -91,6 +91,7 @@ def test_killed_resumed_skipped_and_summed_up(
     assert {"accuracy", "step_seconds", "peak_memory_bytes"} <= set(summed["rows"][0]["measurements"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_other_methods_and_a_run_that_fails(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,6 @@
 """Tiny models and data made in code, and a clean process state around every test."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -27,6 +28,16 @@ _WORDS = (
 # The same examples in every run, and no file beside the tests.
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.load_profile("fixed")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # The first step of every run looks at all objects of the process for tensors: not at those of imported modules.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else Triton's bindings report leaks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ import logging
 import random
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -82,22 +83,27 @@ def data() -> PromptDataModule:
 def real_steps(folder: Path, model: str, steps: int) -> tuple[dict[str, Any], SparseMeZOModule]:
     """Some steps of one example, and what recording them cost."""
     spent: list[float] = []
-    append = Recorder._after_step
+    hooks = {name: getattr(Recorder, name) for name in ("refuse_writes", "_after_step")}
 
-    def timed(self: Recorder, *arguments: Any) -> None:
-        began = perf_counter()
-        append(self, *arguments)
-        spent.append(perf_counter() - began)
+    def timed(hook: Callable[..., None]) -> Callable[..., None]:
+        def run_hook(self: Recorder, *arguments: Any) -> None:
+            began = perf_counter()
+            hook(self, *arguments)
+            spent.append(perf_counter() - began)
 
-    Recorder._after_step = timed  # type: ignore[method-assign]
+        return run_hook
+
+    for name, hook in hooks.items():
+        setattr(Recorder, name, timed(hook))
     run, began = module(model), perf_counter()
     trainer(folder, steps, SeedCheckpoint(every_n_steps=CHECKPOINTS, monitor=None)).fit(run, data())
     seconds = perf_counter() - began
-    Recorder._after_step = append  # type: ignore[method-assign]
+    for name, hook in hooks.items():
+        setattr(Recorder, name, hook)
     record, checkpoint = folder / "trajectory.smezo", folder / "checkpoints" / "last.ckpt"
     return {
         "seed_checkpoint_bytes": record.stat().st_size + checkpoint.stat().st_size,
-        "record_seconds": sum(spent) / len(spent),
+        "record_seconds": sum(spent) / steps,
         "short_step_seconds": seconds / steps,
     }, run
 

@@ -119,12 +119,10 @@ class SmezoCLI(LightningCLI):
         except Exception:  # no file, or a corrupted one: refused by what loads it, with the reason
             return False
         model, taken = self.config.fit.model, {}
-        schedule = {}
-        if "schedule" in then:
-            parser: Any = Namespace
-            arguments = parser(then["schedule"].get("init_args", {}))
-            schedule["lr_scheduler"] = parser({**then["schedule"], "init_args": arguments})
-        parts = [("", model, {**then, **schedule})]
+        if (schedule := then.get("schedule")) is not None:
+            namespace: Any = Namespace  # jsonargparse does not type its arguments
+            then["lr_scheduler"] = namespace({**schedule, "init_args": namespace(schedule.get("init_args", {}))})
+        parts = [("", model, then)]
         if "sparse_mezo" in then and (settings := model.optimizer.get("init_args")) is not None:
             parts.append(("optimizer", settings, {**then["sparse_mezo"], "kernel": settings.get("kernel")}))
         if "adamw" in then:

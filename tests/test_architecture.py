@@ -22,7 +22,7 @@ ALLOWED = {
     "saving": set(),
     "strategies": {"models"},
     "data": {"tasks", "models"},
-    "scoring": {"tasks", "data"},
+    "scoring": {"optim", "tasks", "data"},
     "trajectory": {"optim"},
     "methods": {"optim", "data", "models", "scoring"},
     "module": {"optim", "tasks", "data", "scoring", "models", "methods", "strategies", "saving", "trajectory"},

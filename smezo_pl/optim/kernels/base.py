@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smezo_pl.optim.masks import Mask
+from smezo_pl.optim.masks import DENSE, Mask
 from smezo_pl.optim.noise import Distribution, Stream
 
 CODE_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -47,6 +47,44 @@ class Update(NamedTuple):
     mask: Mask
     streams: Sequence[Stream]
     scales: Sequence[float]
+    decay: float = 0.0
+    rounding: Stream | None = None
+
+
+class Factored(NamedTuple):
+    """A sum of outer products as the noise of a pass, ``delta = sum over d of (scale_d left_d) right_d^T``.
+
+    ``theta`` counts as a matrix ``[n, m]``. For each weight, in this order and each operation rounded once:
+    ``delta = (scales[0] left[0, i]) right[0, j]``; for every further ``d``, ``delta = delta + (scales[d] left[d, i])
+    right[d, j]``; with a stream, ``delta = delta * z``.
+
+    Attributes:
+        left: bfloat16 ``[D, n]``.
+        right: bfloat16 ``[D, m]``.
+        scales: ``D`` numbers, at least one; rounded to the precision of the arithmetic.
+        stream: Where a factor ``z`` of every element comes from; None for none.
+    """
+
+    left: Tensor
+    right: Tensor
+    scales: Sequence[float]
+    stream: Stream | None = None
+
+
+class FactoredUpdate(NamedTuple):
+    """``theta = round(theta - (delta + decay * theta))`` under the mask, with the ``delta`` of `Factored`.
+
+    Attributes:
+        theta: Weights, flat, updated in place.
+        mask: Which of them are active, judged by ``theta`` before the update.
+        factored: The noise.
+        decay: As in `Update`.
+        rounding: As in `Update`.
+    """
+
+    theta: Tensor
+    mask: Mask
+    factored: Factored
     decay: float = 0.0
     rounding: Stream | None = None
 
@@ -101,6 +139,34 @@ class Kernel(ABC):
             updates: The tensors and their updates. No two share memory.
             noise: Distribution of ``z``.
         """
+
+    def draw_rows(self, out: Tensor, starts: Sequence[int], noise: Distribution, stream: Stream) -> None:
+        """``out[i]`` = the noise from element ``stream.start + starts[i]`` on, rounded to nearest even.
+
+        Args:
+            out: bfloat16 ``[V, L]``, contiguous.
+            starts: ``V`` numbers, at least 0, multiples of 1024.
+            noise: Distribution of the noise.
+            stream: Where it comes from.
+        """
+        out.zero_()
+        for row, start in zip(out, starts, strict=True):
+            self.perturb(row, row, DENSE, noise, stream.part(start), 1.0)
+
+    @abstractmethod
+    def draw(self, theta: Tensor, out: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float) -> None:
+        """``out = round(scale * z)`` under the mask, 0 elsewhere; the arguments are those of `perturb`."""
+
+    @abstractmethod
+    def perturb_factored(self, theta: Tensor, out: Tensor, factored: Factored) -> None:
+        """``out = round(theta - delta)`` with the ``delta`` of `Factored`, which has no stream here; no mask.
+
+        ``out`` may be ``theta`` itself.
+        """
+
+    @abstractmethod
+    def update_factored(self, update: FactoredUpdate, noise: Distribution) -> None:
+        """Update a tensor by a sum of outer products."""
 
     @abstractmethod
     def select(self, theta: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
@@ -196,6 +262,23 @@ def check_streams(mask: Mask, streams: Sequence[Stream], scales: Sequence[float]
     for stream in (*streams, mask.stream, rounding):
         if stream is not None and stream.start != start:
             raise ValueError(f"all streams of a pass must start at the same element, got {start} and {stream.start}")
+
+
+def check_factored(theta: Tensor, factored: Factored) -> None:
+    """Refuse factors that do not fit the weights, or each other."""
+    left, right, scales, _ = factored
+    count = len(scales)
+    fits = left.dim() == right.dim() == 2 and left.shape[0] == right.shape[0] == count > 0
+    if not fits or left.shape[1] * right.shape[1] != theta.numel():
+        raise ValueError(
+            f"left and right must have shapes [{count}, n] and [{count}, m] with n m = {theta.numel()} for {count} "
+            f"scales, at least one, got {tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    for name, factor in (("left", left), ("right", right)):
+        if factor.dtype != torch.bfloat16 or not factor.is_contiguous() or factor.device != theta.device:
+            raise ValueError(
+                f"{name} must be bfloat16, contiguous and on {theta.device}, got {factor.dtype} on {factor.device}"
+            )
 
 
 def check_mask(theta: Tensor, mask: Mask) -> None:

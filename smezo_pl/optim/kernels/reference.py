@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smezo_pl.optim.kernels import base
-from smezo_pl.optim.kernels.base import Kernel, Update
+from smezo_pl.optim.kernels.base import Factored, FactoredUpdate, Kernel, Update
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import MASK, ROUNDING, Distribution, Stream, chunk_of, draw, words16
 
@@ -42,6 +42,38 @@ class TorchKernel(Kernel):
         """Update one tensor after the other; see `Kernel.update_all`."""
         for update in updates:
             _update(update, noise)
+
+    def draw(self, theta: Tensor, out: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float) -> None:
+        """The noise under the mask alone; see `Kernel.draw`."""
+        base.check_pair(theta, out)
+        base.check_mask(theta, mask)
+        base.check_streams(mask, [stream], [scale], None)
+        for low, high in _chunks(theta):
+            z = draw(noise, stream.part(low), high - low, theta.device).to(_widen(theta[:0]).dtype)
+            scaled = _narrow(z * _scalar(scale, z), theta.dtype)
+            out[low:high] = torch.where(active(theta, mask, low, high), scaled, torch.zeros_like(scaled))
+
+    def perturb_factored(self, theta: Tensor, out: Tensor, factored: Factored) -> None:
+        """``theta`` minus a sum of outer products; see `Kernel.perturb_factored`."""
+        base.check_pair(theta, out)
+        base.check_factored(theta, factored)
+        for low, high in _chunks(theta):
+            wide = _widen(theta[low:high])
+            out[low:high] = _narrow(wide - _delta(factored, low, high, wide), theta.dtype)
+
+    def update_factored(self, update: FactoredUpdate, noise: Distribution) -> None:
+        """Update by a sum of outer products; see `Kernel.update_factored`."""
+        theta, mask, factored, decay, rounding = update
+        base.check_weights(theta)
+        base.check_mask(theta, mask)
+        base.check_factored(theta, factored)
+        if decay == 0.0 and not any(factored.scales):
+            return
+        for low, high in _chunks(theta):
+            delta = _delta(factored, low, high, _widen(theta[low:high]))
+            if factored.stream is not None:
+                delta = delta * draw(noise, factored.stream.part(low), high - low, theta.device).to(delta.dtype)
+            _subtract(theta, mask, low, high, delta, decay, rounding)
 
     def select(self, theta: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         """Packed mask and a copy of the weights under it; see `Kernel.select`."""
@@ -89,22 +121,42 @@ def _update(update: Update, noise: Distribution) -> None:
     if decay == 0.0 and not any(scales):
         return
     for low, high in _chunks(theta):
-        part = theta[low:high]
-        wide = _widen(part)
+        wide = _widen(theta[low:high])
         terms = (
             draw(noise, stream.part(low), high - low, theta.device).to(wide.dtype) * _scalar(scale, wide)
             for stream, scale in zip(streams, scales, strict=True)
         )
-        delta = functools.reduce(torch.add, terms)
-        if decay != 0.0:
-            delta = delta + wide * _scalar(decay, wide)
-        new = wide - delta
-        if rounding is None or theta.element_size() > 2:
-            rounded = _narrow(new, theta.dtype)
-        else:
-            word = words16(rounding.part(low), ROUNDING, high - low, theta.device)
-            rounded = round_stochastically(new, word, theta.dtype)
-        theta[low:high] = _where(active(theta, mask, low, high), rounded, part)
+        _subtract(theta, mask, low, high, functools.reduce(torch.add, terms), decay, rounding)
+
+
+def _subtract(
+    theta: Tensor, mask: Mask, low: int, high: int, delta: Tensor, decay: float, rounding: Stream | None
+) -> None:
+    """Subtract ``delta`` and the decay from ``theta[low:high]`` under the mask."""
+    part = theta[low:high]
+    wide = _widen(part)
+    if decay != 0.0:
+        delta = delta + wide * _scalar(decay, wide)
+    new = wide - delta
+    if rounding is None or theta.element_size() > 2:
+        rounded = _narrow(new, theta.dtype)
+    else:
+        word = words16(rounding.part(low), ROUNDING, high - low, theta.device)
+        rounded = round_stochastically(new, word, theta.dtype)
+    theta[low:high] = _where(active(theta, mask, low, high), rounded, part)
+
+
+def _delta(factored: Factored, low: int, high: int, like: Tensor) -> Tensor:
+    """The sum of outer products for ``theta[low:high]``, without the factor of every element."""
+    left, right, scales, _ = factored
+    index = torch.arange(low, high, device=left.device)
+    row, column = index // right.shape[1], index % right.shape[1]
+    terms = (
+        (a[row].to(like.dtype) * _scalar(scale, like)) * b[column].to(like.dtype)
+        for a, b, scale in zip(left, right, scales, strict=True)
+    )
+    delta: Tensor = functools.reduce(torch.add, terms)
+    return delta
 
 
 def active(theta: Tensor, mask: Mask, low: int, high: int) -> Tensor:

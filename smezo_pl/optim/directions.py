@@ -1,0 +1,121 @@
+r"""Noise scheme 2: directions of low rank and sign flips, one for the whole batch or one for each of its rows.
+
+Scheme 2 draws nothing new: its numbers are those of scheme 1 (`smezo_pl.optim.noise`) at samples from ``2^23`` on,
+where no sample of n-SPSA is. A direction of a tensor is a sum of outer products of *factors*.
+
+**Shape.** A tensor of two or more dimensions counts as a matrix of ``n`` rows and ``m`` columns, where ``m`` is its
+last dimension; one of fewer dimensions as ``m`` numbers.
+
+**Low rank.** Row ``r`` of the global batch has, for sample ``q`` and a matrix, the direction::
+
+    Z_r = k^(-1/2) * sum over j < k of a_rj b_rj^T
+
+with rank ``k``. ``a_rj``, of ``n`` numbers, and ``b_rj``, of ``m``, come from the stream of the tensor at sample
+``q + 2^23``; with ``N`` and ``M``, which are ``n`` and ``m`` rounded up to multiples of 1024::
+
+    a_rj = elements (r k + j) (N + M) ... + n,      b_rj = elements (r k + j) (N + M) + N ... + m
+
+They are of the noise's distribution, normals rounded to bfloat16 (nearest, ties to even), so that every dtype holds
+them exactly. Numbers that are no matrix have ``Z_r`` = elements ``r M ... + m``, rounded likewise, whatever the rank.
+
+**Sign flips.** ``Z_r = (mask z) * (u_r v_r^T)`` with the mask and the noise ``z`` of scheme 1, and ``u_r`` and ``v_r``
+where a rank of 1 has ``a`` and ``b``, but always signs. Numbers that are no matrix have ``mask z v_r`` with ``v_r``
+where low rank has ``Z_r``.
+
+**Shared.** A direction of low rank for the whole batch is that of row 0; so is that of a tensor whose rows cannot be
+told. Of sign flips such a tensor has ``mask z``, as in scheme 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from smezo_pl.optim.kernels.base import Kernel
+from smezo_pl.optim.noise import BLOCK, NOISE_SCHEME, Distribution, Stream
+
+DIRECTIONS_SCHEME = 2
+"""Version of the scheme above, kept in every trajectory that uses it."""
+
+DirectionsName = Literal["shared", "per_row"]
+"""One direction for the whole batch (the papers'), or one for each of its rows."""
+
+FACTORS = 1 << 23
+"""Added to a sample's number where factors and signs are drawn."""
+
+MAX_RANK = 64
+"""Highest rank of a direction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """What directions a run has.
+
+    Attributes:
+        per_row: Whether each row of the batch has its own.
+        rank: Their rank; None for full noise, with sign flips where each row has its own.
+    """
+
+    per_row: bool
+    rank: int | None
+
+    @property
+    def scheme(self) -> int:
+        """Version of the noise that they need."""
+        return NOISE_SCHEME if self == SHARED else DIRECTIONS_SCHEME
+
+
+SHARED = Directions(per_row=False, rank=None)
+"""The papers': full noise, one direction for the whole batch."""
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """``n`` and ``m`` of a tensor; ``n`` is 1 for what is no matrix."""
+    last = shape[-1] if shape else 1
+    return (torch.Size(shape[:-1]).numel(), last) if len(shape) > 1 else (1, last)
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Where the factors of a tensor come from in one sample of a step.
+
+    Attributes:
+        kernel: What draws them.
+        stream: The stream of the tensor for that step and sample, as in scheme 1.
+        shape: Shape of the tensor.
+        rank: The rank; 1 for sign flips.
+        distribution: Of the factors; ``rademacher`` for sign flips.
+    """
+
+    kernel: Kernel
+    stream: Stream
+    shape: torch.Size
+    rank: int
+    distribution: Distribution
+
+    def left(self, rows: Sequence[int], device: torch.device | str = "cpu") -> Tensor | None:
+        """``a`` of some rows of the global batch: bfloat16 ``[len(rows), rank, n]``; None for what is no matrix."""
+        return self._draw(rows, matrix_shape(self.shape)[0], 0, device) if len(self.shape) > 1 else None
+
+    def right(self, rows: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """``b`` of some rows, or all of their direction: bfloat16 ``[len(rows), rank, m]``, rank 1 for no matrix."""
+        n, m = matrix_shape(self.shape)
+        return self._draw(rows, m, _padded(n) if len(self.shape) > 1 else 0, device)
+
+    def _draw(self, rows: Sequence[int], numel: int, offset: int, device: torch.device | str) -> Tensor:
+        n, m = matrix_shape(self.shape)
+        rank, stride = (self.rank, _padded(n) + _padded(m)) if len(self.shape) > 1 else (1, _padded(m))
+        starts = [(row * rank + j) * stride + offset for row in rows for j in range(rank)]
+        out = torch.empty(len(starts), numel, dtype=torch.bfloat16, device=device)
+        own = self.stream
+        stream = Stream(own.seed, own.step, own.sample + FACTORS, own.tensor, own.start)
+        self.kernel.draw_rows(out, starts, self.distribution, stream)
+        return out.view(len(rows), rank, numel)
+
+
+def _padded(numel: int) -> int:
+    return -(-numel // BLOCK) * BLOCK

@@ -168,6 +168,16 @@ class Kernel(ABC):
     def update_factored(self, update: FactoredUpdate, noise: Distribution) -> None:
         """Update a tensor by a sum of outer products."""
 
+    def update_all_factored(self, updates: Sequence[FactoredUpdate], noise: Distribution) -> None:
+        """Update several tensors, of any dtypes, by sums of outer products.
+
+        Args:
+            updates: The tensors and their updates. No two share memory.
+            noise: Distribution of ``z``, where a stream gives it.
+        """
+        for update in updates:
+            self.update_factored(update, noise)
+
     @abstractmethod
     def select(self, theta: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         """Pack the mask and copy the weights under it.

@@ -29,9 +29,11 @@ class StepRecord:
 
     Attributes:
         step: Index of the step, counted from 0; the noise of the step is drawn with it.
-        losses: ``(l+, l-)`` of each sample; empty where they were not kept, as in an exported run.
-        projected_gradients: ``(l+ - l-) / (2 eps)`` of each sample, rounded to float32, with the ``eps`` of the first
-            parameter group. Empty when the step was skipped.
+        losses: ``(l+, l-)`` of each sample, and in it of each row that has its own direction; empty where they were
+            not kept, as in an exported run.
+        projected_gradients: Of each pair of losses what the update multiplied its direction with:
+            ``(l+ - l-) / (2 eps)``, rounded to float32, with the ``eps`` of the first parameter group, or what the
+            optimizer's ``coefficients`` make of it. Empty when the step was skipped.
         lr: Learning rate of each parameter group.
         weight_decay: Weight decay of each parameter group.
         eps: Perturbation scale of each parameter group.
@@ -41,6 +43,11 @@ class StepRecord:
         thresholds: The thresholds of that refresh as a trajectory stores them; empty where they are not kept.
         unread: Tensors that were left alone because no forward has read them since the last refresh: bit ``n`` stands
             for the tensor of number ``n``.
+        rows: Number of rows of the batch that had a direction each; 1 where all shared one.
+        shared: Tensors with one direction for the batch where the others have one per row, as the layers that read them
+            do not tell rows apart: bits as in ``unread``.
+        mean_square: Moving mean of the squared projected gradients after the step, for ``coefficients="moving"``; else
+            0.
         forward_seconds: Wall-clock seconds in the closure, without the writing of perturbed copies on a CPU. On an
             accelerator launches return early and the time of the perturbations inside a layer counts here.
         total_seconds: Wall-clock seconds of the whole step. Neither of the two is compared or stored.
@@ -57,6 +64,9 @@ class StepRecord:
     refreshed: bool = False
     thresholds: bytes = b""
     unread: int = 0
+    rows: int = 1
+    shared: int = 0
+    mean_square: float = 0.0
     forward_seconds: float = field(default=0.0, compare=False)
     total_seconds: float = field(default=0.0, compare=False)
 
@@ -68,7 +78,7 @@ class StepRecord:
     @property
     def samples(self) -> int:
         """Number of samples; 0 if the step was skipped and its losses were not kept."""
-        return len(self.losses or self.projected_gradients)
+        return len(self.losses or self.projected_gradients) // self.rows
 
 
 def projected_gradients(losses: Sequence[tuple[float, float]], eps: float) -> tuple[float, ...]:
@@ -90,9 +100,10 @@ def check_record(record: StepRecord, step: int, groups: int, samples: int) -> No
         raise ValueError(f"step {record.step} cannot be made now: the next step is {step}")
     if not len(record.lr) == len(record.weight_decay) == groups:
         raise ValueError(f"lr and weight_decay need one number for each of the {groups} groups")
-    if not record.skipped and len(record.projected_gradients) != samples:
+    if not record.skipped and len(record.projected_gradients) != samples * record.rows:
         raise ValueError(
-            f"step {record.step} has {len(record.projected_gradients)} projected gradients, expected {samples}"
+            f"step {record.step} has {len(record.projected_gradients)} projected gradients, expected "
+            f"{samples * record.rows}"
         )
 
 

@@ -241,12 +241,13 @@ def optimizer_of(module: Any) -> torch.optim.Optimizer | None:
         raise TypeError(f"optimizer must build a SparseMeZO, got {type(optimizer).__name__}, which needs gradients")
     if mask := METHODS[module.method].mask if module.method else None:
         for group in optimizer.param_groups:
-            if group["mask"] not in ("small", mask):  # small is the default, so it was perhaps not asked for
+            # small is the default, so it was perhaps not asked for; `adopt` says what a rank needs
+            if group["mask"] not in ("small", mask) and optimizer.rank is None:
                 raise ValueError(
                     f"method {module.method!r} has mask {mask!r}, but the optimizer was given {group['mask']!r}"
                 )
             group["mask"] = mask
-        optimizer.defaults["mask"] = mask
+        optimizer.adopt({"mask": mask})
     if module.perturbation == "layerwise":
         optimizer.attach(module.model)
     if module._trainer is not None and module.trainer.world_size > 1:

@@ -18,12 +18,12 @@ with rank ``k``. ``a_rj``, of ``n`` numbers, and ``b_rj``, of ``m``, come from t
 They are of the noise's distribution, normals rounded to bfloat16 (nearest, ties to even), so that every dtype holds
 them exactly. Numbers that are no matrix have ``Z_r`` = elements ``r M ... + m``, rounded likewise, whatever the rank.
 
-**Sign flips.** ``Z_r = (mask z) * (u_r v_r^T)`` with the mask and the noise ``z`` of scheme 1, and ``u_r`` and ``v_r``
-where a rank of 1 has ``a`` and ``b``, but always signs. Numbers that are no matrix have ``mask z v_r`` with ``v_r``
-where low rank has ``Z_r``.
+**Sign flips.** ``Z_r = (mask z) * (u_r v_r^T)`` with the mask and the noise ``z`` that scheme 1 has for sample 0, in
+all samples, and ``u_r`` and ``v_r`` where a rank of 1 has ``a`` and ``b``, but always signs. Numbers that are no matrix
+have ``mask z v_r`` with ``v_r`` where low rank has ``Z_r``.
 
 **Shared.** A direction of low rank for the whole batch is that of row 0; so is that of a tensor whose rows cannot be
-told. Of sign flips such a tensor has ``mask z``, as in scheme 1.
+told. Of sign flips such a tensor has ``mask z`` with the ``z`` of the sample, as in scheme 1.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ class Directions:
         """Version of the noise that they need."""
         return NOISE_SCHEME if self == SHARED else DIRECTIONS_SCHEME
 
+    def __str__(self) -> str:
+        return f"directions={'per_row' if self.per_row else 'shared'!r} and rank={self.rank}"
+
 
 SHARED = Directions(per_row=False, rank=None)
 """The papers': full noise, one direction for the whole batch."""
@@ -97,24 +100,45 @@ class Factors:
     rank: int
     distribution: Distribution
 
-    def left(self, rows: Sequence[int], device: torch.device | str = "cpu") -> Tensor | None:
-        """``a`` of some rows of the global batch: bfloat16 ``[len(rows), rank, n]``; None for what is no matrix."""
-        return self._draw(rows, matrix_shape(self.shape)[0], 0, device) if len(self.shape) > 1 else None
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the tensor counts as a matrix."""
+        return len(self.shape) > 1
 
-    def right(self, rows: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    @property
+    def count(self) -> int:
+        """How many outer products the direction of one row is the sum of."""
+        return self.rank if self.is_matrix else 1
+
+    def left(
+        self, rows: Sequence[int], device: torch.device | str = "cpu", part: tuple[int, int] | None = None
+    ) -> Tensor | None:
+        """``a`` of some rows of the global batch: bfloat16 ``[len(rows), rank, n]``; None for what is no matrix.
+
+        Args:
+            rows: Numbers of the rows.
+            device: Where to.
+            part: Of the ``n`` numbers the first one, a multiple of 1024, and how many; None for all.
+        """
+        n, _ = matrix_shape(self.shape)
+        return self._draw(rows, part or (0, n), 0, device) if self.is_matrix else None
+
+    def right(
+        self, rows: Sequence[int], device: torch.device | str = "cpu", part: tuple[int, int] | None = None
+    ) -> Tensor:
         """``b`` of some rows, or all of their direction: bfloat16 ``[len(rows), rank, m]``, rank 1 for no matrix."""
         n, m = matrix_shape(self.shape)
-        return self._draw(rows, m, _padded(n) if len(self.shape) > 1 else 0, device)
+        return self._draw(rows, part or (0, m), _padded(n) if self.is_matrix else 0, device)
 
-    def _draw(self, rows: Sequence[int], numel: int, offset: int, device: torch.device | str) -> Tensor:
+    def _draw(self, rows: Sequence[int], part: tuple[int, int], offset: int, device: torch.device | str) -> Tensor:
         n, m = matrix_shape(self.shape)
-        rank, stride = (self.rank, _padded(n) + _padded(m)) if len(self.shape) > 1 else (1, _padded(m))
-        starts = [(row * rank + j) * stride + offset for row in rows for j in range(rank)]
+        stride, (first, numel) = (_padded(n) if self.is_matrix else 0) + _padded(m), part
+        starts = [(row * self.count + j) * stride + offset + first for row in rows for j in range(self.count)]
         out = torch.empty(len(starts), numel, dtype=torch.bfloat16, device=device)
         own = self.stream
         stream = Stream(own.seed, own.step, own.sample + FACTORS, own.tensor, own.start)
         self.kernel.draw_rows(out, starts, self.distribution, stream)
-        return out.view(len(rows), rank, numel)
+        return out.view(len(rows), self.count, numel)
 
 
 def _padded(numel: int) -> int:

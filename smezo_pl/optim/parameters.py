@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from smezo_pl.optim.directions import FACTORS, MAX_RANK, Directions
 from smezo_pl.optim.kernels import Kernel, KernelName, get_kernel
 from smezo_pl.optim.masks import MASK_RULES
 from smezo_pl.optim.memory import Part, check_tensor, ties
-from smezo_pl.optim.noise import NOISE_SCHEME
 
 Patterns = str | Sequence[str] | None
 """One or several patterns of parameter names, or None."""
@@ -173,27 +173,50 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"mask_update must be 'dynamic' or 'constant', got {group['mask_update']!r}")
 
 
-def check_settings(num_samples: object, seed: object, max_skipped: object, noise: object, kernel: object) -> None:
+_CHOICES = {
+    "noise": ("gaussian", "rademacher"),
+    "kernel": ("auto", "numba", "triton", "torch"),
+    "directions": ("shared", "per_row"),
+    "coefficients": ("raw", "normalized", "moving", "ranks"),
+}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings of the optimizer as a whole that are out of range."""
-    check_integer("num_samples", num_samples, 1, 1 << 24)
-    check_integer("seed", seed, 0, 1 << 64)
-    check_integer("max_skipped", max_skipped, 1, 1 << 31)
-    if noise not in ("gaussian", "rademacher"):
-        raise ValueError(f"noise must be 'gaussian' or 'rademacher', got {noise!r}")
-    if kernel not in ("auto", "numba", "triton", "torch"):
-        raise ValueError(f"kernel must be 'auto', 'numba', 'triton' or 'torch', got {kernel!r}")
+    check_integer("num_samples", settings["num_samples"], 1, FACTORS)
+    check_integer("seed", settings["seed"], 0, 1 << 64)
+    check_integer("max_skipped", settings["max_skipped"], 1, 1 << 31)
+    if settings["rank"] is not None:
+        check_integer("rank", settings["rank"], 1, MAX_RANK + 1)
+    for name, allowed in _CHOICES.items():
+        if settings[name] not in allowed:
+            *others, last = map(repr, allowed)
+            raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {settings[name]!r}")
 
 
-def check_state(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse the state of another optimizer, of another noise scheme, or of other parameters than in ``groups``."""
+def check_rank(rank: int | None, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse a rank together with a mask that leaves weights out."""
+    for group in groups if rank is not None else ():
+        if group["mask"] != "dense":
+            raise ValueError(
+                f"rank={rank} needs mask='dense', got {group['mask']!r}: a direction of low rank moves all weights. "
+                "Leave out the mask (--model.method mezo), or the rank"
+            )
+
+
+def check_state(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], directions: Directions) -> None:
+    """Refuse the state of another optimizer, of other directions, or of other parameters than in ``groups``."""
     own = state.get("smezo")
     if own is None:
         raise ValueError("the state does not come from SparseMeZO: it has no entry 'smezo'")
-    if own["noise_scheme"] != NOISE_SCHEME:
+    saved = Directions(own.get("directions") == "per_row", own.get("rank"))
+    if own["noise_scheme"] != saved.scheme:
         raise ValueError(
-            f"the state was made with noise scheme {own['noise_scheme']}, this version has scheme {NOISE_SCHEME}; "
-            "the run cannot be resumed with other noise"
+            f"the state was made with noise scheme {own['noise_scheme']}, this version has scheme {saved.scheme} for "
+            f"{saved}; the run cannot be resumed with other noise"
         )
+    if saved != directions:
+        raise ValueError(f"the state was made with {saved}, the optimizer has {directions}: give those of the state")
     for saved, group in zip(state["param_groups"], groups, strict=False):
         if saved["names"] != group["names"] or saved["numbers"] != group["numbers"]:
             raise ValueError(

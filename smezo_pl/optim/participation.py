@@ -46,9 +46,7 @@ class Participation:
         if not watched:
             return 0
         flags = [id(tensor.parameter) in read or not tensor.parameter.numel() for tensor in watched]
-        if self.over_processes is not None:
-            own = torch.tensor(flags, dtype=torch.int32, device=watched[0].parameter.device)
-            flags = self.over_processes(own).bool().tolist()
+        flags = self.in_any_process(flags, watched[0].parameter.device)
         if fresh and not any(flags):
             logger.warning("step %d: no forward was seen to read a weight that is optimized; all take part", step)
             return 0
@@ -65,3 +63,9 @@ class Participation:
                 some(tensor.name for tensor in left),
             )
         return unread
+
+    def in_any_process(self, flags: list[bool], device: torch.device) -> list[bool]:
+        """Whether each of some flags is set in any process."""
+        if self.over_processes is None:
+            return flags
+        return self.over_processes(torch.tensor(flags, dtype=torch.int32, device=device)).bool().tolist()

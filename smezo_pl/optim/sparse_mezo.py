@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from smezo_pl.optim.coefficients import CoefficientsName, coefficients, projected_gradients, rounded
+from smezo_pl.optim.directions import Directions, DirectionsName
 from smezo_pl.optim.kernels import KernelName
 from smezo_pl.optim.masks import MaskRule, count_ones
-from smezo_pl.optim.noise import NOISE_SCHEME, Distribution
+from smezo_pl.optim.noise import Distribution
 from smezo_pl.optim.parameters import (
     OptimizedTensor,
     Patterns,
     as_patterns,
     check_group,
+    check_rank,
     check_scope,
     check_settings,
     check_state,
@@ -39,7 +42,6 @@ from smezo_pl.optim.step import (
     StepPerturbation,
     StepRecord,
     check_record,
-    projected_gradients,
     rates_of,
 )
 
@@ -48,11 +50,20 @@ logger = logging.getLogger(__name__)
 _SAVED = ("_steps_done", "_skipped", "_skipped_in_row", "seed", "num_samples", "noise")
 """Attributes in a state, in which their names have no underscore in front."""
 
+_SAVED_IF_USED = {"_no_signal": 0, "_mean_square": 0.0, "_shared": None, "directions": "shared", "rank": None}
+"""The same for those that are left out of a state where they have these values."""
+
 _COPIED = (
-    *("max_skipped", "kernel", "_scope", "_given", "_refreshed", "_last_step", "_logged", "_copied_bytes"),
-    *("given", "overrides", *_SAVED),
+    *("max_skipped", "kernel", "coefficients", "strict", "given", "overrides", *_SAVED, *_SAVED_IF_USED),
+    *("_scope", "_given", "_refreshed", "_last_step", "_logged", "_copied_bytes"),
 )
 """Attributes that a copied or pickled optimizer keeps beside torch's own."""
+
+
+_SETTINGS = (
+    *("num_samples", "seed", "noise", "kernel", "max_skipped", "directions", "rank", "coefficients", "strict"),
+)
+"""Attributes that are arguments of the constructor."""
 
 
 @remembers_given
@@ -85,7 +96,7 @@ class SparseMeZO(Optimizer):
         eps: Perturbation scale, above 0.
         sparsity: Fraction of each tensor left alone, in ``[0, 1)``; 0 is MeZO. Ignored by ``mask="dense"``.
         mask: ``small`` perturbs the smallest magnitudes (Sparse MeZO), ``large`` the largest, ``random`` a random
-            choice (R-MeZO), ``dense`` all weights (MeZO).
+            choice (R-MeZO), ``dense`` all weights (MeZO). None is ``dense`` with a ``rank``, else ``small``.
         mask_update: ``dynamic`` compares the weights with the threshold at every step (``random``: draws anew at every
             step), ``constant`` keeps the first mask, packed into one bit per weight, until `refresh_masks`.
         num_samples: Perturbations averaged in a step (n-SPSA), at least 1; each costs two forwards.
@@ -99,6 +110,14 @@ class SparseMeZO(Optimizer):
             reference) or ``auto``. All give the same bits.
         maximize: Whether to ascend.
         max_skipped: Steps in a row that may be skipped for a loss that is not finite before `step` raises.
+        directions: ``shared``: one direction for the whole batch, the papers'. ``per_row``: one for each of its rows;
+            the closure then returns one loss per row, and the optimizer must be attached.
+        rank: Rank of the directions, in ``[1, 64]``, of all weights. None for full noise; a direction per row is then
+            ``m z`` with the signs of rows and columns flipped at random.
+        coefficients: What stands for ``g`` in the update (see `smezo_pl.optim.coefficients`): ``raw``, ``g`` itself;
+            ``normalized``, ``g`` over its root mean square in the step; ``moving``, over that of all steps so far;
+            ``ranks``, its signed rank in the step.
+        strict: Whether to refuse a tensor whose rows cannot be told, which otherwise has one direction for the batch.
 
     Raises:
         ValueError: If a number is out of range, the parameter list is empty or a pattern matches nothing.
@@ -124,7 +143,7 @@ class SparseMeZO(Optimizer):
         lr: float = 1e-6,
         eps: float = 1e-3,
         sparsity: float = 0.8,
-        mask: MaskRule = "small",
+        mask: MaskRule | None = None,
         mask_update: Literal["dynamic", "constant"] = "dynamic",
         num_samples: int = 1,
         weight_decay: float = 0.0,
@@ -137,14 +156,25 @@ class SparseMeZO(Optimizer):
         kernel: KernelName = "auto",
         maximize: bool = False,
         max_skipped: int = 20,
+        directions: DirectionsName = "shared",
+        rank: int | None = None,
+        coefficients: CoefficientsName = "raw",
+        strict: bool = False,
     ) -> None:
-        check_settings(num_samples, seed, max_skipped, noise, kernel)
-        self.num_samples, self.seed, self.max_skipped = num_samples, seed, max_skipped
+        self.num_samples, self.seed, self.max_skipped, self.strict = num_samples, seed, max_skipped, strict
         self.noise: Distribution = noise
         self.kernel: KernelName = kernel
+        self.directions: DirectionsName = directions
+        self.coefficients: CoefficientsName = coefficients
+        self.rank = rank
+        check_settings({name: getattr(self, name) for name in _SETTINGS})
+        if mask is None:
+            mask, self.given = ("small" if rank is None else "dense"), self.given - {"mask"}
         self._scope = {k: as_patterns(k, v) for k, v in (("include", include), ("exclude", exclude), ("dense", dense))}
         self._given: list[str] = []
-        self._steps_done = self._skipped_in_row = self._skipped = 0
+        self._steps_done = self._skipped_in_row = self._skipped = self._no_signal = 0
+        self._mean_square = 0.0
+        self._shared: int | None = None
         self._refreshed, self._copied_bytes = False, 0
         self._last_step: StepRecord | None = None
         self._logged: set[str] = set()
@@ -165,6 +195,7 @@ class SparseMeZO(Optimizer):
         """Add parameters, numbered after those given before (see `torch.optim.Optimizer.add_param_group`)."""
         group = {**self.defaults, **param_group}
         check_group(group)
+        check_rank(self.rank, [group])
         self.overrides.append({name: param_group[name] for name in self.defaults if name in param_group})
         group |= choose(group["params"], self._scope, self._given, self.param_groups)
         group |= {"thresholds": [None] * len(group["params"]), "ready": False, "mask_step": 0}
@@ -176,7 +207,7 @@ class SparseMeZO(Optimizer):
             # torch puts one in when a state is loaded
             **{name: value for name, value in self.defaults.items() if name != "differentiable"},
             **{argument: list(patterns) or None for argument, patterns in self._scope.items()},
-            **{name: getattr(self, name) for name in ("num_samples", "seed", "noise", "kernel", "max_skipped")},
+            **{name: getattr(self, name) for name in _SETTINGS},
         }
 
     def adopt(self, settings: Mapping[str, Any]) -> None:
@@ -190,13 +221,15 @@ class SparseMeZO(Optimizer):
                 self._scope[name], self._listed = as_patterns(name, value), []
             else:
                 setattr(self, name, value)
+        check_rank(self.rank, self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimizer in plain types: groups with thresholds, counters, and packed masks where constant."""
         state = super().state_dict()
         state["smezo"] = {
-            "noise_scheme": NOISE_SCHEME,
+            "noise_scheme": self._directions.scheme,
             **{name.lstrip("_"): getattr(self, name) for name in _SAVED},
+            **{k.lstrip("_"): getattr(self, k) for k, unused in _SAVED_IF_USED.items() if getattr(self, k) != unused},
             "bits": dict(self._selection.bits),
         }
         if unread := self.participation.unread_of(self._tensors()):
@@ -207,13 +240,15 @@ class SparseMeZO(Optimizer):
         """Resume from a `state_dict`.
 
         Raises:
-            ValueError: If the state is another optimizer's, of another noise scheme or of other parameters.
+            ValueError: If the state is another optimizer's, of other directions or of other parameters.
         """
-        check_state(state_dict, self.param_groups)
+        check_state(state_dict, self.param_groups, self._directions)
         own = state_dict["smezo"]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "smezo"})
         for name in _SAVED:
             setattr(self, name, own[name.lstrip("_")])
+        for name, unused in _SAVED_IF_USED.items():
+            setattr(self, name, own.get(name.lstrip("_"), unused))
         self._selection.load_bits(self._tensors(), own["bits"])
         self.participation.unread = sum(1 << number for number in own.get("unread", ()))
 
@@ -298,7 +333,7 @@ class SparseMeZO(Optimizer):
         for own, theirs in zip(self.param_groups, other.param_groups, strict=True):
             own.update(thresholds=list(theirs["thresholds"]), ready=theirs["ready"], mask_step=theirs["mask_step"])
         self._selection.load_bits(self._tensors(), other._selection.bits)
-        self.participation.unread = other.participation.unread
+        self.participation.unread, self._shared = other.participation.unread, other._shared
 
     def thresholds(self) -> dict[str, float]:
         """Threshold of every optimized tensor, by name; infinity where it has none."""
@@ -330,6 +365,14 @@ class SparseMeZO(Optimizer):
         """
         return [tensor.name for tensor in self.participation.unread_of(self._tensors())]
 
+    def shared(self) -> list[str]:
+        """Names of the tensors with one direction for the batch where the others have one for each row.
+
+        The first step finds out of which tensors the layers that read them do not tell rows apart.
+        """
+        bits = self._shared or 0
+        return [tensor.name for tensor in self._tensors() if bits >> tensor.number & 1]
+
     @property
     def steps_done(self) -> int:
         """Steps done, skipped ones included; the index of the next step."""
@@ -339,6 +382,11 @@ class SparseMeZO(Optimizer):
     def skipped_steps(self) -> int:
         """Steps that changed nothing because a loss was not finite."""
         return self._skipped
+
+    @property
+    def no_signal_steps(self) -> int:
+        """Steps in which the losses on both sides were equal in all directions, so that no direction was followed."""
+        return self._no_signal
 
     @property
     def last_step(self) -> StepRecord:
@@ -375,14 +423,14 @@ class SparseMeZO(Optimizer):
             raise TypeError("SparseMeZO.step needs a closure that runs the forward and returns the loss")
         started = perf_counter()
         self.prepare_masks()
-        step = self._perturbation(self._steps_done)
+        step = self._learned(closure)
         # the group's own number says the same as self._refreshed, and outlives a resume between refresh and step
         fresh = any(group["mask_step"] == self._steps_done for group in self.param_groups)
         watched = self.participation.watched(self._tensors(), fresh)
         losses, forward_seconds, self._copied_bytes, read = run_forwards(
             closure, self.num_samples, step, self._layerwise, [tensor.parameter for tensor in watched], self._log_once
         )
-        gradients = projected_gradients(losses, self.param_groups[0]["eps"])
+        gradients, mean_square = self._coefficients(losses)
         record = StepRecord(
             step=self._steps_done,
             losses=losses,
@@ -391,6 +439,9 @@ class SparseMeZO(Optimizer):
             skipped=not gradients,
             refreshed=self._refreshed,
             unread=self.participation.after_forwards(watched, fresh, read, self._steps_done),
+            rows=len(losses) // self.num_samples,
+            shared=self._shared or 0,
+            mean_square=mean_square,
             forward_seconds=forward_seconds,
         )
         self.standstill.look(record, step)
@@ -409,10 +460,13 @@ class SparseMeZO(Optimizer):
         weight_decay: Sequence[float],
         skipped: bool = False,
         unread: int = 0,
+        shared: int = 0,
     ) -> None:
         """Make the update of a step again, with no forward, from what its `StepRecord` holds; see `replay_steps`."""
         rates = rates_of(self.param_groups) | {"lr": tuple(lr), "weight_decay": tuple(weight_decay)}
-        self.replay_steps([StepRecord(step, (), tuple(projected_gradients), **rates, skipped=skipped, unread=unread)])
+        rows = len(projected_gradients) // self.num_samples if self._directions.per_row and not skipped else 1
+        how: dict[str, Any] = {"skipped": skipped, "unread": unread, "rows": rows, "shared": shared}
+        self.replay_steps([StepRecord(step, (), tuple(projected_gradients), **rates, **how)])
 
     @torch.no_grad()
     def replay_steps(self, steps: Sequence[StepRecord]) -> None:
@@ -425,13 +479,46 @@ class SparseMeZO(Optimizer):
             ValueError: If a step is not the next one, or numbers are missing; then nothing is written.
         """
         for index, record in enumerate(steps, self._steps_done):
-            check_record(record, index, len(self.param_groups), self.num_samples)
+            check_record(record, index, len(self.param_groups), self.num_samples, self._directions.per_row)
         self.prepare_masks()
         for record in steps:
-            self._apply(record, self._perturbation(record.step))
+            self._apply(record, self._perturbation(record.step, record.shared))
 
-    def _perturbation(self, step: int) -> StepPerturbation:
-        return StepPerturbation(self._tensors(), self._selection, self.noise, self.seed, step, self.num_samples)
+    @property
+    def _directions(self) -> Directions:
+        return Directions(self.directions == "per_row", self.rank)
+
+    def _perturbation(self, step: int, shared: int) -> StepPerturbation:
+        check_rank(self.rank, self.param_groups)
+        noise = self.noise, self.seed, step, self.num_samples
+        return StepPerturbation(self._tensors(), self._selection, *noise, self._directions, shared)
+
+    def _learned(self, closure: Closure) -> StepPerturbation:
+        """The perturbation of the next step, once it is known which tensors all rows share."""
+        step = self._perturbation(self._steps_done, self._shared or 0)
+        if not self._directions.per_row:
+            return step
+        if self._layerwise is None:
+            raise RuntimeError(
+                "directions='per_row' needs attach(module): in place all rows of a batch see the same weights"
+            )
+        if self._shared is not None:
+            return step
+        shared = self._layerwise.learn(closure, step, self.strict)
+        tensors = self._tensors()
+        flags = [id(tensor.parameter) in shared for tensor in tensors]
+        flags = self.participation.in_any_process(flags, tensors[0].parameter.device)
+        self._shared = sum(1 << tensor.number for tensor, flag in zip(tensors, flags, strict=True) if flag)
+        return self._perturbation(self._steps_done, self._shared)
+
+    def _coefficients(self, losses: Sequence[tuple[float, float]]) -> tuple[tuple[float, ...], float]:
+        """What the update multiplies the directions with, and the moving mean of squares after the step."""
+        eps, steps = self.param_groups[0]["eps"], self._steps_done - self._skipped - self._no_signal
+        gradients = projected_gradients(losses, eps)
+        if len(losses) == 1 and self.coefficients in ("normalized", "ranks"):
+            self._log_once(f"coefficients={self.coefficients!r} of one direction per step are +1 or -1")
+        numbers, mean_square = coefficients(gradients, losses, eps, self.coefficients, self._mean_square, steps)
+        return (rounded(numbers) if self._directions.per_row else numbers), mean_square
 
     def _apply(self, record: StepRecord, step: StepPerturbation) -> None:
         """Make the update of a step and count it, whole or not at all."""
@@ -441,7 +528,10 @@ class SparseMeZO(Optimizer):
             self._steps_done += 1
             self._skipped += record.skipped
             self._skipped_in_row = self._skipped_in_row + 1 if record.skipped else 0
-            self._refreshed, self.participation.unread = False, record.unread
+            self._no_signal += not record.skipped and not any(record.projected_gradients)
+            self._refreshed, self.participation.unread, self._mean_square = False, record.unread, record.mean_square
+            if self._directions.per_row:
+                self._shared = record.shared
 
     def _log_once(self, line: str) -> None:
         if line not in self._logged:

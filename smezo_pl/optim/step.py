@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from smezo_pl.optim.kernels import Kernel, Update
+from smezo_pl.optim.directions import SHARED, Directions, Factors, matrix_shape
+from smezo_pl.optim.kernels import Factored, FactoredUpdate, Kernel, Update
 from smezo_pl.optim.masks import Mask
-from smezo_pl.optim.noise import Distribution, Stream
+from smezo_pl.optim.noise import BLOCK, Distribution, Stream
 from smezo_pl.optim.parameters import OptimizedTensor, float32
 from smezo_pl.optim.selection import Selection
 
@@ -81,25 +82,22 @@ class StepRecord:
         return len(self.losses or self.projected_gradients) // self.rows
 
 
-def projected_gradients(losses: Sequence[tuple[float, float]], eps: float) -> tuple[float, ...]:
-    """``(l+ - l-) / (2 eps)`` of each sample as float32; none if one of them or of the losses is not finite."""
-    gradients = tuple(float32((plus - minus) / (2.0 * eps)) for plus, minus in losses)
-    finite = all(map(math.isfinite, (*gradients, *(loss for pair in losses for loss in pair))))
-    return gradients if finite else ()
-
-
 def rates_of(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What a record has for each parameter group."""
     names = ("lr", "weight_decay", "eps", "sparsity")
     return {name: tuple(float(group[name]) for group in groups) for name in names}
 
 
-def check_record(record: StepRecord, step: int, groups: int, samples: int) -> None:
+def check_record(record: StepRecord, step: int, groups: int, samples: int, per_row: bool) -> None:
     """Refuse a record that does not fit an optimizer at step ``step``, of so many groups and samples per step."""
     if record.step != step:
         raise ValueError(f"step {record.step} cannot be made now: the next step is {step}")
     if not len(record.lr) == len(record.weight_decay) == groups:
         raise ValueError(f"lr and weight_decay need one number for each of the {groups} groups")
+    if record.rows != 1 and not per_row:
+        raise ValueError(
+            f"step {record.step} has a direction for each of {record.rows} rows, the optimizer one for all"
+        )
     if not record.skipped and len(record.projected_gradients) != samples * record.rows:
         raise ValueError(
             f"step {record.step} has {len(record.projected_gradients)} projected gradients, expected "
@@ -107,17 +105,81 @@ def check_record(record: StepRecord, step: int, groups: int, samples: int) -> No
         )
 
 
-class TensorPasses(NamedTuple):
-    """What the passes over one tensor take in one step."""
+FACTOR_BYTES = 1 << 20
+"""About as much memory as the factors of an update take at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPasses:
+    """What the passes over one tensor take in one step.
+
+    Attributes:
+        tensor: The tensor.
+        kernel: What makes them.
+        mask: Which weights are active.
+        streams: Streams of scheme 1, one for each sample.
+        factors: Of each sample; empty for full noise that all rows share.
+        rows_apart: Whether each row of the batch has its own direction.
+        rank: The rank of the directions; None for full noise.
+    """
 
     tensor: OptimizedTensor
     kernel: Kernel
     mask: Mask
     streams: list[Stream]
+    factors: list[Factors]
+    rows_apart: bool
+    rank: int | None
+
+    @property
+    def norm(self) -> float:
+        """What makes the elements of a direction have variance 1."""
+        return 1.0 / math.sqrt(self.factors[0].count)
+
+    def update(self, scales: Sequence[float], decay: float) -> Update:
+        """The update by full noise."""
+        return Update(self.tensor.flat, self.mask, self.streams, scales, decay, self.streams[0])
+
+    def factored_updates(self, scales: Sequence[float], decay: float) -> Iterator[FactoredUpdate]:
+        """The update by sums of outer products, in parts whose factors take about `FACTOR_BYTES`.
+
+        Args:
+            scales: One for each sample and row.
+            decay: Learning rate times weight decay.
+        """
+        theta, one = self.tensor.flat, self.factors[0]
+        n, m = matrix_shape(one.shape)
+        rows = range(len(scales) // len(self.factors))
+        scales = [scale for scale in scales for _ in range(one.count)]
+        length, width = (n, m) if one.is_matrix else (m, 1)
+        right = self._drawn("right", rows) if one.is_matrix else None
+        step = max(BLOCK, FACTOR_BYTES // (2 * len(scales)) // BLOCK * BLOCK)
+        for first in range(0, length, step):
+            part = first, min(step, length - first)
+            if right is not None:
+                factors = self._drawn("left", rows, part), right
+            else:
+                ones = torch.ones(len(scales), 1, dtype=torch.bfloat16, device=theta.device)
+                factors = ones, self._drawn("right", rows, part)
+            start, numel = first * width, part[1] * width
+            noise = None if self.rank is not None else self.streams[0].part(start)
+            yield FactoredUpdate(
+                theta[start : start + numel],
+                self.mask.part(start, numel),
+                Factored(*factors, scales, noise),
+                decay,
+                self.streams[0].part(start),
+            )
+
+    def _drawn(
+        self, side: Literal["left", "right"], rows: Sequence[int], part: tuple[int, int] | None = None
+    ) -> Tensor:
+        device = self.tensor.parameter.device
+        return torch.cat([getattr(factors, side)(rows, device, part).flatten(0, 1) for factors in self.factors])
 
 
 class StepPerturbation:
-    """Perturbs and updates the weights of one step along its noise, under its masks.
+    """Perturbs and updates the weights of one step along its directions, under its masks.
 
     Args:
         tensors: The parameters that are optimized.
@@ -126,6 +188,8 @@ class StepPerturbation:
         seed: Base seed.
         step: Index of the step.
         samples: Number of samples.
+        directions: Which directions the weights have.
+        shared: Tensors that have one direction for the batch in any case, as in `StepRecord`.
 
     Attributes:
         passes: Kernel, mask and noise of each parameter, by its id; the same for all passes of the step.
@@ -139,39 +203,66 @@ class StepPerturbation:
         seed: int,
         step: int,
         samples: int,
+        directions: Directions = SHARED,
+        shared: int = 0,
     ) -> None:
-        self.noise = noise
+        self.noise, self.directions, rank = noise, directions, directions.rank
         self.passes: dict[int, TensorPasses] = {}
         for tensor in tensors:
             streams = [Stream(seed, step, sample, tensor.number) for sample in range(samples)]
-            mask = selection.mask(tensor, seed, step)
-            self.passes[id(tensor.parameter)] = TensorPasses(tensor, tensor.kernel, mask, streams)
+            mask, kernel = selection.mask(tensor, seed, step), tensor.kernel
+            rows_apart = directions.per_row and not shared >> tensor.number & 1
+            drawn, shape = (noise if rank is not None else "rademacher"), tensor.parameter.shape
+            wanted = streams if rows_apart or rank is not None else []
+            factors = [Factors(kernel, stream, shape, rank or 1, drawn) for stream in wanted]
+            self.passes[id(tensor.parameter)] = TensorPasses(tensor, kernel, mask, streams, factors, rows_apart, rank)
 
     def update(self, record: StepRecord, groups: Sequence[dict[str, Any]]) -> None:
-        """Subtract ``lr * (g * m * z + decay * m * theta)`` from the weights, averaged over the samples.
+        """Subtract ``lr * (c * Z + decay * m * theta)`` from the weights, averaged over samples and rows.
 
         Args:
             record: The step.
             groups: The parameter groups.
         """
-        first_eps, gradients = groups[0]["eps"], record.projected_gradients
-        exact, rounded = {}, {}  # by group: for float64 weights, and for all others
+        first_eps, rows, apart = groups[0]["eps"], record.rows, record.projected_gradients
+        means = apart  # over the rows of each sample
+        if rows > 1:
+            means = tuple(math.fsum(apart[i : i + rows]) / rows for i in range(0, len(apart), rows))
+        exact, rounded = {}, {}  # by group and whether rows are apart
         for group, lr, weight_decay in zip(groups, record.lr, record.weight_decay, strict=True):
             rate, ratio = -lr if group["maximize"] else lr, first_eps / group["eps"]
-            scales, decay = [rate * g / len(gradients) * ratio for g in gradients], lr * weight_decay
-            exact[id(group)] = scales, decay
-            rounded[id(group)] = [float32(scale) for scale in scales], float32(decay)
+            decay = lr * weight_decay
+            for rows_apart, numbers in ((False, means), (True, apart)):
+                scales = [rate * c / len(numbers) * ratio for c in numbers]
+                exact[id(group), rows_apart] = scales, decay
+                rounded[id(group), rows_apart] = [float32(scale) for scale in scales], float32(decay)
         updates: dict[Kernel, list[Update]] = {}
-        for tensor, kernel, mask, streams in self.passes.values():
-            if record.unread >> tensor.number & 1:
+        factored: dict[Kernel, list[FactoredUpdate]] = {}
+        held = 0
+        for passes in self.passes.values():
+            if record.unread >> passes.tensor.number & 1 or not passes.tensor.parameter.numel():
                 continue
-            theta = tensor.flat
-            scales, decay = (exact if theta.dtype == torch.float64 else rounded)[id(tensor.group)]
-            updates.setdefault(kernel, []).append(Update(theta, mask, streams, scales, decay, streams[0]))
+            is_exact = passes.tensor.parameter.dtype == torch.float64 or passes.factors  # whose kernels round
+            scales, decay = (exact if is_exact else rounded)[id(passes.tensor.group), passes.rows_apart]
+            if not passes.factors:
+                updates.setdefault(passes.kernel, []).append(passes.update(scales, decay))
+                continue
+            for update in passes.factored_updates([scale * passes.norm for scale in scales], decay):
+                factored.setdefault(passes.kernel, []).append(update)
+                held += update.factored.left.nbytes + update.factored.right.nbytes
+                if held >= FACTOR_BYTES:
+                    self._update_factored(factored)
+                    held = 0
+        self._update_factored(factored)
         for kernel, of_kernel in updates.items():
             kernel.update_all(of_kernel, self.noise)
         # The kernels write past torch, which counts the writes to a tensor.
-        torch.autograd.graph.increment_version([entry.tensor.parameter for entry in self.passes.values()])
+        torch.autograd.graph.increment_version([passes.tensor.parameter for passes in self.passes.values()])
+
+    def _update_factored(self, updates: dict[Kernel, list[FactoredUpdate]]) -> None:
+        for kernel, of_kernel in updates.items():
+            kernel.update_all_factored(of_kernel, self.noise)
+        updates.clear()
 
 
 class Direction:
@@ -186,14 +277,64 @@ class Direction:
     def __init__(self, step: StepPerturbation, sample: int, sign: float) -> None:
         self._step, self._sample, self._sign = step, sample, sign
 
+    def rows_apart(self, parameter: nn.Parameter) -> bool:
+        """Whether each row of the batch has its own direction of a parameter."""
+        return self._step.passes[id(parameter)].rows_apart
+
+    def factors(self, parameter: nn.Parameter, rows: Sequence[int]) -> tuple[Tensor | None, Tensor, float]:
+        """The factors of the directions of some rows of the global batch; the signs, where these flip the noise.
+
+        Row ``r`` sees ``theta + scale * sum over j of left[r, j] right[r, j]^T``, with sign flips this times `draw`.
+        Directions that all rows share are those of row 0.
+
+        Returns:
+            ``left``, bfloat16 ``[len(rows), k, n]``, or None for what is no matrix; ``right``, ``[len(rows), k, m]``,
+            with ``k = 1`` for what is no matrix; and ``scale``.
+        """
+        passes = self._step.passes[id(parameter)]
+        factors, device = passes.factors[self._sample], parameter.device
+        return factors.left(rows, device), factors.right(rows, device), self._scale(passes) * passes.norm
+
+    def draw(self, parameter: nn.Parameter, out: Tensor) -> None:
+        """Put the noise whose signs the rows flip, under its mask, into ``out``, which is flat: ``m * z``."""
+        passes = self._step.passes[id(parameter)]
+        passes.kernel.draw(passes.tensor.flat, out, passes.mask, self._step.noise, passes.streams[0], 1.0)
+
     def perturb(self, parameter: nn.Parameter, out: Tensor, mask: Mask | None = None) -> None:
         """Put a parameter's perturbed weights into ``out``, which is flat; ``mask`` replaces that of the step."""
-        tensor, kernel, own, streams = self._step.passes[id(parameter)]
-        scale, mask = self._sign * float(tensor.group["eps"]), own if mask is None else mask
-        kernel.perturb(tensor.flat, out, mask, self._step.noise, streams[self._sample], scale)
+        passes, mask = self._shared(parameter, mask)
+        theta = passes.tensor.flat
+        if passes.factors:
+            passes.kernel.perturb_factored(theta, out, self._factored(passes))
+        else:
+            stream = passes.streams[self._sample]
+            passes.kernel.perturb(theta, out, mask, self._step.noise, stream, self._scale(passes))
 
     def perturb_rows(self, parameter: nn.Parameter, rows: Tensor, out: Tensor) -> None:
         """Put the perturbed rows of these numbers into ``out``."""
-        tensor, kernel, mask, streams = self._step.passes[id(parameter)]
-        scale = self._sign * float(tensor.group["eps"])
-        kernel.perturb_rows(parameter.detach(), out, rows, mask, self._step.noise, streams[self._sample], scale)
+        passes, mask = self._shared(parameter, None)
+        if passes.factors:
+            factored, chosen = self._factored(passes), parameter.detach()[rows].view(-1)
+            factored = factored._replace(left=factored.left[:, rows].contiguous())
+            passes.kernel.perturb_factored(chosen, out.view(-1), factored)
+        else:
+            stream, scale = passes.streams[self._sample], self._scale(passes)
+            passes.kernel.perturb_rows(parameter.detach(), out, rows, mask, self._step.noise, stream, scale)
+
+    def _shared(self, parameter: nn.Parameter, mask: Mask | None) -> tuple[TensorPasses, Mask]:
+        passes = self._step.passes[id(parameter)]
+        if passes.rows_apart:
+            raise RuntimeError(
+                f"parameter {passes.tensor.name!r} is read where its rows cannot be told, and has a direction for each "
+                "row of the batch"
+            )
+        return passes, passes.mask if mask is None else mask
+
+    def _factored(self, passes: TensorPasses) -> Factored:
+        left, right, scale = self.factors(passes.tensor.parameter, [0])
+        right = right[0]
+        left = torch.ones_like(right[:, :1]) if left is None else left[0]
+        return Factored(left, right, [-scale] * len(right))
+
+    def _scale(self, passes: TensorPasses) -> float:
+        return self._sign * float(passes.tensor.group["eps"])

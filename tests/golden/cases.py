@@ -177,13 +177,22 @@ def exported(path: Path) -> dict[str, Any]:
             "columns": digest(arrays["columns"].tobytes()),
             **{name: content[name] for name in ("pieces", "skipped", "refreshed", "final")},
             **{name: header[name] for name in ("seed", "noise", "num_samples", "first_step", "noise_scheme", "format")},
-            "settings": header["settings"],
+            "settings": without_later(header["settings"]),
             "root": header["root"],
             "groups": digest(header["groups"]),
             "tensors": digest(header["tensors"]),
             "model": sorted(header["model"]),
         }
     )
+
+
+LATER = {"directions": "shared", "rank": None, "coefficients": "raw", "strict": False}
+"""Settings that came after `values.json` was written, and the values with which they change nothing."""
+
+
+def without_later(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those of `LATER` that change nothing."""
+    return {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
 
 
 # ---------------------------------------------------------------------- the optimizer alone
@@ -328,7 +337,7 @@ def _optimizer_groups(folder: Path) -> Result:
                 group["lr"] /= 1 + step
             gradients += steps_of(optimizer, network, 1)
         stats = [list(stat) for stat in optimizer.mask_stats()]
-        exact[str(dtype)] = [network.hash(), gradients, plain(stats), plain(optimizer.settings())]
+        exact[str(dtype)] = [network.hash(), gradients, plain(stats), plain(without_later(optimizer.settings()))]
     return {"exact": exact}
 
 

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from time import perf_counter
 from types import FrameType
 from typing import cast
@@ -33,12 +34,15 @@ def run_forwards(
     """Run a closure on both perturbations of every sample, in place where there is no ``layerwise``.
 
     Returns:
-        ``(l+, l-)`` of each sample, the seconds spent in the closure, the bytes of copies of the active weights, and
-        the ids of those parameters of ``watched`` that were read, and perhaps of others.
+        ``(l+, l-)`` of each sample, and in it of each row that has its own direction, the seconds spent in the closure,
+        the bytes of copies of the active weights, and the ids of those parameters of ``watched`` that were read, and
+        perhaps of others.
 
     Raises:
-        TypeError: If the closure does not return a number.
+        TypeError: If the closure does not return a number, or one for each row.
+        ValueError: If it does not always return as many.
     """
+    per_row = step.directions.per_row
     raw: list[Tensor | float] = []
     seconds, copied_bytes = 0.0, 0
     way: Layerwise | InPlace
@@ -58,10 +62,15 @@ def run_forwards(
         for sign in (1.0, -1.0):
             with way.perturbed(Direction(step, sample, sign)):
                 started = perf_counter()
-                raw.append(_check_loss(closure()))
+                raw.append(_check_losses(closure()) if per_row else _check_loss(closure()))
                 seconds += perf_counter() - started - way.write_seconds
+                if isinstance(loss := raw[-1], Tensor) and loss.numel() < way.rows:
+                    raise ValueError(f"the closure returned {loss.numel()} losses for the {way.rows} rows of a forward")
+    if len(counts := {loss.numel() for loss in raw if isinstance(loss, Tensor)}) > 1:
+        raise ValueError(f"the closure must return the same number of losses each time, got {sorted(counts)}")
     values = _read_losses(raw)
-    return tuple(zip(values[::2], values[1::2], strict=True)), seconds, copied_bytes, way.read
+    pairs = (zip(plus, minus, strict=True) for plus, minus in zip(values[::2], values[1::2], strict=True))
+    return tuple(chain.from_iterable(pairs)), seconds, copied_bytes, way.read
 
 
 class InPlace:
@@ -75,12 +84,12 @@ class InPlace:
         read: Their ids.
     """
 
-    write_seconds = 0.0
-    """Seconds of perturbing within the closure: none."""
+    write_seconds, rows = 0.0, 0
+    """Seconds of perturbing within the closure, and rows with a direction each: none."""
 
     def __init__(self, step: StepPerturbation, watched: Sequence[nn.Parameter]) -> None:
         self._watched, self.read = watched, set[int]()
-        self._saved = [(t, kernel, *kernel.select(t.flat, mask)) for t, kernel, mask, _ in step.passes.values()]
+        self._saved = [(p.tensor, p.kernel, *p.kernel.select(p.tensor.flat, p.mask)) for p in step.passes.values()]
 
     def nbytes(self) -> int:
         """Bytes of the copies and of their packed masks."""
@@ -164,9 +173,21 @@ def _check_loss(loss: object) -> Tensor | float:
     return float(cast(float, loss))
 
 
-def _read_losses(losses: list[Tensor | float]) -> list[float]:
-    """All losses as numbers, with one synchronization when they lie on one device."""
+def _check_losses(losses: object) -> Tensor:
+    """A closure's result as one real number for each row, left on its device."""
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.numel() or losses.is_complex():
+        found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise TypeError(
+            f"with directions='per_row' the closure must return one real number for each row, a tensor of one "
+            f"dimension whose mean is the loss, got {found}"
+        )
+    return losses.detach().double()
+
+
+def _read_losses(losses: list[Tensor | float]) -> list[list[float]]:
+    """The losses of each forward as numbers, with one synchronization when all lie on one device."""
     tensors = [loss for loss in losses if isinstance(loss, Tensor)]
     if len(tensors) == len(losses) and len({tensor.device for tensor in tensors}) == 1:
-        return [float(value) for value in torch.stack(tensors).tolist()]
-    return [float(loss) for loss in losses]
+        values: list[list[float]] = torch.stack([tensor.view(-1) for tensor in tensors]).tolist()
+        return values
+    return [loss.view(-1).tolist() if isinstance(loss, Tensor) else [loss] for loss in losses]

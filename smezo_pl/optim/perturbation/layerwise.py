@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from smezo_pl.optim.memory import identity, memory_of, stamp
 from smezo_pl.optim.perturbation.guards import Guards, refusal_of_write, use_count
 from smezo_pl.optim.perturbation.reads import ReadWatch, is_compiled_caller
-from smezo_pl.optim.step import Direction
+from smezo_pl.optim.step import Direction, StepPerturbation
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +155,8 @@ class Layerwise:
 
     Attributes:
         read: Ids of those parameters given to `watch` that a forward read since then.
+        write_seconds: Seconds of perturbing within the last block of `perturbed`.
+        rows: How many rows with a direction each the forwards in that block had.
 
     Raises:
         ValueError: If the module does not hold a parameter, or is compiled.
@@ -199,7 +201,7 @@ class Layerwise:
         self._watched: set[int] = set()
         self._is_thorough = False
         self._guards = Guards(parameters, [slot.original for slot in self._slots], self.read)
-        self.write_seconds = 0.0
+        self.write_seconds, self.rows = 0.0, 0
         self._logged: set[str] = set()
         self._handles: list[RemovableHandle] = []
         for owner in self._held:
@@ -225,6 +227,19 @@ class Layerwise:
         self.read.clear()
         self._watched = {id(parameter) for parameter in parameters}
         self._is_thorough = len(self._watched) == len(self._names)  # as in the first step
+
+    def learn(self, closure: Closure, step: StepPerturbation, strict: bool) -> set[int]:
+        """Run a closure to find out where the rows of a batch cannot be told apart.
+
+        Args:
+            closure: As for a step.
+            step: The perturbation, with a direction for each row of every tensor.
+            strict: Whether to refuse such tensors.
+
+        Returns:
+            Ids of the parameters that get one direction for the batch.
+        """
+        raise NotImplementedError("directions='per_row'")
 
     @contextmanager
     def perturbed(self, direction: Direction) -> Iterator[None]:

@@ -82,11 +82,19 @@ def case(name: str) -> Callable[[Callable[[Path], Result]], Callable[[Path], Res
     return register
 
 
+LATER = {"directions": "shared", "rank": None, "coefficients": "raw", "strict": False}
+"""Settings that came after `values.json` was written, and the values with which they change nothing."""
+
+
+def _without_later(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
+
+
 def run_case(name: str, folder: Path) -> Result:
     """Run a case in a folder; its results as JSON gives them back."""
     with _inside(folder):
         result = CASES[name](folder)
-    kept: Result = json.loads(json.dumps(result, allow_nan=False))
+    kept: Result = json.loads(json.dumps(result, allow_nan=False), object_hook=_without_later)
     assert str(folder) not in json.dumps(kept), "a result holds a path of this machine"
     return kept
 
@@ -177,22 +185,13 @@ def exported(path: Path) -> dict[str, Any]:
             "columns": digest(arrays["columns"].tobytes()),
             **{name: content[name] for name in ("pieces", "skipped", "refreshed", "final")},
             **{name: header[name] for name in ("seed", "noise", "num_samples", "first_step", "noise_scheme", "format")},
-            "settings": without_later(header["settings"]),
+            "settings": header["settings"],
             "root": header["root"],
             "groups": digest(header["groups"]),
             "tensors": digest(header["tensors"]),
             "model": sorted(header["model"]),
         }
     )
-
-
-LATER = {"directions": "shared", "rank": None, "coefficients": "raw", "strict": False}
-"""Settings that came after `values.json` was written, and the values with which they change nothing."""
-
-
-def without_later(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without those of `LATER` that change nothing."""
-    return {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
 
 
 # ---------------------------------------------------------------------- the optimizer alone
@@ -337,7 +336,7 @@ def _optimizer_groups(folder: Path) -> Result:
                 group["lr"] /= 1 + step
             gradients += steps_of(optimizer, network, 1)
         stats = [list(stat) for stat in optimizer.mask_stats()]
-        exact[str(dtype)] = [network.hash(), gradients, plain(stats), plain(without_later(optimizer.settings()))]
+        exact[str(dtype)] = [network.hash(), gradients, plain(stats), plain(optimizer.settings())]
     return {"exact": exact}
 
 

@@ -248,12 +248,22 @@ def optimizer_of(module: Any) -> torch.optim.Optimizer | None:
                 )
             group["mask"] = mask
         optimizer.adopt({"mask": mask})
+    if is_per_row(optimizer) and module.perturbation == "in_place":
+        raise ValueError(
+            "perturbation='in_place' perturbs the weights themselves, which all rows of a batch read, and "
+            "directions='per_row' needs each row to see its own: set perturbation='layerwise'"
+        )
     if module.perturbation == "layerwise":
         optimizer.attach(module.model)
     if module._trainer is not None and module.trainer.world_size > 1:
         # else replicas would drift apart where only one of them reads a weight
         optimizer.participation.over_processes = lambda flags: module.trainer.strategy.all_gather(flags).amax(0)
     return optimizer
+
+
+def is_per_row(optimizer: Any) -> bool:
+    """Whether each row of a batch has a direction of its own, so that its loss must be known."""
+    return isinstance(optimizer, SparseMeZO) and optimizer.directions == "per_row"
 
 
 def scheduler_of(module: Any, optimizer: torch.optim.Optimizer) -> Any:

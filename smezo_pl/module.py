@@ -32,6 +32,7 @@ from smezo_pl.optim.step import NON_FINITE_ADVICE, NonFiniteLossError
 from smezo_pl.saving import check_output, save_network
 from smezo_pl.scoring import evaluation
 from smezo_pl.scoring.linear_probe import LinearProbe
+from smezo_pl.scoring.row_losses import row_losses
 from smezo_pl.strategies import check_dtype, check_trainer, silence_expected_warnings
 from smezo_pl.tasks.objectives import reward_loss
 from smezo_pl.trajectory import resume
@@ -207,6 +208,16 @@ class SparseMeZOModule(LightningModule):
         optimizer: Any = methods.optimizer_of(self)
         if optimizer is None:
             return None
+        own = type(self)
+        if (
+            methods.is_per_row(optimizer)
+            and own.loss != SparseMeZOModule.loss
+            and own.losses == SparseMeZOModule.losses
+        ):
+            raise ValueError(
+                f"{own.__name__} overrides loss, one number for a batch, and directions='per_row' needs one for each "
+                "row of a forward: override losses too, or set directions='shared'"
+            )
         name, training = ("sparse_mezo", optimizer) if self.baseline is None else ("adamw", self.baseline)
         resumed = None if self._trainer is None else resume.settle(self._trainer, training, optimizer)
         self.save_hyperparameters({name: as_given(training)})
@@ -257,14 +268,29 @@ class SparseMeZOModule(LightningModule):
 
         It need not be differentiable.
         """
+        if type(self).losses is not SparseMeZOModule.losses:
+            return self.losses(batch).mean()
         total, weight = evaluation.loss_of(evaluation.scores_of(self.model, batch), batch)
         return total / weight
+
+    def losses(self, batch: Any) -> Tensor:
+        """The loss of each row of the forward over a batch or a part of it, ``[R]``, whose mean is `loss`.
+
+        What a step with a direction per row sees; override it, and perhaps it alone, for another kind of model.
+        Examples that share a row share its number.
+        """
+        losses, weight = evaluation.example_losses(evaluation.scores_of(self.model, batch), batch)
+        sums: Tensor = batch.row_sums(losses) * (batch.num_rows / weight)
+        return sums
 
     def batch_loss(self, parts: list[Any]) -> Tensor:
         """The closure: `loss` over the parts of a batch and over all processes, weighted by example (``lm``: by token).
 
-        A float32 scalar, the same bits on every process.
+        Float32, the same bits on every process: a scalar, or with a direction per row the loss of each row of the
+        global batch, whose mean it is.
         """
+        if any(methods.is_per_row(optimizer) for optimizer in self.trainer.optimizers):
+            return row_losses(self, parts)
         weights = [batch_weight(part) for part in parts]
         weight = float(sum(weights))
         if isinstance(parts[0], PromptBatch) and parts[0].reward is not None:

@@ -59,6 +59,7 @@ class PromptBatch:
     attention_mask: Tensor  # int64 [R, T], 0 on padding
     position_ids: Tensor  # int64 [R, T], the position of each token in its text, 0 for the first one
     subtree_end: Tensor  # int64 [R, T]; token i follows from token j, or is it, exactly if j <= i < subtree_end[j]
+    row_number: Tensor  # int64 [R], which row of the batch that was collated each one is
     logit_row: Tensor  # int64 [P], the row of each position that something is predicted at
     logit_pos: Tensor  # int64 [P], that position in the row
     token_logit: Tensor  # int64 [S], which of the P positions each scored token is predicted at
@@ -138,6 +139,12 @@ class PromptBatch:
         tokens = self.input_ids[rows].gather(1, order)
         return tokens.masked_fill(position[:width] >= lengths.unsqueeze(1), 0), lengths
 
+    def row_sums(self, values: Tensor) -> Tensor:
+        """Sums ``[R]`` over the examples in each row, of one value per example, ``[N]``."""
+        members = self.example_row == torch.arange(self.num_rows, device=values.device).unsqueeze(1)
+        # Not index_add, which adds in a different order every time on a GPU.
+        return torch.where(members, values, 0).sum(1)
+
     def split(self, micro_batch_size: int) -> list[PromptBatch]:
         """Parts of at most ``micro_batch_size`` examples each, of similar length, without needless padding.
 
@@ -154,13 +161,16 @@ class PromptBatch:
         order = self.attention_mask.sum(1)[self.example_row].argsort(stable=True)
         return [self.take(part) for part in torch.split(order, micro_batch_size)]
 
-    def separated(self) -> PromptBatch:
+    def separated(self) -> tuple[PromptBatch, Tensor]:
         """The same candidates, for a model to score, with each different text in a row of its own.
 
         It holds the logits of each token apart, and no longer says where an example's prompt is.
+
+        Returns:
+            The batch, and for each of its rows the row here that holds its text, int64.
         """
         if self.bidirectional:
-            return self
+            return self, torch.arange(self.num_rows, device=self.input_ids.device)
         width, count = self.input_ids.shape[1], self.candidate_tokens[self.token_candidate]
         last = self.token_order == count - 1
         ends = (self.logit_row * width + self.logit_pos)[self.token_logit[last]]  # where each candidate's text ends
@@ -169,8 +179,9 @@ class PromptBatch:
         column = torch.arange(ids.shape[1], device=ids.device)
         within = column < lengths.unsqueeze(1)
         rows = row[self.token_candidate]
-        return replace(
+        batch = replace(
             self,
+            row_number=self.row_number[places // width],
             input_ids=ids,
             attention_mask=within.long(),
             position_ids=column * within,
@@ -180,6 +191,7 @@ class PromptBatch:
             token_logit=torch.arange(len(rows), device=ids.device),
             branching=False,
         )
+        return batch, places // width
 
     def take(self, examples: Tensor) -> PromptBatch:
         """The examples at these indices, in this order."""
@@ -199,6 +211,7 @@ class PromptBatch:
             attention_mask=self.attention_mask[rows, kept],
             position_ids=self.position_ids[rows, kept],
             subtree_end=self.subtree_end[rows, kept],
+            row_number=self.row_number[rows],
             logit_row=_inverse(rows, self.num_rows)[self.logit_row[kept_logits]],
             logit_pos=self.logit_pos[kept_logits],
             token_logit=token_logit,

@@ -55,7 +55,8 @@ class Collate:
         # (row, position) that something is predicted at, and its index; by candidate the indices for its tokens.
         logits: dict[tuple[int, int], int] = {}
         candidate_logits: dict[tuple[int, int], list[int]] = {}
-        for members in group_examples(examples):
+        generates = self.reward is not None and self.max_new_tokens > 0  # then each row is the prompt of an answer
+        for members in [[n] for n in range(len(examples))] if generates else group_examples(examples):
             texts = [examples[n].prompt + examples[n].candidates[k][:-1] for n in members for k in chosen[n]]
             row, paths = pack([*(examples[n].prompt for n in members), *texts])
             for n in members:
@@ -83,6 +84,7 @@ class Collate:
             position_ids=_padded([row.depth for row in rows], width),
             # Padding follows from itself alone.
             subtree_end=torch.tensor([row.end + list(range(len(row.end) + 1, width + 1)) for row in rows]),
+            row_number=torch.arange(len(rows)),
             **_columns(list(logits), "logit_row", "logit_pos"),
             **_columns(tokens, "token_logit", "token_id", "token_candidate", "token_order"),
             **_columns(candidates, "candidate_example", "candidate_index", "candidate_tokens"),

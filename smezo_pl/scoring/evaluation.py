@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smezo_pl.data.batch import GenerationPrompts, PromptBatch
 from smezo_pl.data.loaders import CPU_TOKENS
+from smezo_pl.optim.rows import rows
 from smezo_pl.scoring.generation import NO_TOKEN, generate
 from smezo_pl.scoring.linear_probe import LinearProbe
 from smezo_pl.scoring.logits import activation_dtype, model_logits, separates
@@ -49,16 +50,23 @@ def scores_of(model: nn.Module, batch: PromptBatch) -> Tensor:
     """The score of each candidate, float32 ``[K]``: its mean log-probability, or the output of a linear probe."""
     scores = _scores_of(model, batch)
     if awaits_check(model, batch):
-        shortest = batch.attention_mask.sum(1)[batch.example_row].argmin()
-        read_alone = partial(_scores_of, model, batch.take(shortest.reshape(1)))
-        check_neighbors(model, scores[batch.candidate_example == shortest], read_alone, activation_dtype(model))
+        shortest = batch.attention_mask.sum(1)[batch.example_row].argmin().reshape(1)
+        read_alone = partial(_scores_of, model, batch.take(shortest))
+        with rows(batch.example_row[shortest]):
+            check_neighbors(model, scores[batch.candidate_example == shortest], read_alone, activation_dtype(model))
     return scores
 
 
 def _scores_of(model: nn.Module, batch: PromptBatch) -> Tensor:
     network = model.network if isinstance(model, LinearProbe) else model
     if separates(network, batch):
-        batch = batch.separated()
+        batch, row = batch.separated()
+        with rows(row):
+            return _scores_of_rows(model, batch)
+    return _scores_of_rows(model, batch)
+
+
+def _scores_of_rows(model: nn.Module, batch: PromptBatch) -> Tensor:
     if isinstance(model, LinearProbe):
         return model.scores(batch)
     return candidate_scores(model_logits(model, batch), batch)
@@ -95,14 +103,20 @@ def loss_of(scores: Tensor, batch: PromptBatch) -> tuple[Tensor, int]:
     the number is that of the examples. lm: the negative log-probability of the gold candidates' tokens, summed over
     tokens; the number is that of the tokens. No label of the batch may be unknown.
     """
+    losses, weight = example_losses(scores, batch)
+    return losses.sum(), weight
+
+
+def example_losses(scores: Tensor, batch: PromptBatch) -> tuple[Tensor, int]:
+    """The terms of that sum, one per example, ``[N]``, and the number."""
     if not batch.answer_tokens:
         raise ValueError("the batch holds an example whose label is unknown, so it has no loss")
     table, labels = score_table(scores, batch), batch.labels.unsqueeze(1)
     gold = table.gather(1, labels).squeeze(1)  # [N]
     if batch.objective == "classification":
-        return (table.logsumexp(1) - gold).sum(), len(batch)
+        return table.logsumexp(1) - gold, len(batch)
     tokens = _table(batch.candidate_tokens, batch, 0).gather(1, labels).squeeze(1)
-    return -(gold * tokens).sum(), batch.answer_tokens
+    return -(gold * tokens), batch.answer_tokens
 
 
 def predictions(scores: Tensor, batch: PromptBatch) -> Tensor:
@@ -180,8 +194,10 @@ def answers_of(model: nn.Module, batch: PromptBatch, tokenizer: Tokenizer) -> li
     """The model's answer to each example: the best candidate, or what it generates."""
     if batch.prompts is None:
         return _choices(predictions(calibrated(model, scores_of(model, batch), batch), batch), batch)
-    rows = zip(batch.index.tolist(), generated(model, batch.prompts, tokenizer), batch.references, strict=True)
-    return [Answer(index, text or "", references, scored=text is not None) for index, text, references in rows]
+    with rows(batch.example_row):  # a batch that is trained on has each prompt in a row of its own
+        texts = generated(model, batch.prompts, tokenizer)
+    columns = zip(batch.index.tolist(), texts, batch.references, strict=True)
+    return [Answer(index, text or "", references, scored=text is not None) for index, text, references in columns]
 
 
 def _choices(predicted: Tensor, batch: PromptBatch) -> list[Answer]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from smezo_pl.optim.rows import rows as forward_of
 from smezo_pl.scoring.logits import depends_on_length, has_virtual_tokens, logits_at, parameters_of
 from smezo_pl.scoring.neighbors import row_by_row
 
@@ -107,7 +108,7 @@ def _parts(lengths: Tensor) -> Iterator[Tensor]:
 
 def _read(model: nn.Module, rows: Tensor, ids: Tensor, mask: Tensor) -> _Part | None:
     """Read prompts that are padded on the left; None if the model keeps no cache."""
-    output = _call(model, ids, mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    output = _call(model, rows, ids, mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
     past = getattr(output, "past_key_values", None)
     return None if past is None else _Part(rows, _best(output.logits[:, -1]), mask, past)
 
@@ -118,11 +119,11 @@ def _best(logits: Tensor) -> Tensor:
     return token.masked_fill(~logits.gather(-1, token).isfinite(), NO_TOKEN).squeeze(-1)
 
 
-def _call(model: nn.Module, ids: Tensor, mask: Tensor, **inputs: Any) -> Any:
+def _call(model: nn.Module, rows: Tensor, ids: Tensor, mask: Tensor, **inputs: Any) -> Any:
     takes = parameters_of(model)
     inputs |= {"use_cache": True, "logits_to_keep": 1}
     given = {name: value for name, value in inputs.items() if name in takes}
-    with row_by_row(model, depends_on_length(model)):
+    with row_by_row(model, depends_on_length(model)), forward_of(rows):
         return model(input_ids=ids, attention_mask=mask, **given)
 
 
@@ -199,7 +200,8 @@ def _decode(model: nn.Module, answers: Tensor, part: _Part, stops: Tensor) -> No
                 layer.keep(kept, unused)
         mask = nn.functional.pad(mask, (0, 1), value=1)
         positions = mask.sum(1, keepdim=True) - 1
-        output = _call(model, token.clamp_min(0).unsqueeze(1), mask, past_key_values=past, position_ids=positions)
+        ids = token.clamp_min(0).unsqueeze(1)
+        output = _call(model, rows, ids, mask, past_key_values=past, position_ids=positions)
         past = output.past_key_values
         token = _best(output.logits[:, -1])
         answers[rows[running], position] = token[running]
@@ -227,7 +229,8 @@ def _decode_uncached(
             column = torch.arange(fed.shape[1], device=fed.device)
             inputs["position_ids"] = column * (column < end.unsqueeze(1))
         each = torch.arange(len(rows), device=rows.device)
-        token = _best(logits_at(model, fed, each, end - 1, inputs))
+        with forward_of(rows):
+            token = _best(logits_at(model, fed, each, end - 1, inputs))
         answers[rows, position] = token
         text[each, end] = token
         running = ~torch.isin(token, stops)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smezo_pl.data.batch import PromptBatch
+from smezo_pl.optim.rows import at_rows, rows
 from smezo_pl.scoring.neighbors import length_limit, row_by_row
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ def model_logits(model: nn.Module, batch: PromptBatch) -> Tensor:
     logits at the positions that it is given (``logits_to_keep``), or everywhere. ``[P, V]`` in the model's dtype.
     """
     inputs: dict[str, Any] = {"use_cache": False}
-    ids, rows, positions = batch.input_ids, batch.logit_row, batch.logit_pos
+    ids, row, positions = batch.input_ids, batch.logit_row, batch.logit_pos
+    read = torch.arange(batch.num_rows, device=ids.device)  # the row that each row of the forward is
     if separates(model, batch):
         inputs["position_ids"] = batch.position_ids
     if batch.bidirectional:
@@ -43,13 +45,14 @@ def model_logits(model: nn.Module, batch: PromptBatch) -> Tensor:
         inputs["attention_mask"] = _pair_masks(model, batch)
         inputs["position_ids"] = batch.position_ids
     elif batch.branching:
-        ids, rows, positions = _unpacked(batch)
+        ids, row, positions, read = _unpacked(batch)
     # Without a mask, as nothing that a causal model predicts depends on the padding to its right: attention is faster.
     takes = parameters_of(model)
     given = {name: value for name, value in inputs.items() if name in takes or name == "attention_mask"}
     if "attention_mask" in takes and takes["attention_mask"].default is inspect.Parameter.empty:
         given.setdefault("attention_mask", torch.ones_like(ids))
-    return logits_at(model, ids, rows, positions, given)
+    with rows(read):
+        return logits_at(model, ids, row, positions, given)
 
 
 def separates(model: nn.Module, batch: PromptBatch) -> bool:
@@ -63,7 +66,7 @@ def depends_on_length(model: nn.Module) -> bool:
     return length_limit(_config(model)) is not None and not has_virtual_tokens(model)
 
 
-def logits_at(model: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tensor, inputs: dict[str, Any]) -> Tensor:
+def logits_at(model: nn.Module, input_ids: Tensor, row: Tensor, positions: Tensor, inputs: dict[str, Any]) -> Tensor:
     """Logits ``[P, V]`` at some positions of some rows, both ``[P]``, of ``input_ids``, ``[R, T]``.
 
     ``inputs`` are the other arguments of the model's forward.
@@ -74,7 +77,7 @@ def logits_at(model: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tens
         kept, columns = torch.unique(positions, return_inverse=True)
         with row_by_row(model, limited):
             read: Tensor = model(input_ids=input_ids, logits_to_keep=kept, **inputs).logits
-        return read[rows, columns]
+        return read[row, columns]
     selected: list[bool] = []
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -85,7 +88,7 @@ def logits_at(model: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tens
         if virtual < 0:
             return None
         selected.append(True)
-        return (args[0][rows, positions + virtual].unsqueeze(0), *args[1:])
+        return (at_rows(args[0][row, positions + virtual].unsqueeze(0), row), *args[1:])
 
     handle = None if head is None else head.register_forward_pre_hook(select)
     try:
@@ -94,7 +97,7 @@ def logits_at(model: nn.Module, input_ids: Tensor, rows: Tensor, positions: Tens
     finally:
         if handle is not None:
             handle.remove()
-    return logits[0] if selected else logits[rows, positions + logits.shape[1] - width]
+    return logits[0] if selected else logits[row, positions + logits.shape[1] - width]
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -178,8 +181,8 @@ def activation_dtype(model: nn.Module) -> torch.dtype:
     return torch.get_default_dtype()
 
 
-def _unpacked(batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """The texts in a row each, and the rows and positions that are read in these."""
+def _unpacked(batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The texts in a row each, the rows and positions that are read in these, and the row that each text was in."""
     width = batch.input_ids.shape[1]
     column = torch.arange(width, device=batch.input_ids.device)
     # Only texts that begin no other: those that end at a token without a subtree.
@@ -188,8 +191,8 @@ def _unpacked(batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
     ids, _ = batch.texts(leaf_row, leaf_pos)
     # A position belongs to the first leaf that follows from it, in its row.
     depth = batch.position_ids[batch.logit_row, batch.logit_pos]
-    rows = torch.searchsorted(leaf_row * width + leaf_pos, batch.logit_row * width + batch.logit_pos)
-    return ids, rows, depth
+    row = torch.searchsorted(leaf_row * width + leaf_pos, batch.logit_row * width + batch.logit_pos)
+    return ids, row, depth, leaf_row
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

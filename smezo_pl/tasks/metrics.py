@@ -168,6 +168,7 @@ class Metric:
         two_labels: Whether it needs a task of exactly two labels; the last one is the positive.
         grouped: Whether it needs a task that names the columns its answers are grouped by.
         lower_is_better: Whether it measures an error.
+        mean_on: The kinds of tasks on which it is the mean of the numbers that the answers get one by one.
     """
 
     name: str
@@ -176,6 +177,7 @@ class Metric:
     two_labels: bool = False
     grouped: bool = False
     lower_is_better: bool = False
+    mean_on: tuple[Kind, ...] = ()
 
     def value(self, answers: Sequence[Answer], labels: int) -> float:
         """The number of these answers; NaN if one of them is missing, as the others alone say nothing of the model."""
@@ -251,25 +253,27 @@ def _readable(answers: Sequence[Answer], labels: int) -> float:
 
 _EVERY: tuple[Kind, ...] = ("labels", "listed", "text")
 _CHOICE: tuple[Kind, ...] = ("labels", "listed")
+_WORDS: tuple[Kind, ...] = ("listed", "text")
+_TEXT: tuple[Kind, ...] = ("text",)
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", _accuracy, _CHOICE),
-        Metric("f1", _f1, _EVERY, two_labels=True),
+        Metric("accuracy", _accuracy, _CHOICE, mean_on=_CHOICE),
+        Metric("f1", _f1, _EVERY, two_labels=True, mean_on=_WORDS),
         Metric("f1_macro", _f1_macro, ("labels",)),
         Metric("matthews", _matthews, ("labels",)),
         Metric("f1a", _f1, ("labels",), two_labels=True),
-        Metric("em", _em, _EVERY, grouped=True),
-        Metric("drop_f1", partial(_text_mean, drop_f1), ("text",)),
-        Metric("drop_em", partial(_text_mean, drop_em), ("text",)),
-        Metric("rouge1", partial(_text_mean, partial(rouge, key="rouge1")), ("text",)),
-        Metric("rouge2", partial(_text_mean, partial(rouge, key="rouge2")), ("text",)),
-        Metric("rougeL", partial(_text_mean, partial(rouge, key="rougeL")), ("text",)),
-        Metric("mae", partial(_numbers, mean_absolute_error), ("text",), lower_is_better=True),
-        Metric("pearson", partial(_numbers, partial(_correlation, pearson_corrcoef)), ("text",)),
-        Metric("spearman", partial(_numbers, partial(_correlation, spearman_corrcoef)), ("text",)),
-        Metric("readable", _readable, ("text",)),
+        Metric("em", _em, _EVERY, grouped=True, mean_on=_WORDS),
+        Metric("drop_f1", partial(_text_mean, drop_f1), _TEXT, mean_on=_TEXT),
+        Metric("drop_em", partial(_text_mean, drop_em), _TEXT, mean_on=_TEXT),
+        Metric("rouge1", partial(_text_mean, partial(rouge, key="rouge1")), _TEXT, mean_on=_TEXT),
+        Metric("rouge2", partial(_text_mean, partial(rouge, key="rouge2")), _TEXT, mean_on=_TEXT),
+        Metric("rougeL", partial(_text_mean, partial(rouge, key="rougeL")), _TEXT, mean_on=_TEXT),
+        Metric("mae", partial(_numbers, mean_absolute_error), _TEXT, lower_is_better=True, mean_on=_TEXT),
+        Metric("pearson", partial(_numbers, partial(_correlation, pearson_corrcoef)), _TEXT),
+        Metric("spearman", partial(_numbers, partial(_correlation, spearman_corrcoef)), _TEXT),
+        Metric("readable", _readable, _TEXT, mean_on=_TEXT),
     )
 }
 """The metrics by name.

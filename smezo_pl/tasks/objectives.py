@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from smezo_pl.tasks.metrics import METRICS, Answer, get_metric
+from smezo_pl.tasks.metrics import METRICS, Answer, Kind, Metric, get_metric
 from smezo_pl.tasks.task import LOSSES, Task, unknown
 
 logger = logging.getLogger(__name__)
@@ -65,28 +65,59 @@ def reward_loss(objective: str, answers: Sequence[Answer], num_labels: int = 0) 
     if not all(answer.scored for answer in answers):
         return math.nan
     if "." not in objective:
+        return _metric_loss(METRICS[objective], answers, num_labels)
+    rewards = _rewards(objective, answers)
+    return -sum(rewards) / len(rewards)
+
+
+def reward_losses(objective: str, answers: Sequence[Answer], num_labels: int = 0) -> list[float]:
+    """That number of each answer by itself, for a direction per row.
+
+    Raises:
+        ValueError: If the metric is no mean over answers, or the function returns one number for several.
+    """
+    if not all(answer.scored for answer in answers):
+        return [math.nan] * len(answers)
+    if "." not in objective:
         metric = METRICS[objective]
-        value = metric.measure(answers, num_labels)
-        return value if metric.lower_is_better else 1 - value
+        kind: Kind = "labels" if num_labels else "text" if answers[0].choice < 0 else "listed"
+        if kind not in metric.mean_on:
+            means = ", ".join(name for name, other in METRICS.items() if kind in other.mean_on)
+            raise ValueError(
+                f"objective {objective!r} is no mean over the answers, and directions='per_row' needs a number for "
+                f"each: choose {means}, a reward function, or directions='shared'"
+            )
+        return [_metric_loss(metric, [answer], num_labels) for answer in answers]
+    rewards = _rewards(objective, answers)
+    if len(rewards) < len(answers) and not math.isnan(rewards[0]):
+        raise ValueError(
+            f"reward {objective}: it returned one number for {len(answers)} answers, and directions='per_row' needs "
+            "one for each: return a list, or choose directions='shared'"
+        )
+    return [-reward for reward in rewards] if len(rewards) == len(answers) else [math.nan] * len(answers)
+
+
+def _metric_loss(metric: Metric, answers: Sequence[Answer], num_labels: int) -> float:
+    value = metric.measure(answers, num_labels)
+    return value if metric.lower_is_better else 1 - value
+
+
+def _rewards(objective: str, answers: Sequence[Answer]) -> list[float]:
+    """What the function of a reward returns, one number or one per answer; one NaN if it fails."""
     function = load_reward(objective)
     try:
-        value = _mean(function([answer.text for answer in answers], [list(a.references) for a in answers]), answers)
+        value = function([answer.text for answer in answers], [list(a.references) for a in answers])
+        value = value.tolist() if hasattr(value, "tolist") else value
+        rewards = [float(each) for each in value] if isinstance(value, Sequence) else [float(value)]
+        if isinstance(value, Sequence) and len(value) != len(answers):
+            raise ValueError(f"it returned {len(value)} numbers for {len(answers)} answers")
     except Exception as error:
         _warn_once(objective, f"raised {type(error).__name__}: {error}")
-        return math.nan
-    if not math.isfinite(value):
-        _warn_once(objective, f"returned {value}")
-        return math.nan
-    return -value
-
-
-def _mean(value: Any, answers: Sequence[Answer]) -> float:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, Sequence):
-        return float(value)
-    if len(value) != len(answers):
-        raise ValueError(f"it returned {len(value)} numbers for {len(answers)} answers")
-    return sum(map(float, value)) / len(answers)
+        return [math.nan]
+    if not math.isfinite(mean := sum(rewards) / len(rewards)):
+        _warn_once(objective, f"returned {mean}")
+        return [math.nan]
+    return rewards
 
 
 @lru_cache(maxsize=1024)

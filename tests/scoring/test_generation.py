@@ -5,9 +5,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from smezo_pl.optim.rows import rows
 from smezo_pl.scoring import generation
 from smezo_pl.scoring.generation import generate
 from tests.scoring.architectures import APART, PACKED, build
+from tests.scoring.rowwise import own_biases
 
 PROMPTS = ((5, 9, 30), (17, 40, 41, 42, 43, 44, 45), (8,), (300, 12, 11, 77))
 PAD = 1
@@ -66,6 +68,33 @@ def test_reading_in_parts_and_leaving_rows_change_nothing(
     expected = [one_by_one(model, prompt, 12, stops) for prompt in prompts]
     assert answers.tolist() == expected
     assert len({answer.count(PAD) for answer in expected}) > 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, window 6", "bloom", "uncached"])
+@torch.no_grad()
+def test_each_row_is_generated_under_its_own_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read in parts, joined, when rows have left, and without a cache."""
+    monkeypatch.setattr(generation, "_CPU_PART", 12)
+    monkeypatch.setattr(generation, "ROOM_BYTES", 40_000)
+    model = build("llama" if name == "uncached" else name)
+    if name == "uncached":
+        monkeypatch.setattr(generation, "has_virtual_tokens", lambda model: True)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [tuple(torch.randint(3, 64, (1 + 5 * i % 13,), generator=generator).tolist()) for i in range(12)]
+    numbers = torch.randperm(12, generator=generator)
+    with own_biases(model, rows=12, scale=0.1) as seen:
+
+        def alone(row: int, stops: Sequence[int]) -> list[int]:
+            with rows(numbers[row].reshape(1)):
+                return one_by_one(model, prompts[row], 12, stops)
+
+        stops = [alone(1, ())[2], alone(2, ())[5], alone(4, ())[0]]
+        expected = [alone(row, stops) for row in range(12)]
+        seen.clear()
+        with rows(numbers):
+            answers = generate(model, **padded(prompts), max_new_tokens=12, stop_ids=stops, pad_id=PAD)
+    assert answers.tolist() == expected
+    assert len({answer.count(PAD) for answer in expected}) > 1 and len({len(forward) for forward in seen}) > 2
 
 
 @pytest.mark.parametrize("adapter", ["lora", "prefix", "prompt"])

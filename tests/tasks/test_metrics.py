@@ -1,6 +1,7 @@
 """Metrics of texts and of sets of answers: cases worked out by hand from the official definitions."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from smezo_pl.tasks.metrics import (
     squad_em,
     squad_f1,
 )
-from smezo_pl.tasks.objectives import reward_loss
+from smezo_pl.tasks.objectives import reward_loss, reward_losses
 
 
 @pytest.mark.parametrize(
@@ -237,3 +238,41 @@ def test_a_reward_that_fails_skips_the_step_and_says_so_once(
     for _ in range(2):
         assert math.isnan(reward_loss(f"{rewards}.{name}", answers))
     assert [message in text for text in caplog.messages] == [True]
+
+
+def test_each_answer_has_a_reward_of_its_own(rewards: str, caplog: pytest.LogCaptureFixture) -> None:
+    answers = generated(("a cat", ("cat",)), ("xy", ("x", "y")), ("cat 3", ("4 cat",)))
+    assert reward_losses(f"{rewards}.each", answers) == [0.0, 0.0, 0.0]
+    assert reward_losses(f"{rewards}.each", generated(("x", ("x",)), ("y", ("x",)))) == [-1.0, 0.0]
+    assert reward_losses("em", answers) == [0.0, 1.0, 1.0]
+    assert reward_losses("mae", answers) == [0.0, 0.0, 1.0]
+    assert reward_losses("accuracy", chosen((1, 1), (0, 1)), 2) == [0.0, 1.0]
+    assert reward_losses("f1", answers) == pytest.approx([0.0, 1.0, 0.5])
+    for name, metric in METRICS.items():
+        if "text" in metric.mean_on:
+            assert sum(reward_losses(name, answers)) / 3 == pytest.approx(reward_loss(name, answers)), name
+    assert all(map(math.isnan, reward_losses("em", [*answers, replace(answers[0], scored=False)])))
+    # One number for one answer is its own; several cannot share one.
+    assert reward_losses(f"{rewards}.longer", answers[:1]) == [-5.0]
+    with pytest.raises(ValueError, match="longer: it returned one number for 3 answers, and directions='per_row'"):
+        reward_losses(f"{rewards}.longer", answers)
+    assert not caplog.messages
+    for name, message in (("raises", "raised KeyError"), ("infinite", "returned -inf"), ("few", "1 numbers for 3")):
+        assert all(map(math.isnan, found := reward_losses(f"{rewards}.{name}", answers))) and len(found) == 3
+        assert message in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "means"),
+    [
+        ("f1", 2, "accuracy"),
+        ("f1_macro", 3, "accuracy"),
+        ("matthews", 2, "accuracy"),
+        ("em", 2, "accuracy"),
+        ("spearman", 0, "f1, em, drop_f1, drop_em, rouge1, rouge2, rougeL, mae, readable"),
+    ],
+)
+def test_what_is_no_mean_over_answers_is_refused_row_by_row(name: str, labels: int, means: str) -> None:
+    answers = chosen((1, 1), (0, 1)) if labels else generated(("1", ("1",)), ("2", ("3",)))
+    with pytest.raises(ValueError, match=f"objective '{name}' is no mean over the answers.* choose {means}, a reward"):
+        reward_losses(name, answers, labels)

@@ -32,31 +32,24 @@ RESOLUTION = 2.0**-20
 LEVELS = 127
 """Largest multiple in `rounded`."""
 
-Pairs = Sequence[tuple[float, float]]
-
-
-def projected_gradients(losses: Pairs, eps: float) -> tuple[float, ...]:
-    """``(l+ - l-) / (2 eps)`` of each direction as float32; none if one of them or of the losses is not finite."""
-    gradients = tuple(float32((plus - minus) / (2.0 * eps)) for plus, minus in losses)
-    finite = all(map(math.isfinite, (*gradients, *(loss for pair in losses for loss in pair))))
-    return gradients if finite else ()
-
 
 def coefficients(
-    gradients: Sequence[float], losses: Pairs, eps: float, rule: CoefficientsName, mean_square: float, steps: int
+    losses: Sequence[tuple[float, float]], eps: float, rule: CoefficientsName, mean_square: float, steps: int
 ) -> tuple[tuple[float, ...], float]:
-    """The coefficients of a step as float32, and the moving mean after it.
+    """The coefficients of a step as float32, none if ``g`` or a loss is not finite, and the moving mean after it.
 
     Args:
-        gradients: The projected gradients.
-        losses: The pairs of losses that they were made of.
-        eps: Perturbation scale that they were made with.
+        losses: ``(l+, l-)`` of each direction.
+        eps: Perturbation scale.
         rule: The rule.
         mean_square: ``v`` before the step; 0 before the first.
         steps: How many steps it is a mean of.
     """
+    gradients = tuple(float32((plus - minus) / (2.0 * eps)) for plus, minus in losses)
+    if not all(map(math.isfinite, (*gradients, *(loss for pair in losses for loss in pair)))):
+        return (), mean_square
     if rule == "raw" or not any(gradients):
-        return tuple(gradients), mean_square
+        return gradients, mean_square
     if rule == "ranks":
         return tuple(map(float32, _signed_ranks(gradients))), mean_square
     square = math.fsum(g * g for g in gradients) / len(gradients)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from smezo_pl.optim.coefficients import CoefficientsName, coefficients, projected_gradients, rounded
-from smezo_pl.optim.directions import Directions, DirectionsName
+from smezo_pl.optim.coefficients import CoefficientsName, coefficients, rounded
+from smezo_pl.optim.directions import SHARED, Directions, DirectionsName
 from smezo_pl.optim.kernels import KernelName
 from smezo_pl.optim.masks import MaskRule, count_ones
 from smezo_pl.optim.noise import Distribution
@@ -39,6 +39,7 @@ from smezo_pl.optim.standstill import Standstill
 from smezo_pl.optim.step import (
     NON_FINITE_ADVICE,
     NonFiniteLossError,
+    Progress,
     StepPerturbation,
     StepRecord,
     check_record,
@@ -47,23 +48,19 @@ from smezo_pl.optim.step import (
 
 logger = logging.getLogger(__name__)
 
-_SAVED = ("_steps_done", "_skipped", "_skipped_in_row", "seed", "num_samples", "noise")
-"""Attributes in a state, in which their names have no underscore in front."""
-
-_SAVED_IF_USED = {"_no_signal": 0, "_mean_square": 0.0, "_shared": None, "directions": "shared", "rank": None}
-"""The same for those that are left out of a state where they have these values."""
-
-_COPIED = (
-    *("max_skipped", "kernel", "coefficients", "strict", "given", "overrides", *_SAVED, *_SAVED_IF_USED),
-    *("_scope", "_given", "_refreshed", "_last_step", "_logged", "_copied_bytes"),
-)
-"""Attributes that a copied or pickled optimizer keeps beside torch's own."""
-
-
 _SETTINGS = (
     *("num_samples", "seed", "noise", "kernel", "max_skipped", "directions", "rank", "coefficients", "strict"),
 )
 """Attributes that are arguments of the constructor."""
+
+_OF_NOISE = ("seed", "num_samples", "noise")
+"""Those that a state brings along."""
+
+_COPIED = (
+    *("given", "overrides", *_SETTINGS, "_scope", "_given", "_progress"),
+    *("_refreshed", "_last_step", "_logged", "_copied_bytes"),
+)
+"""Attributes that a copied or pickled optimizer keeps beside torch's own."""
 
 
 @remembers_given
@@ -172,10 +169,7 @@ class SparseMeZO(Optimizer):
             mask, self.given = ("small" if rank is None else "dense"), self.given - {"mask"}
         self._scope = {k: as_patterns(k, v) for k, v in (("include", include), ("exclude", exclude), ("dense", dense))}
         self._given: list[str] = []
-        self._steps_done = self._skipped_in_row = self._skipped = self._no_signal = 0
-        self._mean_square = 0.0
-        self._shared: int | None = None
-        self._refreshed, self._copied_bytes = False, 0
+        self._progress, self._refreshed, self._copied_bytes = Progress(), False, 0
         self._last_step: StepRecord | None = None
         self._logged: set[str] = set()
         self.overrides = []
@@ -228,12 +222,12 @@ class SparseMeZO(Optimizer):
         state = super().state_dict()
         state["smezo"] = {
             "noise_scheme": self._directions.scheme,
-            **{name.lstrip("_"): getattr(self, name) for name in _SAVED},
-            **{k.lstrip("_"): getattr(self, k) for k, unused in _SAVED_IF_USED.items() if getattr(self, k) != unused},
+            **{name: getattr(self, name) for name in _OF_NOISE},
+            **({"directions": self.directions, "rank": self.rank} if self._directions != SHARED else {}),
+            **self._progress.state(),
+            **self.participation.state(),
             "bits": dict(self._selection.bits),
         }
-        if unread := self.participation.unread_of(self._tensors()):
-            state["smezo"]["unread"] = [tensor.number for tensor in unread]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -245,23 +239,23 @@ class SparseMeZO(Optimizer):
         check_state(state_dict, self.param_groups, self._directions)
         own = state_dict["smezo"]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "smezo"})
-        for name in _SAVED:
-            setattr(self, name, own[name.lstrip("_")])
-        for name, unused in _SAVED_IF_USED.items():
-            setattr(self, name, own.get(name.lstrip("_"), unused))
+        for name in _OF_NOISE:
+            setattr(self, name, own[name])
+        self._progress.load(own)
+        self.participation.load(own)
         self._selection.load_bits(self._tensors(), own["bits"])
-        self.participation.unread = sum(1 << number for number in own.get("unread", ()))
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: self.__dict__[key] for key in _COPIED}
-        return {**super().__getstate__(), **own, "bits": self._selection.bits, "unread": self.participation.unread}
+        return {**super().__getstate__(), **own, "parts": (self._selection.bits, self.participation.state())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        bits, unread = state.pop("bits", None), state.pop("unread", 0)
+        parts = state.pop("parts", None)
         super().__setstate__(state)
-        if bits is not None:  # a copy; `load_state_dict` comes by here too, and keeps its parts
+        if parts is not None:  # a copy; `load_state_dict` comes by here too, and keeps its parts
             self._wire()
-            self._selection.bits, self.participation.unread = bits, unread
+            self._selection.bits = parts[0]
+            self.participation.load(parts[1])
 
     def _tensors(self) -> list[OptimizedTensor]:
         """The parameters with their groups: listed once, and again when a group was added or replaced."""
@@ -302,7 +296,7 @@ class SparseMeZO(Optimizer):
     def prepare_masks(self) -> None:
         """Compute the thresholds that are not there yet. The first step does it; call it to see them before."""
         if waiting := [group for group in self.param_groups if not group["ready"]]:
-            self._selection.make(self._tensors(), waiting, self._steps_done)
+            self._selection.make(self._tensors(), waiting, self.steps_done)
             self._refreshed = True
 
     def refresh_masks(self, sparsity: float | None = None) -> None:
@@ -319,7 +313,7 @@ class SparseMeZO(Optimizer):
                 check_group({**group, "sparsity": sparsity})
             for group in self.param_groups:
                 group["sparsity"] = sparsity
-        self._selection.make(self._tensors(), self.param_groups, self._steps_done)
+        self._selection.make(self._tensors(), self.param_groups, self.steps_done)
         self._refreshed = True
 
     def adopt_masks(self, other: SparseMeZO) -> None:
@@ -333,7 +327,7 @@ class SparseMeZO(Optimizer):
         for own, theirs in zip(self.param_groups, other.param_groups, strict=True):
             own.update(thresholds=list(theirs["thresholds"]), ready=theirs["ready"], mask_step=theirs["mask_step"])
         self._selection.load_bits(self._tensors(), other._selection.bits)
-        self.participation.unread, self._shared = other.participation.unread, other._shared
+        self.participation.load(other.participation.state())
 
     def thresholds(self) -> dict[str, float]:
         """Threshold of every optimized tensor, by name; infinity where it has none."""
@@ -349,7 +343,7 @@ class SparseMeZO(Optimizer):
         self.prepare_masks()
         wanted = None if names is None else set(names)
         tensors = [tensor for tensor in self._tensors() if wanted is None or tensor.name in wanted]
-        return self._selection.packed(tensors, self.seed, self._steps_done)
+        return self._selection.packed(tensors, self.seed, self.steps_done)
 
     def mask_stats(self) -> list[MaskStat]:
         """Size, number of active weights and threshold of every optimized tensor."""
@@ -370,23 +364,23 @@ class SparseMeZO(Optimizer):
 
         The first step finds out of which tensors the layers that read them do not tell rows apart.
         """
-        bits = self._shared or 0
+        bits = self.participation.shared or 0
         return [tensor.name for tensor in self._tensors() if bits >> tensor.number & 1]
 
     @property
     def steps_done(self) -> int:
         """Steps done, skipped ones included; the index of the next step."""
-        return self._steps_done
+        return self._progress.steps_done
 
     @property
     def skipped_steps(self) -> int:
         """Steps that changed nothing because a loss was not finite."""
-        return self._skipped
+        return self._progress.skipped
 
     @property
     def no_signal_steps(self) -> int:
         """Steps in which the losses on both sides were equal in all directions, so that no direction was followed."""
-        return self._no_signal
+        return self._progress.no_signal
 
     @property
     def last_step(self) -> StepRecord:
@@ -423,32 +417,39 @@ class SparseMeZO(Optimizer):
             raise TypeError("SparseMeZO.step needs a closure that runs the forward and returns the loss")
         started = perf_counter()
         self.prepare_masks()
-        step = self._learned(closure)
+        number, own, per_row = self.steps_done, self.participation, self._directions.per_row
+        step = self._perturbation(number, own.shared)
+        if per_row and own.shared is None and self._layerwise is not None:
+            own.share(self._tensors(), self._layerwise.learn(closure, step, self.strict))
+            step = self._perturbation(number, own.shared)
         # the group's own number says the same as self._refreshed, and outlives a resume between refresh and step
-        fresh = any(group["mask_step"] == self._steps_done for group in self.param_groups)
-        watched = self.participation.watched(self._tensors(), fresh)
+        fresh = any(group["mask_step"] == number for group in self.param_groups)
+        watched = own.watched(self._tensors(), fresh)
         losses, forward_seconds, self._copied_bytes, read = run_forwards(
             closure, self.num_samples, step, self._layerwise, [tensor.parameter for tensor in watched], self._log_once
         )
-        gradients, mean_square = self._coefficients(losses)
+        if len(losses) == 1 and self.coefficients in ("normalized", "ranks"):
+            self._log_once(f"coefficients={self.coefficients!r} of one direction per step are +1 or -1")
+        moving = self._progress.mean_square, self._progress.signals
+        numbers, mean_square = coefficients(losses, self.param_groups[0]["eps"], self.coefficients, *moving)
         record = StepRecord(
-            step=self._steps_done,
+            step=number,
             losses=losses,
-            projected_gradients=gradients,
+            projected_gradients=rounded(numbers) if per_row else numbers,
             **rates_of(self.param_groups),
-            skipped=not gradients,
+            skipped=not numbers,
             refreshed=self._refreshed,
-            unread=self.participation.after_forwards(watched, fresh, read, self._steps_done),
+            unread=own.after_forwards(watched, fresh, read, number),
             rows=len(losses) // self.num_samples,
-            shared=self._shared or 0,
+            shared=own.shared or 0,
             mean_square=mean_square,
             forward_seconds=forward_seconds,
         )
         self.standstill.look(record, step)
         self._apply(record, step)
         self._last_step = replace(record, total_seconds=perf_counter() - started)
-        if self._skipped_in_row >= self.max_skipped:
-            what = f"the loss was not finite in {self._skipped_in_row} steps in a row (last pair {losses[-1]})"
+        if (count := self._progress.skipped_in_row) >= self.max_skipped:
+            what = f"the loss was not finite in {count} steps in a row (last pair {losses[-1]})"
             raise NonFiniteLossError(f"{what}; the weights are those before them. {NON_FINITE_ADVICE}")
         return torch.tensor(self._last_step.loss, dtype=torch.float32)
 
@@ -464,8 +465,9 @@ class SparseMeZO(Optimizer):
     ) -> None:
         """Make the update of a step again, with no forward, from what its `StepRecord` holds; see `replay_steps`."""
         rates = rates_of(self.param_groups) | {"lr": tuple(lr), "weight_decay": tuple(weight_decay)}
-        rows = len(projected_gradients) // self.num_samples if self._directions.per_row and not skipped else 1
-        how: dict[str, Any] = {"skipped": skipped, "unread": unread, "rows": rows, "shared": shared}
+        how: dict[str, Any] = {"skipped": skipped, "unread": unread, "shared": shared}
+        how |= {"rows": max(1, len(projected_gradients) // self.num_samples) if self._directions.per_row else 1}
+        how |= {"mean_square": self._progress.mean_square}
         self.replay_steps([StepRecord(step, (), tuple(projected_gradients), **rates, **how)])
 
     @torch.no_grad()
@@ -478,7 +480,7 @@ class SparseMeZO(Optimizer):
         Raises:
             ValueError: If a step is not the next one, or numbers are missing; then nothing is written.
         """
-        for index, record in enumerate(steps, self._steps_done):
+        for index, record in enumerate(steps, self.steps_done):
             check_record(record, index, len(self.param_groups), self.num_samples, self._directions.per_row)
         self.prepare_masks()
         for record in steps:
@@ -488,50 +490,20 @@ class SparseMeZO(Optimizer):
     def _directions(self) -> Directions:
         return Directions(self.directions == "per_row", self.rank)
 
-    def _perturbation(self, step: int, shared: int) -> StepPerturbation:
+    def _perturbation(self, step: int, shared: int | None) -> StepPerturbation:
         check_rank(self.rank, self.param_groups)
         noise = self.noise, self.seed, step, self.num_samples
-        return StepPerturbation(self._tensors(), self._selection, *noise, self._directions, shared)
-
-    def _learned(self, closure: Closure) -> StepPerturbation:
-        """The perturbation of the next step, once it is known which tensors all rows share."""
-        step = self._perturbation(self._steps_done, self._shared or 0)
-        if not self._directions.per_row:
-            return step
-        if self._layerwise is None:
-            raise RuntimeError(
-                "directions='per_row' needs attach(module): in place all rows of a batch see the same weights"
-            )
-        if self._shared is not None:
-            return step
-        shared = self._layerwise.learn(closure, step, self.strict)
-        tensors = self._tensors()
-        flags = [id(tensor.parameter) in shared for tensor in tensors]
-        flags = self.participation.in_any_process(flags, tensors[0].parameter.device)
-        self._shared = sum(1 << tensor.number for tensor, flag in zip(tensors, flags, strict=True) if flag)
-        return self._perturbation(self._steps_done, self._shared)
-
-    def _coefficients(self, losses: Sequence[tuple[float, float]]) -> tuple[tuple[float, ...], float]:
-        """What the update multiplies the directions with, and the moving mean of squares after the step."""
-        eps, steps = self.param_groups[0]["eps"], self._steps_done - self._skipped - self._no_signal
-        gradients = projected_gradients(losses, eps)
-        if len(losses) == 1 and self.coefficients in ("normalized", "ranks"):
-            self._log_once(f"coefficients={self.coefficients!r} of one direction per step are +1 or -1")
-        numbers, mean_square = coefficients(gradients, losses, eps, self.coefficients, self._mean_square, steps)
-        return (rounded(numbers) if self._directions.per_row else numbers), mean_square
+        return StepPerturbation(self._tensors(), self._selection, *noise, self._directions, shared or 0)
 
     def _apply(self, record: StepRecord, step: StepPerturbation) -> None:
         """Make the update of a step and count it, whole or not at all."""
         with deferred_interrupt():
             if not record.skipped:
                 step.update(record, self.param_groups)
-            self._steps_done += 1
-            self._skipped += record.skipped
-            self._skipped_in_row = self._skipped_in_row + 1 if record.skipped else 0
-            self._no_signal += not record.skipped and not any(record.projected_gradients)
-            self._refreshed, self.participation.unread, self._mean_square = False, record.unread, record.mean_square
+            self._progress.count(record)
+            self._refreshed, self.participation.unread = False, record.unread
             if self._directions.per_row:
-                self._shared = record.shared
+                self.participation.shared = record.shared
 
     def _log_once(self, line: str) -> None:
         if line not in self._logged:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -80,6 +80,50 @@ class StepRecord:
     def samples(self) -> int:
         """Number of samples; 0 if the step was skipped and its losses were not kept."""
         return len(self.losses or self.projected_gradients) // self.rows
+
+
+_LATER = ("no_signal", "mean_square")
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the steps of a run leave behind, beside the weights.
+
+    Attributes:
+        steps_done: Steps done, skipped ones included.
+        skipped: Steps skipped.
+        skipped_in_row: Those of them since the last other one.
+        no_signal: Steps in which no direction was followed, as the losses on both sides of each were equal.
+        mean_square: As in `StepRecord`.
+    """
+
+    steps_done: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    no_signal: int = 0
+    mean_square: float = 0.0
+
+    @property
+    def signals(self) -> int:
+        """Steps in which some direction was followed."""
+        return self.steps_done - self.skipped - self.no_signal
+
+    def count(self, record: StepRecord) -> None:
+        """Count a step."""
+        self.steps_done += 1
+        self.skipped += record.skipped
+        self.skipped_in_row = self.skipped_in_row + 1 if record.skipped else 0
+        self.no_signal += not record.skipped and not any(record.projected_gradients)
+        self.mean_square = record.mean_square
+
+    def state(self) -> dict[str, Any]:
+        """The numbers by their names; those that an earlier version did not have where they are not 0."""
+        return {name: value for name, value in asdict(self).items() if value or name not in _LATER}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state`, in which there may be more."""
+        for name in asdict(self):
+            setattr(self, name, state.get(name, 0) if name in _LATER else state[name])
 
 
 def rates_of(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def run_forwards(
         perhaps of others.
 
     Raises:
+        RuntimeError: If each row has a direction, and there is no ``layerwise``.
         TypeError: If the closure does not return a number, or one for each row.
         ValueError: If it does not always return as many.
     """
@@ -49,6 +50,10 @@ def run_forwards(
     if layerwise is not None:
         way = layerwise
         layerwise.watch(watched)
+    elif per_row:
+        raise RuntimeError(
+            "directions='per_row' needs attach(module): in place all rows of a batch see the same weights"
+        )
     else:
         way = InPlace(step, watched)
         copied_bytes = way.nbytes()

@@ -325,6 +325,16 @@ class Direction:
         """Whether each row of the batch has its own direction of a parameter."""
         return self._step.passes[id(parameter)].rows_apart
 
+    def is_outside(self, parameter: nn.Parameter) -> bool:
+        """Whether layers add the direction of a parameter to what they make of it, in place of a perturbed copy."""
+        passes = self._step.passes[id(parameter)]
+        return passes.rows_apart or (bool(passes.factors) and parameter.dim() == 2)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the directions; None where rows flip the signs of full noise."""
+        return self._step.directions.rank
+
     def factors(self, parameter: nn.Parameter, rows: Sequence[int]) -> tuple[Tensor | None, Tensor, float]:
         """The factors of the directions of some rows of the global batch; the signs, where these flip the noise.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.memory import stamp
 from smezo_pl.optim.parameters import some
+from smezo_pl.optim.perturbation.forward_rows import check_losses
 from smezo_pl.optim.perturbation.guards import refusal_of_write
 from smezo_pl.optim.perturbation.layerwise import Closure, Layerwise
 from smezo_pl.optim.perturbation.reads import UNDISPATCHED, ReadWatch
@@ -67,10 +68,8 @@ def run_forwards(
         for sign in (1.0, -1.0):
             with way.perturbed(Direction(step, sample, sign)):
                 started = perf_counter()
-                raw.append(_check_losses(closure()) if per_row else _check_loss(closure()))
+                raw.append(check_losses(closure(), way.rows) if per_row else _check_loss(closure()))
                 seconds += perf_counter() - started - way.write_seconds
-                if isinstance(loss := raw[-1], Tensor) and loss.numel() < way.rows:
-                    raise ValueError(f"the closure returned {loss.numel()} losses for the {way.rows} rows of a forward")
     if len(counts := {loss.numel() for loss in raw if isinstance(loss, Tensor)}) > 1:
         raise ValueError(f"the closure must return the same number of losses each time, got {sorted(counts)}")
     values = _read_losses(raw)
@@ -176,17 +175,6 @@ def _check_loss(loss: object) -> Tensor | float:
     if isinstance(loss, (bool, str, bytes)) or not hasattr(loss, "__float__"):
         raise TypeError(f"the closure must return a number, got {type(loss).__name__}")
     return float(cast(float, loss))
-
-
-def _check_losses(losses: object) -> Tensor:
-    """A closure's result as one real number for each row, left on its device."""
-    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.numel() or losses.is_complex():
-        found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise TypeError(
-            f"with directions='per_row' the closure must return one real number for each row, a tensor of one "
-            f"dimension whose mean is the loss, got {found}"
-        )
-    return losses.detach().double()
 
 
 def _read_losses(losses: list[Tensor | float]) -> list[list[float]]:

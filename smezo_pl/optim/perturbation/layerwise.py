@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smezo_pl.optim.memory import identity, memory_of, stamp
-from smezo_pl.optim.perturbation.guards import Guards, refusal_of_write, use_count
+from smezo_pl.optim.perturbation.forward_rows import check_losses
+from smezo_pl.optim.perturbation.guards import Guard, Guards, refusal_of_write, use_count
+from smezo_pl.optim.perturbation.learning import Probe, Trial, Uses, learn
 from smezo_pl.optim.perturbation.reads import ReadWatch, is_compiled_caller
+from smezo_pl.optim.perturbation.rowwise import Rowwise, Seen
 from smezo_pl.optim.step import Direction, StepPerturbation
 
 logger = logging.getLogger(__name__)
@@ -89,7 +92,8 @@ class _Held:
     """The slots that a module fills while it runs, and the copies in them.
 
     Attributes:
-        slots: The slots.
+        slots: The slots of its weights.
+        copied: Those of them that are filled.
         places: Where the copy for each slot begins in the memory of its kind.
         sizes: Elements of the memory of each kind.
         hands_out: Whether copies outlived its forward the last time: then its memory is not one that others use.
@@ -102,6 +106,7 @@ class _Held:
     """
 
     slots: list[_Slot] = field(default_factory=list)
+    copied: list[_Slot] = field(default_factory=list)
     places: list[tuple[_Kind, int]] = field(default_factory=list)
     sizes: Counter[_Kind] = field(default_factory=Counter)
     hands_out: bool = False
@@ -112,15 +117,16 @@ class _Held:
     padding_idx: int | None = None
     watching: ExitStack = field(default_factory=ExitStack)
 
-    def place(self) -> None:
-        """Give each weight its place; again when a weight has moved."""
+    def place(self, outside: set[int]) -> None:
+        """Give each weight its place, but those of which layers need no copy; again when a weight has moved."""
+        self.copied = [slot for slot in self.slots if id(slot.weight) not in outside]
         self.sizes, starts = Counter(), dict[int, tuple[_Kind, int]]()
-        for weight in (slot.weight for slot in self.slots):
+        for weight in (slot.weight for slot in self.copied):
             if id(weight) not in starts:
                 kind = weight.dtype, weight.device
                 starts[id(weight)] = kind, self.sizes[kind]
                 self.sizes[kind] += _padded(weight.numel())
-        self.places = [starts[id(slot.weight)] for slot in self.slots]
+        self.places = [starts[id(slot.weight)] for slot in self.copied]
 
 
 class _Hook:
@@ -147,7 +153,8 @@ class Layerwise:
     A forward pre-hook fills a scratch buffer and puts it into the module's parameter slots; a forward hook takes it out
     again. The weights themselves are never written, so they are exact in every dtype, and the extra memory is the
     largest single module. Elsewhere, and in everything else that lies in the memory of a weight, `Guards` stand: a
-    weight that is read outside its module's forward is perturbed for that read.
+    weight that is read outside its module's forward is perturbed for that read. Of weights whose direction is a sum of
+    outer products there are no copies (see `smezo_pl.optim.perturbation.rowwise`).
 
     Args:
         module: The network. It must contain every parameter, and must not be compiled.
@@ -196,14 +203,16 @@ class Layerwise:
             if tensor is not None and id(tensor) not in own and memory_of(tensor) is not None
         }
         self._scratch: dict[_Kind, list[_Scratch]] = {}
-        self._direction: Direction | None = None
+        self._direction: Direction | Trial | None = None
         self.read: set[int] = set()
         self._watched: set[int] = set()
         self._is_thorough = False
         self._guards = Guards(parameters, [slot.original for slot in self._slots], self.read)
-        self.write_seconds, self.rows = 0.0, 0
+        self._rowwise, self._outside = Rowwise(self.read), set[int]()
+        self._probe: Probe | None = None
         self._logged: set[str] = set()
         self._handles: list[RemovableHandle] = []
+        self._handles.append(module.register_forward_pre_hook(_Hook(self, "_begin"), with_kwargs=True))
         for owner in self._held:
             self._handles.append(owner.register_forward_pre_hook(_Hook(self, "_enter")))
             self._handles.append(owner.register_forward_hook(_Hook(self, "_leave"), always_call=True))
@@ -217,7 +226,18 @@ class Layerwise:
 
     def extra_bytes(self) -> int:
         """Bytes of scratch kept for the next forward."""
-        return sum(scratch.memory.nbytes for of_kind in self._scratch.values() for scratch in of_kind)
+        copies = sum(scratch.memory.nbytes for of_kind in self._scratch.values() for scratch in of_kind)
+        return copies + self._rowwise.extra_bytes()
+
+    @property
+    def write_seconds(self) -> float:
+        """Seconds of perturbing within the closure."""
+        return self._rowwise.seconds
+
+    @property
+    def rows(self) -> int:
+        """How many rows with a direction each the closure has run."""
+        return self._rowwise.rows.total
 
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
         """Find out which of some parameters the forwards from now on read.
@@ -229,20 +249,35 @@ class Layerwise:
         self._is_thorough = len(self._watched) == len(self._names)  # as in the first step
 
     def learn(self, closure: Closure, step: StepPerturbation, strict: bool) -> set[int]:
-        """Run a closure to find out where the rows of a batch cannot be told apart.
+        """Find out which weights get one direction for the batch; see `smezo_pl.optim.perturbation.learning`.
 
         Args:
             closure: As for a step.
             step: The perturbation, with a direction for each row of every tensor.
-            strict: Whether to refuse such tensors.
+            strict: Whether to refuse such weights.
 
         Returns:
-            Ids of the parameters that get one direction for the batch.
+            Ids of the parameters.
         """
-        raise NotImplementedError("directions='per_row'")
+        paths: dict[int, list[str]] = {}
+        prefixes = {owner: path for path, owner in self.module.named_modules()}
+        for slot in self._slots:
+            paths.setdefault(id(slot.weight), []).append(f"{prefixes[slot.owner]}.{slot.name}")
+
+        def run(trial: Trial, uses: Uses | None) -> Probe:
+            self._probe, self._rowwise.note = Probe(), uses.note if uses is not None else None
+            try:
+                with self.perturbed(trial):
+                    self._probe.losses = check_losses(closure(), self.rows)
+                    self._probe.calls = self._rowwise.rows.calls
+                return self._probe
+            finally:
+                self._probe = self._rowwise.note = None
+
+        return learn(run, Direction(step, 0, 1.0), paths, self._names, strict)
 
     @contextmanager
-    def perturbed(self, direction: Direction) -> Iterator[None]:
+    def perturbed(self, direction: Direction | Trial) -> Iterator[None]:
         """Forwards inside the block run on the copies that ``direction`` makes.
 
         Raises:
@@ -250,19 +285,24 @@ class Layerwise:
         """
         self._check_structure()
         others = [stamp(tensor) for _, tensor in self._others.values()]
-        if self._guards.refresh():
+        outside = {id(slot.weight) for slot in self._slots if direction.is_outside(slot.weight)}
+        if self._guards.refresh() or outside != self._outside:
+            self._outside = outside
             for held in self._held.values():
-                held.place()
+                held.place(outside)
             for slot in self._slots:
-                slot.guard = self._guards[slot.original]
-        self._direction, self.write_seconds, replaced = direction, 0.0, list[_Slot]()
+                slot.guard = guard = self._guards[slot.original]
+                if id(slot.weight) in outside and isinstance(guard, Guard):
+                    slot.guard = Seen.of(guard, slot.original, slot.weight, self._rowwise)
+        self._direction, replaced = direction, list[_Slot]()
         try:
+            self._rowwise.start(direction)
             with self._guards.standing(direction):
                 for slot in self._slots:
                     slot.owner._parameters[slot.name] = slot.guard
                 yield
         finally:
-            self._direction = None
+            self._direction = self._rowwise.direction = None
             for held in reversed(self._held.values()):  # inner modules first
                 self._empty(held)
             for slot in self._slots:
@@ -298,6 +338,10 @@ class Layerwise:
                     "build the optimizer again from the current parameters"
                 )
 
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._direction is not None and self._outside:
+            self._rowwise.rows.begin(module, args, kwargs)
+
     def _enter(self, module: nn.Module, args: Any) -> Any:
         if self._direction is None:
             return None
@@ -313,6 +357,7 @@ class Layerwise:
                 "perturbation (do not call attach)"
             )
         held = self._held[module]
+        self._rowwise.rows.enter(module, args)
         held.depth += 1
         if held.depth > 1:
             return None
@@ -326,13 +371,13 @@ class Layerwise:
             held.stamps = [stamp(copy, self._is_thorough) for _, copy in held.filled]
         if self._watched:
             self._watch_copies(held)
-        self.write_seconds += perf_counter() - started
+        self._rowwise.seconds += perf_counter() - started
         return result
 
     def _rows(self, module: nn.Embedding, held: _Held, args: Any) -> tuple[Tensor, Tensor] | None:
         """The rows of an embedding that a batch looks up, and the batch counted in them, where that saves work."""
         weight = module.weight
-        plain = len(held.slots) == 1 and held.slots[0].guard is weight and len(args) == 1
+        plain = len(held.slots) == len(held.copied) == 1 and held.slots[0].guard is weight and len(args) == 1
         # any other pre-hook could look at the weight or the indices; unique() would make a GPU wait for the host
         alone = len(module._forward_pre_hooks) == 1 and module.max_norm is None and weight.device.type == "cpu"
         if not (plain and alone and isinstance(args[0], Tensor)) or weight.shape[1] % 8:
@@ -358,7 +403,7 @@ class Layerwise:
         for kind, numel in held.sizes.items():
             held.memories[kind] = self._take(kind, numel, held.hands_out)
         done: set[tuple[_Kind, int]] = set()
-        for slot, (kind, start) in zip(held.slots, held.places, strict=True):
+        for slot, (kind, start) in zip(held.copied, held.places, strict=True):
             if slot.owner._parameters[slot.name] is not slot.guard:
                 continue  # as in torch.func.functional_call
             flat, buffer = held.memories[kind].views(start, slot.weight.shape)
@@ -390,6 +435,9 @@ class Layerwise:
         return scratch
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if module is self.module and self._probe is not None and self._rowwise.rows.calls:
+            self._probe.look(output, self._rowwise.rows.numbers())
+        self._rowwise.rows.leave(module, output)
         held = self._held[module]
         held.depth -= held.depth > 0
         if held.depth == 0 and (written := self._empty(held)):
@@ -416,7 +464,7 @@ class Layerwise:
         for kind, scratch in held.memories.items():
             if scratch.is_kept():
                 held.hands_out = True
-                places = [(s.weight, start) for s, (k, start) in zip(held.slots, held.places, strict=True) if k == kind]
+                places = [(s.weight, start) for s, (k, start) in zip(held.copied, held.places, strict=True) if k == kind]
                 copies = [(scratch.views(start, weight.shape)[1], weight) for weight, start in places]
                 self._guards.keep(scratch.storage, copies)
                 self.read.update(id(weight) for _, weight in copies)  # by whoever keeps them

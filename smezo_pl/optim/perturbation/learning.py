@@ -1,0 +1,217 @@
+"""Where the rows of a batch can be told, learned from a few runs of the closure before the first step, and proved.
+
+The first run sees the weights as they are, and notes how each is used. A weight that meets a function other than those
+of `smezo_pl.optim.perturbation.rowwise`, or an input whose rows cannot be told, gets one direction for the batch. Two
+more runs prove the rest: what a row gives must not change when others are perturbed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from smezo_pl.optim.perturbation.forward_rows import Place
+from smezo_pl.optim.step import Direction
+
+logger = logging.getLogger(__name__)
+
+
+class Trial:
+    """A direction for learning: some rows are not perturbed, and weights that are not perturbed row by row not at all.
+
+    Args:
+        direction: The direction.
+        shared: Ids of the parameters that have one direction for the batch.
+        is_silent: Whether a row is not perturbed.
+    """
+
+    def __init__(self, direction: Direction, shared: set[int], is_silent: Callable[[int], bool]) -> None:
+        self._direction, self._shared, self._is_silent = direction, shared, is_silent
+        self.rank = direction.rank
+        self.whole: set[int] = set()
+
+    def rows_apart(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter is perturbed row by row."""
+        return id(parameter) not in self._shared
+
+    is_outside = rows_apart
+
+    def factors(self, parameter: nn.Parameter, rows: Sequence[int]) -> tuple[Tensor | None, Tensor, float]:
+        """Those of the direction, 0 for rows that are not perturbed."""
+        left, right, scale = self._direction.factors(parameter, rows)
+        for index, row in enumerate(rows):
+            if self._is_silent(row):
+                right[index] = 0
+        return left, right, scale
+
+    def draw(self, parameter: nn.Parameter, out: Tensor) -> None:
+        """Those of the direction."""
+        self._direction.draw(parameter, out)
+
+    def perturb(self, parameter: nn.Parameter, out: Tensor) -> None:
+        """A copy as it is, of a parameter that is not used row by row; its id is kept in ``whole``."""
+        out.copy_(parameter.detach().view(-1))
+        self.whole.add(id(parameter))
+
+    def perturb_rows(self, parameter: nn.Parameter, rows: Tensor, out: Tensor) -> None:
+        """Rows of a copy."""
+        torch.index_select(parameter.detach(), 0, rows, out=out)
+
+
+class Uses:
+    """How the layers of a run use the weights.
+
+    Args:
+        paths: Names of each parameter's slots in the network, by its id.
+    """
+
+    def __init__(self, paths: Mapping[int, Sequence[str]]) -> None:
+        self._paths = paths
+        self._doubtful: set[int] = set()
+        self._lengths: dict[int, set[int]] = {}
+
+    def note(self, weight: nn.Parameter, place: Place, operand: Tensor) -> None:
+        """A layer uses a weight."""
+        if not place.is_plain:
+            self._doubtful.add(id(weight))
+        self._lengths.setdefault(id(weight), set()).add(0 if place.at is not None else operand.shape[0])
+
+    def unused(self) -> set[int]:
+        """Ids of the parameters that no layer used row by row."""
+        return self._paths.keys() - self._lengths.keys()
+
+    def doubtful(self) -> set[int]:
+        """Ids of those for which the entries of the first dimension may be something else than rows, in order."""
+        return self._doubtful
+
+    def routed(self) -> set[int]:
+        """Ids of the doubtful that look like experts, which get the rows' tokens as these are routed.
+
+        Their names say so, or layers that are numbered beside them get other numbers of tokens, or none.
+        """
+        beside: dict[str, set[frozenset[int]]] = {}
+        for key, paths in self._paths.items():
+            for family in _families(paths):
+                beside.setdefault(family, set()).add(frozenset(self._lengths.get(key, ())))
+        return {
+            key
+            for key in self._doubtful
+            if any("expert" in path.lower() for path in self._paths[key])
+            or any(len(beside[family]) > 1 for family in _families(self._paths[key]))
+        }
+
+
+def _families(paths: Iterable[str]) -> Iterable[str]:
+    """Names in which one number is left open, so that they match what is numbered beside."""
+    for path in paths:
+        for number in re.finditer(r"(?<=\.)\d+(?=\.)", "." + path):
+            yield f"{path[: number.start() - 1]}*{path[number.end() - 1 :]}"
+
+
+class Probe:
+    """What a run of the closure gives for each row: its losses, and sums over the first output of the network.
+
+    Attributes:
+        calls: Number of rows and shape of what was given to the network, call by call.
+        losses: The losses, float64 ``[R]``.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, torch.Size]] = []
+        self.losses = torch.empty(0)
+        self._sums: Tensor | None = None
+        self._numbers: list[int] = []
+
+    def look(self, output: object, numbers: Sequence[int]) -> None:
+        """The network has run on rows of these numbers."""
+        for leaf in tree_leaves(output) if self._sums is None else ():
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[:1] == (len(numbers),):
+                self._numbers = list(numbers)
+                self._sums = leaf.detach().flatten(1).sum(1, dtype=torch.float64) if leaf.dim() > 1 else leaf.detach()
+                return
+
+    def differs(self, other: Probe, rows: Callable[[int], bool], tolerance: float = 0.0) -> bool:
+        """Whether some rows give something else in another run; losses count if the network was called alike."""
+        pairs = [(range(len(self.losses)), self.losses, other.losses)] if self.calls == other.calls else []
+        if self._sums is not None and other._sums is not None:
+            pairs.append((self._numbers, self._sums, other._sums))
+        for numbers, one, two in pairs:
+            chosen = [index for index, number in enumerate(numbers) if rows(number)]
+            if not torch.allclose(one[chosen], two[chosen], rtol=tolerance, atol=tolerance, equal_nan=True):
+                return True
+        return False
+
+
+def learn(
+    run: Callable[[Trial, Uses | None], Probe],
+    direction: Direction,
+    paths: Mapping[int, Sequence[str]],
+    names: Mapping[int, str],
+    strict: bool,
+) -> set[int]:
+    """Find out which weights get one direction for the batch, and prove that no row sees another's.
+
+    Args:
+        run: Runs the closure with a trial direction; where there are `Uses`, it notes them and perturbs nothing.
+        direction: A direction of the first step.
+        paths: Names of each parameter's slots in the network, by its id.
+        names: Names of the parameters, by their ids.
+        strict: Whether to refuse weights whose rows cannot be told.
+
+    Returns:
+        The ids of these weights, and of those that the closure does not use.
+
+    Raises:
+        RuntimeError: If the model or the loss mixes rows.
+        ValueError: If ``strict`` refuses weights.
+    """
+    uses, trial = Uses(paths), Trial(direction, set(), _is_any)
+    calls = run(trial, uses).calls
+    untold = trial.whole | uses.routed()
+    shared = untold | uses.unused()
+    if all(count == 1 for count, _ in calls):
+        logger.info("the first batch has one row at a time; nothing can be learned of how a batch's rows are treated")
+        shared |= uses.doubtful()
+    elif _mixes(run, direction, shared):
+        untold |= uses.doubtful()
+        shared |= uses.doubtful()
+        if _mixes(run, direction, shared):
+            raise RuntimeError(
+                "the loss of a row changes when only other rows are perturbed: the model or the loss mixes the rows of "
+                "a batch (a norm over the batch, experts of limited capacity, a loss over pairs), or draws random "
+                "numbers; use directions='shared'"
+            )
+    if untold:
+        listed = ", ".join(repr(names[key]) for key in names if key in untold)
+        if strict:
+            raise ValueError(
+                f"strict=True refuses parameters whose rows cannot be told: {listed}; leave them out with exclude, or "
+                "give them one direction for the batch by strict=False"
+            )
+        logger.info("rows cannot be told where these parameters are used; they get one direction a batch: %s", listed)
+    return shared
+
+
+def _mixes(run: Callable[[Trial, Uses | None], Probe], direction: Direction, shared: set[int]) -> bool:
+    """Whether something changes for the rows of odd numbers of ones when only the others are perturbed."""
+    still = run(Trial(direction, shared, _is_any), None)
+    some_rows = run(Trial(direction, shared, _is_odd), None)
+    if not still.differs(some_rows, _is_odd):
+        return False
+    again = run(Trial(direction, shared, _is_any), None)
+    # a backend that does not give the same bits twice
+    return not still.differs(again, _is_any) or still.differs(some_rows, _is_odd, 1e-5)
+
+
+def _is_any(row: int) -> bool:
+    return True
+
+
+def _is_odd(row: int) -> bool:
+    """Whether the binary number has an odd number of ones: neither neighbors nor halves of a batch are alike."""
+    return row.bit_count() % 2 == 1

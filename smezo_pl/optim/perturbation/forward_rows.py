@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smezo_pl.optim.rows import current_rows, rows_at
+from smezo_pl.optim.rows import at_rows, current_rows, rows_at
 
 
 class Place(NamedTuple):
@@ -85,9 +85,8 @@ class ForwardRows:
             last, given = self._running.pop()
             if last is module:
                 mark = rows_at(given) if given is not None else None
-                if mark is not None and isinstance(output, Tensor) and output.dim() > 1:
-                    if output.shape[-2] == mark.numel():
-                        output.forward_rows = mark  # type: ignore[attr-defined]
+                if mark is not None and isinstance(output, Tensor) and output.shape[-2:-1] == mark.shape:
+                    at_rows(output, mark)
                 return
 
     def input(self) -> Tensor | None:

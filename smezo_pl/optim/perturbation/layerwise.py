@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -17,116 +15,19 @@ from torch.utils.hooks import RemovableHandle
 
 from smezo_pl.optim.memory import identity, memory_of, stamp
 from smezo_pl.optim.perturbation.forward_rows import check_losses
-from smezo_pl.optim.perturbation.guards import Guard, Guards, refusal_of_write, use_count
+from smezo_pl.optim.perturbation.guards import Guard, Guards, refusal_of_write
 from smezo_pl.optim.perturbation.learning import Probe, Trial, Uses, learn
 from smezo_pl.optim.perturbation.reads import ReadWatch, is_compiled_caller
 from smezo_pl.optim.perturbation.rowwise import Rowwise, Seen
+from smezo_pl.optim.perturbation.slots import Held, Kind, Scratch, Slot
 from smezo_pl.optim.step import Direction, StepPerturbation
 
 logger = logging.getLogger(__name__)
 
 Closure = Callable[[], "Tensor | float"]
 
-_ALIGNMENT = 64
-"""Elements. Keeps every copy on the 64-byte boundary that torch's own allocations have."""
-
-
-def _padded(numel: int) -> int:
-    """Elements that a buffer of ``numel`` elements occupies."""
-    return -(-numel // _ALIGNMENT) * _ALIGNMENT
-
-
-class _Scratch:
-    """Memory for the copies of the weights of one module, used again by the modules after it."""
-
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        # A tensor made in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
-            self.memory = torch.empty(numel, dtype=dtype, device=device)
-        self.storage = self.memory.untyped_storage()
-        self._views: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = {}
-        self._own = use_count(self.storage)
-
-    def views(self, start: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """The buffer for a tensor that begins there, flat and in its shape."""
-        views = self._views.get((start, shape))
-        if views is None:  # kept: a model has few shapes, and making a view takes as long as perturbing a small tensor
-            with torch.inference_mode(False):
-                flat = self.memory[start : start + shape.numel()]
-                views = self._views[start, shape] = flat, flat.view(shape)
-        return views
-
-    def is_kept(self) -> bool:
-        """Whether somebody holds a tensor that lies in it."""
-        return use_count(self.storage) > self._own + 2 * len(self._views)
-
-
 ROW_COST = 1 << 11
 """Weights that a pass perturbs in the time that one row of an embedding costs: blocks of noise at both of its ends."""
-
-
-@dataclass(slots=True)
-class _Slot:
-    """Where a module keeps a parameter: ``owner._parameters[name]``.
-
-    Attributes:
-        owner: The module.
-        name: The parameter's name in it.
-        original: The parameter.
-        weight: The parameter that is optimized: the same, or one tied to it by its memory.
-        guard: What the slot holds during a step, outside the module's forward.
-    """
-
-    owner: nn.Module
-    name: str
-    original: nn.Parameter
-    weight: nn.Parameter
-    guard: Any = None
-
-
-_Kind = tuple[torch.dtype, torch.device]
-
-
-@dataclass(slots=True)
-class _Held:
-    """The slots that a module fills while it runs, and the copies in them.
-
-    Attributes:
-        slots: The slots of its weights.
-        copied: Those of them that are filled.
-        places: Where the copy for each slot begins in the memory of its kind.
-        sizes: Elements of the memory of each kind.
-        hands_out: Whether copies outlived its forward the last time: then its memory is not one that others use.
-        depth: Number of its forwards that run, one within the other.
-        filled: The slots that hold copies now, and the copies.
-        memories: Their memory by kind.
-        stamps: Of the copies, once all were made.
-        padding_idx: Of an embedding of which only some rows are perturbed.
-        watching: What is left when the module ends.
-    """
-
-    slots: list[_Slot] = field(default_factory=list)
-    copied: list[_Slot] = field(default_factory=list)
-    places: list[tuple[_Kind, int]] = field(default_factory=list)
-    sizes: Counter[_Kind] = field(default_factory=Counter)
-    hands_out: bool = False
-    depth: int = 0
-    filled: list[tuple[_Slot, nn.Parameter]] = field(default_factory=list)
-    memories: dict[_Kind, _Scratch] = field(default_factory=dict)
-    stamps: list[tuple[int, int, int]] = field(default_factory=list)
-    padding_idx: int | None = None
-    watching: ExitStack = field(default_factory=ExitStack)
-
-    def place(self, outside: set[int]) -> None:
-        """Give each weight its place, but those of which layers need no copy; again when a weight has moved."""
-        self.copied = [slot for slot in self.slots if id(slot.weight) not in outside]
-        self.sizes, starts = Counter(), dict[int, tuple[_Kind, int]]()
-        for weight in (slot.weight for slot in self.copied):
-            if id(weight) not in starts:
-                kind = weight.dtype, weight.device
-                starts[id(weight)] = kind, self.sizes[kind]
-                self.sizes[kind] += _padded(weight.numel())
-        self.places = [starts[id(slot.weight)] for slot in self.copied]
 
 
 class _Hook:
@@ -162,8 +63,6 @@ class Layerwise:
 
     Attributes:
         read: Ids of those parameters given to `watch` that a forward read since then.
-        write_seconds: Seconds of perturbing within the last block of `perturbed`.
-        rows: How many rows with a direction each the forwards in that block had.
 
     Raises:
         ValueError: If the module does not hold a parameter, or is compiled.
@@ -173,7 +72,7 @@ class Layerwise:
         self.module = module
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         by_memory = {identity(parameter): parameter for parameter in parameters.values()}
-        self._held = {module: _Held()}  # of the whole network, too, a call is noticed
+        self._held = {module: Held()}  # of the whole network, too, a call is noticed
         for path, owner in module.named_modules():
             is_compiled = type(owner).__name__ == "OptimizedModule" or owner._compiled_call_impl is not None
             if is_compiled or isinstance(owner, torch.jit.ScriptModule):
@@ -185,7 +84,7 @@ class Layerwise:
             for name, parameter in owner._parameters.items():
                 weight = None if parameter is None else by_memory.get(identity(parameter))
                 if parameter is not None and weight is not None:
-                    self._held.setdefault(owner, _Held()).slots.append(_Slot(owner, name, parameter, weight))
+                    self._held.setdefault(owner, Held()).slots.append(Slot(owner, name, parameter, weight))
         self._slots = [slot for held in self._held.values() for slot in held.slots]
         found = {id(slot.weight) for slot in self._slots}
         missing = [name for key, name in self._names.items() if key not in found]
@@ -202,8 +101,8 @@ class Layerwise:
             for name, tensor in (*owner._parameters.items(), *owner._buffers.items())
             if tensor is not None and id(tensor) not in own and memory_of(tensor) is not None
         }
-        self._scratch: dict[_Kind, list[_Scratch]] = {}
-        self._direction: Direction | Trial | None = None
+        self._scratch: dict[Kind, list[Scratch]] = {}
+        self._direction: Direction | None = None
         self.read: set[int] = set()
         self._watched: set[int] = set()
         self._is_thorough = False
@@ -274,10 +173,10 @@ class Layerwise:
             finally:
                 self._probe = self._rowwise.note = None
 
-        return learn(run, Direction(step, 0, 1.0), paths, self._names, strict)
+        return learn(run, step, paths, self._names, strict)
 
     @contextmanager
-    def perturbed(self, direction: Direction | Trial) -> Iterator[None]:
+    def perturbed(self, direction: Direction) -> Iterator[None]:
         """Forwards inside the block run on the copies that ``direction`` makes.
 
         Raises:
@@ -294,7 +193,7 @@ class Layerwise:
                 slot.guard = guard = self._guards[slot.original]
                 if id(slot.weight) in outside and isinstance(guard, Guard):
                     slot.guard = Seen.of(guard, slot.original, slot.weight, self._rowwise)
-        self._direction, replaced = direction, list[_Slot]()
+        self._direction, replaced = direction, list[Slot]()
         try:
             self._rowwise.start(direction)
             with self._guards.standing(direction):
@@ -374,7 +273,7 @@ class Layerwise:
         self._rowwise.seconds += perf_counter() - started
         return result
 
-    def _rows(self, module: nn.Embedding, held: _Held, args: Any) -> tuple[Tensor, Tensor] | None:
+    def _rows(self, module: nn.Embedding, held: Held, args: Any) -> tuple[Tensor, Tensor] | None:
         """The rows of an embedding that a batch looks up, and the batch counted in them, where that saves work."""
         weight = module.weight
         plain = len(held.slots) == len(held.copied) == 1 and held.slots[0].guard is weight and len(args) == 1
@@ -388,7 +287,7 @@ class Layerwise:
         # an index out of range is left to the embedding's own error
         return None if rows[0] < 0 or rows[-1] >= weight.shape[0] else (rows, inverse)
 
-    def _fill_rows(self, module: nn.Embedding, held: _Held, rows: tuple[Tensor, Tensor]) -> Tensor:
+    def _fill_rows(self, module: nn.Embedding, held: Held, rows: tuple[Tensor, Tensor]) -> Tensor:
         assert self._direction is not None
         weight = held.slots[0].weight
         table = torch.empty(rows[0].numel(), weight.shape[1], dtype=weight.dtype)
@@ -398,11 +297,11 @@ class Layerwise:
         self._put(held, held.slots[0], nn.Parameter(table, requires_grad=held.slots[0].original.requires_grad))
         return rows[1]
 
-    def _fill(self, held: _Held) -> None:
+    def _fill(self, held: Held) -> None:
         assert self._direction is not None
         for kind, numel in held.sizes.items():
             held.memories[kind] = self._take(kind, numel, held.hands_out)
-        done: set[tuple[_Kind, int]] = set()
+        done: set[tuple[Kind, int]] = set()
         for slot, (kind, start) in zip(held.copied, held.places, strict=True):
             if slot.owner._parameters[slot.name] is not slot.guard:
                 continue  # as in torch.func.functional_call
@@ -413,11 +312,11 @@ class Layerwise:
             # torch.matmul folds or not by requires_grad, also under no_grad: the copy must look like the original
             self._put(held, slot, nn.Parameter(buffer, requires_grad=slot.original.requires_grad))
 
-    def _put(self, held: _Held, slot: _Slot, copy: nn.Parameter) -> None:
+    def _put(self, held: Held, slot: Slot, copy: nn.Parameter) -> None:
         held.filled.append((slot, copy))
         slot.owner._parameters[slot.name] = copy
 
-    def _watch_copies(self, held: _Held) -> None:
+    def _watch_copies(self, held: Held) -> None:
         wanted = [(copy, id(slot.weight)) for slot, copy in held.filled if id(slot.weight) in self._watched - self.read]
         if wanted:
             watch = ReadWatch(self.read)
@@ -425,13 +324,13 @@ class Layerwise:
                 watch.add(copy, key)
             held.watching.enter_context(watch.watching())
 
-    def _take(self, kind: _Kind, numel: int, alone: bool) -> _Scratch:
+    def _take(self, kind: Kind, numel: int, alone: bool) -> Scratch:
         """Memory for so many elements: the last that was given back, which a larger one replaces if it is too small."""
         free = self._scratch.setdefault(kind, [])
         scratch = free.pop() if free and not alone else None
         if scratch is None or scratch.memory.numel() < numel:
             del scratch
-            scratch = _Scratch(numel, *kind)
+            scratch = Scratch(numel, *kind)
         return scratch
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -443,7 +342,7 @@ class Layerwise:
         if held.depth == 0 and (written := self._empty(held)):
             raise RuntimeError(refusal_of_write(self._guards.names_of(written), f"in {type(module).__name__}.forward"))
 
-    def _empty(self, held: _Held) -> list[nn.Parameter]:
+    def _empty(self, held: Held) -> list[nn.Parameter]:
         """Take the copies of a module out of its slots, and give its memory back if nobody holds a part of it.
 
         Returns:
@@ -464,7 +363,9 @@ class Layerwise:
         for kind, scratch in held.memories.items():
             if scratch.is_kept():
                 held.hands_out = True
-                places = [(s.weight, start) for s, (k, start) in zip(held.copied, held.places, strict=True) if k == kind]
+                places = [
+                    (s.weight, start) for s, (k, start) in zip(held.copied, held.places, strict=True) if k == kind
+                ]
                 copies = [(scratch.views(start, weight.shape)[1], weight) for weight, start in places]
                 self._guards.keep(scratch.storage, copies)
                 self.read.update(id(weight) for _, weight in copies)  # by whoever keeps them

@@ -15,51 +15,45 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.perturbation.forward_rows import Place
-from smezo_pl.optim.step import Direction
+from smezo_pl.optim.step import Direction, StepPerturbation
 
 logger = logging.getLogger(__name__)
 
 
-class Trial:
-    """A direction for learning: some rows are not perturbed, and weights that are not perturbed row by row not at all.
+class Trial(Direction):
+    """A direction for learning: some rows are not perturbed, and what is not perturbed row by row is not at all.
 
     Args:
-        direction: The direction.
+        step: The first step.
         shared: Ids of the parameters that have one direction for the batch.
         is_silent: Whether a row is not perturbed.
+
+    Attributes:
+        whole: Ids of the parameters of which a copy was read.
     """
 
-    def __init__(self, direction: Direction, shared: set[int], is_silent: Callable[[int], bool]) -> None:
-        self._direction, self._shared, self._is_silent = direction, shared, is_silent
-        self.rank = direction.rank
+    def __init__(self, step: StepPerturbation, shared: set[int], is_silent: Callable[[int], bool]) -> None:
+        super().__init__(step, 0, 1.0)
+        self._shared_ids, self._is_silent = shared, is_silent
         self.whole: set[int] = set()
 
-    def rows_apart(self, parameter: nn.Parameter) -> bool:
-        """Whether a parameter is perturbed row by row."""
-        return id(parameter) not in self._shared
+    def rows_apart(self, parameter: nn.Parameter) -> bool:  # noqa: D102
+        return id(parameter) not in self._shared_ids
 
     is_outside = rows_apart
 
-    def factors(self, parameter: nn.Parameter, rows: Sequence[int]) -> tuple[Tensor | None, Tensor, float]:
-        """Those of the direction, 0 for rows that are not perturbed."""
-        left, right, scale = self._direction.factors(parameter, rows)
-        for index, row in enumerate(rows):
-            if self._is_silent(row):
-                right[index] = 0
+    def factors(self, parameter: nn.Parameter, rows: Sequence[int]) -> tuple[Tensor | None, Tensor, float]:  # noqa: D102
+        left, right, scale = super().factors(parameter, rows)
+        right[[index for index, row in enumerate(rows) if self._is_silent(row)]] = 0
         return left, right, scale
 
-    def draw(self, parameter: nn.Parameter, out: Tensor) -> None:
-        """Those of the direction."""
-        self._direction.draw(parameter, out)
-
-    def perturb(self, parameter: nn.Parameter, out: Tensor) -> None:
-        """A copy as it is, of a parameter that is not used row by row; its id is kept in ``whole``."""
+    def perturb(self, parameter: nn.Parameter, out: Tensor, mask: Mask | None = None) -> None:  # noqa: D102
         out.copy_(parameter.detach().view(-1))
         self.whole.add(id(parameter))
 
-    def perturb_rows(self, parameter: nn.Parameter, rows: Tensor, out: Tensor) -> None:
-        """Rows of a copy."""
+    def perturb_rows(self, parameter: nn.Parameter, rows: Tensor, out: Tensor) -> None:  # noqa: D102
         torch.index_select(parameter.detach(), 0, rows, out=out)
 
 
@@ -137,7 +131,7 @@ class Probe:
 
     def differs(self, other: Probe, rows: Callable[[int], bool], tolerance: float = 0.0) -> bool:
         """Whether some rows give something else in another run; losses count if the network was called alike."""
-        pairs = [(range(len(self.losses)), self.losses, other.losses)] if self.calls == other.calls else []
+        pairs = [(list(range(len(self.losses))), self.losses, other.losses)] if self.calls == other.calls else []
         if self._sums is not None and other._sums is not None:
             pairs.append((self._numbers, self._sums, other._sums))
         for numbers, one, two in pairs:
@@ -149,7 +143,7 @@ class Probe:
 
 def learn(
     run: Callable[[Trial, Uses | None], Probe],
-    direction: Direction,
+    step: StepPerturbation,
     paths: Mapping[int, Sequence[str]],
     names: Mapping[int, str],
     strict: bool,
@@ -158,7 +152,7 @@ def learn(
 
     Args:
         run: Runs the closure with a trial direction; where there are `Uses`, it notes them and perturbs nothing.
-        direction: A direction of the first step.
+        step: The first step.
         paths: Names of each parameter's slots in the network, by its id.
         names: Names of the parameters, by their ids.
         strict: Whether to refuse weights whose rows cannot be told.
@@ -170,17 +164,17 @@ def learn(
         RuntimeError: If the model or the loss mixes rows.
         ValueError: If ``strict`` refuses weights.
     """
-    uses, trial = Uses(paths), Trial(direction, set(), _is_any)
+    uses, trial = Uses(paths), Trial(step, set(), _is_any)
     calls = run(trial, uses).calls
     untold = trial.whole | uses.routed()
     shared = untold | uses.unused()
     if all(count == 1 for count, _ in calls):
         logger.info("the first batch has one row at a time; nothing can be learned of how a batch's rows are treated")
         shared |= uses.doubtful()
-    elif _mixes(run, direction, shared):
+    elif _mixes(run, step, shared):
         untold |= uses.doubtful()
         shared |= uses.doubtful()
-        if _mixes(run, direction, shared):
+        if _mixes(run, step, shared):
             raise RuntimeError(
                 "the loss of a row changes when only other rows are perturbed: the model or the loss mixes the rows of "
                 "a batch (a norm over the batch, experts of limited capacity, a loss over pairs), or draws random "
@@ -197,13 +191,13 @@ def learn(
     return shared
 
 
-def _mixes(run: Callable[[Trial, Uses | None], Probe], direction: Direction, shared: set[int]) -> bool:
+def _mixes(run: Callable[[Trial, Uses | None], Probe], step: StepPerturbation, shared: set[int]) -> bool:
     """Whether something changes for the rows of odd numbers of ones when only the others are perturbed."""
-    still = run(Trial(direction, shared, _is_any), None)
-    some_rows = run(Trial(direction, shared, _is_odd), None)
+    still = run(Trial(step, shared, _is_any), None)
+    some_rows = run(Trial(step, shared, _is_odd), None)
     if not still.differs(some_rows, _is_odd):
         return False
-    again = run(Trial(direction, shared, _is_any), None)
+    again = run(Trial(step, shared, _is_any), None)
     # a backend that does not give the same bits twice
     return not still.differs(again, _is_any) or still.differs(some_rows, _is_odd, 1e-5)
 

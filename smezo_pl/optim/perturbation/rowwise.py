@@ -45,9 +45,7 @@ class Seen(Guard):
     source: Guard
 
     @staticmethod
-    def of(
-        guard: Guard, theta: Tensor, weight: nn.Parameter, rowwise: Rowwise, is_transposed: bool = False
-    ) -> Seen:
+    def of(guard: Guard, theta: Tensor, weight: nn.Parameter, rowwise: Rowwise, is_transposed: bool = False) -> Seen:
         """What stands for ``weight`` where ``guard`` has stood."""
         seen = Guard.__new__(Seen, guard.guards, guard.memory, theta, theta.requires_grad)
         assert isinstance(seen, Seen)
@@ -356,10 +354,12 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _norm,
     F.rms_norm: _norm,
     **dict.fromkeys(_methods("matmul", "mm", "__matmul__"), _matmul),
-    **dict.fromkeys(_methods("mul", "add", "sub", "div", "rsub", "true_divide", "multiply", "mul_", "add_"), _elementwise),
+    **dict.fromkeys(
+        _methods("mul", "add", "sub", "div", "rsub", "true_divide", "multiply", "mul_", "add_"), _elementwise
+    ),
     **dict.fromkeys(_methods("__rsub__", "__rtruediv__", "__rdiv__"), _elementwise),
     **dict.fromkeys(_methods("to", "type_as"), _cast),
     **dict.fromkeys([Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16], _cast),
-    **dict.fromkeys([*_methods("t"), Tensor.T.__get__, Tensor.mT.__get__], _transpose),
+    **dict.fromkeys([*_methods("t"), Tensor.T.__get__], _transpose),  # type: ignore[attr-defined]
 }
 """What is done with a perturbed weight, by the function of torch that gets it."""

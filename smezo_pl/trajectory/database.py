@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from smezo_pl.trajectory.files import atomic_path, lock_file
-from smezo_pl.trajectory.header import FORMAT, LATEST_FORMAT, TrajectoryError
+from smezo_pl.trajectory.header import LATEST_FORMAT, TrajectoryError
 
 APPLICATION_ID = int.from_bytes(b"SMZO", "big")
 
@@ -24,8 +24,11 @@ _TABLES = {
 }
 
 
-def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
-    """Make a new file, open for writing. At every moment there is no file of that name, or one with its header."""
+def create(path: Path, header: bytes, digest: bytes, version: int) -> sqlite3.Connection:
+    """Make a new file of format ``version``, open for writing.
+
+    At every moment there is no file of that name, or one with its header.
+    """
     if path.exists():
         raise TrajectoryError(
             f"{path} is there already, and a run appends to its own trajectory alone: resume that run from its "
@@ -41,7 +44,7 @@ def create(path: Path, header: bytes, digest: bytes) -> sqlite3.Connection:
                 connection.execute(statement)
             connection.execute("INSERT INTO header VALUES (0, ?, ?)", (header, digest))
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {FORMAT}")
+            connection.execute(f"PRAGMA user_version = {version}")
             connection.execute("COMMIT")
     return open_to_append(path)
 

@@ -7,11 +7,17 @@ together. 20,000 steps with a linear schedule take 84 kB; deflated as they are, 
 
 Format 2 has the number of samples as one more column, gradients padded with zeros to the largest number, and from which
 step on which tensors took no part.
+
+Format 3 has the numbers of all steps one after the other, columns with the number of samples and rows of each, and from
+which step on which tensors shared a direction. With a direction per row each number is a multiple, from -127 to 127, of
+a unit that its step has (`smezo_pl.optim.coefficients.rounded`): one byte, and one more column with the units. 20,000
+steps of 16 rows take
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,14 +32,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from smezo_pl.optim import StepRecord
+from smezo_pl.optim.coefficients import in_steps
 from smezo_pl.trajectory.files import write_atomically
 from smezo_pl.trajectory.header import FORMAT, LATEST_FORMAT, MAX_HEADER_BYTES, Header, TrajectoryError, inflate
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_trajectory, locate
-from smezo_pl.trajectory.records import MAX_SAMPLES, RATES, Event, format_of
+from smezo_pl.trajectory.records import MAX_NUMBERS, RATES, Event, format_of
+
+log = logging.getLogger(__name__)
 
 KIND = "smezo_tune"
-MAX_FILE_BYTES = 1 << 25
-"""Largest file that is opened: eight million steps."""
+MAX_FILE_BYTES = 1 << 27
+"""Largest file that is written and opened: thirty million steps, or a hundred thousand of 1000 rows."""
+
+_ONE_EACH = ("samples", "rows", "unit", "mean_square")  # columns with one number per step, those of the rates apart
 
 
 def pack_columns(values: Sequence[tuple[float, ...]]) -> tuple[list[list[Any]], bytes]:
@@ -117,11 +128,12 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
         raise TrajectoryError(f"{path} is there already and no exported run: choose another name")
     records, root = trajectory.records, trajectory.final_root
     about = replace(trajectory.header, settings=trajectory.settings)
-    form = max((format_of(record, about) for record in records), default=FORMAT)
+    form = max((format_of(record, about) for record in records), default=about.format)
     columns_of = {name: [getattr(record, name) for record in records] for name in RATES}
     if form > FORMAT:
         columns_of["samples"] = [(float(record.samples),) for record in records]
-    packed = {name: pack_columns(values) for name, values in columns_of.items()}
+    numbers, further = _numbers_of(records, about, str(path))
+    packed = {name: pack_columns(values) for name, values in (columns_of | further).items()}
     content = {
         "header": json.loads(zlib.decompress(about.to_bytes())),
         "pieces": {name: runs for name, (runs, _) in packed.items()},
@@ -131,22 +143,20 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
         "final": root,
     }
     if form > FORMAT:
-        unread = [record.unread for record in records]
-        content["unread"] = [[i, f"{now:x}"] for i, (last, now) in enumerate(pairwise([0, *unread])) if now != last]
+        content["unread"] = _changes([record.unread for record in records])
+    if form == LATEST_FORMAT:
+        content |= {"steps": len(records), "shared": _changes([record.shared for record in records])}
     header = zlib.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), 9)
     columns = b"".join(column for _, column in packed.values())
-    width = max([about.num_samples, *(len(record.projected_gradients) for record in records)])
-    rows = [(*record.projected_gradients, *(0.0,) * (width - len(record.projected_gradients))) for record in records]
-    gradients = np.array(rows, dtype="<f4").reshape(-1, width)
     arrays = {
-        "projected_gradients": gradients,
+        "projected_gradients": numbers,
         "header": np.frombuffer(header, np.uint8),
         "columns": np.frombuffer(columns, np.uint8),
     }
     metadata = {  # what any safetensors tool shows; only the first three are read back
         "kind": KIND,
         "format": str(form),
-        "sha256": _seal(header, columns, gradients),
+        "sha256": _seal(header, columns, numbers),
         "run": about.run,
         "model": about.model.get("name", "unknown"),
         "revision": about.model.get("revision", "unknown"),
@@ -160,8 +170,35 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
         "apply_with": "smezo apply FILE --model MODEL --out DIR",
     }
     data = save(arrays, metadata=metadata)
+    if len(data) > MAX_FILE_BYTES:
+        raise TrajectoryError(
+            f"{path} would have {len(data):,} bytes, and no more than {MAX_FILE_BYTES:,} are read: keep the run's folder"
+        )
     write_atomically(path, data)
     return Exported(path, trajectory.next_step, len(data), root is not None)
+
+
+def _numbers_of(
+    records: Sequence[StepRecord], header: Header, path: str
+) -> tuple[npt.NDArray[Any], dict[str, list[tuple[float, ...]]]]:
+    """What the updates multiplied with as one array, and the columns that say how to read it."""
+    numbers = [record.projected_gradients for record in records]
+    if header.format == FORMAT:
+        width = max([header.num_samples, *map(len, numbers)])
+        padded = [(*values, *(0.0,) * (width - len(values))) for values in numbers]
+        return np.array(padded, dtype="<f4").reshape(-1, width), {}
+    columns: dict[str, list[tuple[float, ...]]] = {"rows": [(float(record.rows),) for record in records]}
+    if any(record.mean_square for record in records):
+        columns["mean_square"] = [(record.mean_square,) for record in records]
+    flat = np.array([value for values in numbers for value in values], dtype="<f4")
+    if header.directions == "per_row" and np.isfinite(flat).all():
+        in_units = [in_steps(values) for values in numbers]
+        again = [unit * multiple for unit, multiples in in_units for multiple in multiples]
+        if np.array(again, dtype="<f4").tobytes() == flat.tobytes():
+            columns["unit"] = [(unit,) for unit, _ in in_units]
+            return np.array([one for _, multiples in in_units for one in multiples], dtype=np.int8), columns
+        log.info("%s: the run's numbers are not of 8 bits, and are stored as float32", path)
+    return flat, columns
 
 
 def load(path: str | Path, steps: int | None = None) -> Trajectory:
@@ -218,12 +255,14 @@ def read_export(path: Path) -> Trajectory:
         raise TrajectoryError(f"{path} is corrupted: {error!s:.200}") from None
 
 
-def _from_content(
-    path: Path, content: dict[str, Any], columns: bytes, gradients: npt.NDArray[np.float32]
-) -> Trajectory:
+def _from_content(path: Path, content: dict[str, Any], columns: bytes, array: npt.NDArray[Any]) -> Trajectory:
     header = Header.from_bytes(zlib.compress(json.dumps(content["header"]).encode(), 1), str(path))
-    steps, groups, runs = len(gradients), len(header.groups), content["pieces"]
-    widths = {**dict.fromkeys(RATES, groups), **({"samples": 1} if "unread" in content else {})}
+    groups, runs = len(header.groups), content["pieces"]
+    steps = len(array) if header.format == FORMAT else int(content["steps"])
+    skipped, refreshed = _indices(content["skipped"], steps), _indices(content["refreshed"], steps)
+    if not 0 <= steps - len(skipped) <= len(array):  # bounds what a corrupted file can make a reader allocate
+        raise ValueError(f"{len(array)} numbers are too few for {steps} steps")
+    widths = {**dict.fromkeys(RATES, groups), **{name: 1 for name in _ONE_EACH if name in runs}}
     lengths = [int(length) for length in content["columns"]]
     if len(lengths) != len(widths) or min(lengths) < 0 or sum(lengths) != len(columns):
         raise ValueError("the columns do not have the lengths that the header says")
@@ -231,25 +270,30 @@ def _from_content(
     for (name, width), length in zip(widths.items(), lengths, strict=True):
         values[name] = unpack_columns(runs[name], columns[offset : offset + length], steps, width)
         offset += length
-    samples = [int(number) for (number,) in values.pop("samples", [(float(header.num_samples),)] * steps)]
-    most = max([header.num_samples, *samples])
-    if gradients.dtype != np.float32 or gradients.shape != (steps, most) or most > MAX_SAMPLES:
-        raise ValueError(f"gradients are {gradients.dtype} {gradients.shape} for {most} samples")
-    skipped, refreshed = _indices(content["skipped"], steps), _indices(content["refreshed"], steps)
-    if any(number < 1 for index, number in enumerate(samples) if index not in skipped):
+    single = {name: [value for (value,) in values.pop(name)] for name in _ONE_EACH if name in values}
+    samples = [int(number) for number in single.get("samples", [header.num_samples] * steps)]
+    rows = [int(number) for number in single.get("rows", [1] * steps)]
+    if header.directions == "shared" and any(number != 1 for number in rows):
+        raise ValueError("a step has rows with a direction each")
+    counts = [0 if index in skipped else each * of for index, (each, of) in enumerate(zip(samples, rows, strict=True))]
+    if any(number < 1 for index, number in enumerate(counts) if index not in skipped):
         raise ValueError("a step has no samples")
-    unread = _unread(content.get("unread", []), steps, header)
+    numbers = _numbers_from(array, counts, max([header.num_samples, *samples]), header, single.get("unit"))
+    unread, shared = (_masks(content.get(name, []), steps, header) for name in ("unread", "shared"))
     records = [
         StepRecord(
             step=header.first_step + index,
             losses=(),
-            projected_gradients=() if index in skipped else tuple(row[: samples[index]]),
+            projected_gradients=own,
             **dict(zip(values, rates, strict=True)),
             skipped=index in skipped,
             refreshed=index in refreshed,
             unread=unread[index],
+            rows=rows[index],
+            shared=shared[index],
+            mean_square=single["mean_square"][index] if "mean_square" in single else 0.0,
         )
-        for index, (row, *rates) in enumerate(zip(gradients.tolist(), *values.values(), strict=True))
+        for index, (own, *rates) in enumerate(zip(numbers, *values.values(), strict=True))
     ]
     root = content["final"]
     if root is not None and (not isinstance(root, str) or len(root) != 64):
@@ -264,16 +308,39 @@ def _indices(values: Sequence[Any], steps: int) -> frozenset[int]:
     return frozenset(values)
 
 
-def _unread(changes: Sequence[Any], steps: int, header: Header) -> list[int]:
-    """Of each step the tensors that took no part, from where that changed."""
+def _numbers_from(
+    array: npt.NDArray[Any], counts: Sequence[int], samples: int, header: Header, units: Sequence[float] | None
+) -> list[tuple[float, ...]]:
+    """What the update of each step multiplied with: so many numbers each."""
+    if header.format == FORMAT:
+        if array.dtype != np.float32 or array.shape != (len(counts), samples) or samples > MAX_NUMBERS:
+            raise ValueError(f"gradients are {array.dtype} {array.shape} for {samples} samples")
+        return [tuple(row[:count]) for row, count in zip(array.tolist(), counts, strict=True)]
+    if array.dtype != (np.float32 if units is None else np.int8) or array.shape != (sum(counts),):
+        raise ValueError(f"gradients are {array.dtype} {array.shape} for {sum(counts)} directions")
+    if max(counts, default=0) > MAX_NUMBERS:
+        raise ValueError(f"a step has {max(counts)} numbers")
+    flat, ends = array.tolist(), accumulate(counts)
+    return [
+        tuple(flat[end - count : end]) if units is None else tuple(unit * one for one in flat[end - count : end])
+        for end, count, unit in zip(ends, counts, units or [1.0] * len(counts), strict=True)
+    ]
+
+
+def _changes(masks: Sequence[int]) -> list[list[Any]]:
+    return [[index, f"{now:x}"] for index, (last, now) in enumerate(pairwise([0, *masks])) if now != last]
+
+
+def _masks(changes: Sequence[Any], steps: int, header: Header) -> list[int]:
+    """Of each step the tensors that are named, from where that changed."""
     at, bits = dict(changes), header.last_number + 1
     _indices(list(at), steps)
-    unread = list(accumulate(range(steps), lambda last, step: int(at[step], 16) if step in at else last, initial=0))
-    if any(mask < 0 or mask.bit_length() > bits for mask in unread):
-        raise ValueError("a tensor took no part that is not optimized")
-    return unread[1:]
+    masks = list(accumulate(range(steps), lambda last, step: int(at[step], 16) if step in at else last, initial=0))
+    if any(mask < 0 or mask.bit_length() > bits for mask in masks):
+        raise ValueError("a tensor is named that is not optimized")
+    return masks[1:]
 
 
-def _seal(header: bytes, columns: bytes, gradients: npt.NDArray[np.float32]) -> str:
+def _seal(header: bytes, columns: bytes, gradients: npt.NDArray[Any]) -> str:
     content = (header, columns, gradients.tobytes(), repr((gradients.shape, str(gradients.dtype))).encode())
     return sha256(b"".join(sha256(part).digest() for part in content)).hexdigest()

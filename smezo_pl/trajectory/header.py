@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from typing import Any, get_args
 
+from smezo_pl.optim.coefficients import CoefficientsName
+from smezo_pl.optim.directions import DIRECTIONS_SCHEME, MAX_RANK, SHARED, Directions, DirectionsName
 from smezo_pl.optim.masks import MASK_RULES
 from smezo_pl.optim.noise import NOISE_SCHEME, Distribution
 from smezo_pl.trajectory.fingerprint import TENSOR_DIGEST_SIZE
@@ -22,13 +24,21 @@ class TrajectoryError(RuntimeError):
 
 FORMAT = 1
 """Version of the header, and of a trajectory that needs no later one."""
-LATEST_FORMAT = 2
-"""Version of a trajectory or an exported run in which tensors took no part in a step, or the number of samples changed.
+CHANGING_FORMAT = 2
+"""Version of a trajectory or an exported run where tensors took no part in a step, or the number of samples changed."""
+LATEST_FORMAT = 3
+"""Version of one with directions, a rank or coefficients that are not the papers', and of its header.
 
 A reader takes every version up to this one."""
 
 MAX_HEADER_BYTES = 1 << 25
 MAX_NUMEL = 1 << 48
+
+DIRECTION_FIELDS = ("directions", "rank", "coefficients")
+"""Fields that a header of format 1 lacks, named as the optimizer's settings."""
+
+COUNTERS = ("skipped", "skipped_in_row", "no_signal", "mean_square")
+"""Entries of the optimizer's state that ``coefficients="moving"`` goes on from."""
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -75,6 +85,8 @@ class Header:
         root: Hash of all of them, 32 bytes.
         settings: The optimizer's arguments as given, for people to read; a replay uses the fields above.
         model: Name and revision of the pretrained model and its adapter, as far as known.
+        directions: As in `SparseMeZO`, like ``rank`` and ``coefficients``; a replay does not need the last.
+        counters: Of the optimizer's state before the first recorded step, if that was not its first.
     """
 
     run: str
@@ -92,6 +104,10 @@ class Header:
     machine: dict[str, Any] = field(default_factory=dict)
     noise_scheme: int = NOISE_SCHEME
     format: int = FORMAT
+    directions: DirectionsName = "shared"
+    rank: int | None = None
+    coefficients: CoefficientsName = "raw"
+    counters: dict[str, int | float] = field(default_factory=dict)
 
     @property
     def last_number(self) -> int:
@@ -106,6 +122,9 @@ class Header:
     def to_bytes(self) -> bytes:
         """The header as deflated JSON."""
         plain = asdict(self)
+        if self.format == FORMAT:
+            for name in (*DIRECTION_FIELDS, "counters"):
+                del plain[name]
         tensors = plain.pop("tensors")
         plain["root"] = self.root.hex()
         # by column: names, shapes and dtypes repeat themselves and deflate well next to each other
@@ -118,22 +137,23 @@ class Header:
         """The inverse of `to_bytes`, unless it is of a later format or another noise scheme; ``source`` is the file."""
         try:
             plain = json.loads(inflate(data, MAX_HEADER_BYTES))
-            if plain["format"] > FORMAT:
+            if plain["format"] > LATEST_FORMAT:
                 raise TrajectoryError(
                     f"{source}: format {plain['format']!s:.20}, written by smezo_pl {_writer(plain['versions'])}; this "
-                    f"version reads formats up to {FORMAT}: install that one or a later one"
+                    f"version reads formats up to {LATEST_FORMAT}: install that one or a later one"
                 )
             header = _from_plain(plain)
             _check(header)
+            if header.noise_scheme > DIRECTIONS_SCHEME:
+                raise TrajectoryError(
+                    f"{source}: noise scheme {header.noise_scheme}, written by smezo_pl {_writer(header.versions)}; "
+                    f"this version has schemes up to {DIRECTIONS_SCHEME}: use that one"
+                )
+            _check_directions(header)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise TrajectoryError(
                 f"{source}: the header is corrupted ({error!s:.200}); nothing can be replayed from it"
             ) from None
-        if header.noise_scheme != NOISE_SCHEME:
-            raise TrajectoryError(
-                f"{source}: noise scheme {header.noise_scheme}, written by smezo_pl {_writer(header.versions)}; this "
-                f"version has scheme {NOISE_SCHEME}: use that one"
-            )
         return header
 
 
@@ -184,7 +204,7 @@ def _check(header: Header) -> None:
     _check_int("num_samples", header.num_samples, 1, 1 << 24)
     _check_int("first_step", header.first_step, 0, 1 << 32)
     _check_int("noise_scheme", header.noise_scheme, 1, 1 << 16)
-    _check_int("format", header.format, 1, FORMAT + 1)
+    _check_int("format", header.format, 1, LATEST_FORMAT + 1)
     if header.noise not in get_args(Distribution):
         raise ValueError(f"noise is {header.noise!s:.40}")
     if len(header.root) != 32 or not isinstance(header.run, str) or len(header.run) != 32:
@@ -219,6 +239,29 @@ def _check(header: Header) -> None:
             or any(isinstance(h, bool) or not isinstance(h, int | float | None) for h in group.thresholds)
         ):
             raise ValueError("a group's thresholds are not one number or null per name")
+
+
+def _check_directions(header: Header) -> None:
+    if header.directions not in get_args(DirectionsName) or header.coefficients not in get_args(CoefficientsName):
+        raise ValueError(f"directions are {header.directions!s:.40}, coefficients {header.coefficients!s:.40}")
+    if header.rank is not None:
+        _check_int("rank", header.rank, 1, MAX_RANK + 1)
+        if any(group.mask != "dense" for group in header.groups):
+            raise ValueError("a direction has a rank, and a group a mask")
+    if not set(header.counters) <= set(COUNTERS) or not all(
+        type(value) in (int, float) and 0 <= value < math.inf for value in header.counters.values()
+    ):
+        raise ValueError(f"counters are {header.counters!s:.80}")
+    directions = Directions(header.directions == "per_row", header.rank)
+    if (header.format, header.noise_scheme) != (format_of_header(directions, header.coefficients), directions.scheme):
+        raise ValueError(
+            f"format {header.format} and noise scheme {header.noise_scheme} are not those of its directions"
+        )
+
+
+def format_of_header(directions: Directions, coefficients: CoefficientsName) -> int:
+    """Version of the header of a run with these directions and coefficients."""
+    return FORMAT if (directions, coefficients) == (SHARED, "raw") else LATEST_FORMAT
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory import database
-from smezo_pl.trajectory.header import FORMAT, LATEST_FORMAT, Header, TrajectoryError, header_digest
+from smezo_pl.trajectory.header import Header, TrajectoryError, header_digest
 from smezo_pl.trajectory.records import (
     CHECK_SIZE,
     Event,
@@ -157,8 +157,10 @@ def _read_steps(
             if not isinstance(data, bytes) or not isinstance(thresholds, bytes | None):
                 return records, checks, f"step {step} is corrupted: not bytes"
             before = unpack_step(step, data, thresholds, before, check, len(header.groups))
-            if before.unread.bit_length() > bits:
-                return records, checks, f"step {step} is corrupted: it leaves a tensor alone that is not optimized"
+            if max(before.unread, before.shared).bit_length() > bits:
+                return records, checks, f"step {step} is corrupted: it names a tensor that is not optimized"
+            if before.rows > 1 and header.directions == "shared":
+                return records, checks, f"step {step} is corrupted: it has {before.rows} rows with a direction each"
             check = data[-CHECK_SIZE:]
             records.append(before)
             checks.append(check)
@@ -223,7 +225,7 @@ class TrajectoryWriter:
             if path.exists() and not Trajectory.read(path, damaged=True).records:
                 database.remove(path)
             data = header.to_bytes()
-            connection = database.create(path, data, header_digest(data))
+            connection = database.create(path, data, header_digest(data), header.format)
         except BaseException:
             lock.close()
             raise
@@ -262,8 +264,9 @@ class TrajectoryWriter:
             self._connection.execute("INSERT INTO steps VALUES (?, ?)", (record.step, data))
             if record.refreshed:
                 self._connection.execute("INSERT INTO refreshes VALUES (?, ?)", (record.step, record.thresholds))
-            if format_of(record, self.header) > FORMAT:  # so that no earlier version misreads the step
-                self._connection.execute(f"PRAGMA user_version = {LATEST_FORMAT}")
+            if (needed := format_of(record, self.header)) > self.header.format:
+                # so that no earlier version misreads the step
+                self._connection.execute(f"PRAGMA user_version = {needed}")
         self.steps, self._last, self.check = record.step + 1, record, data[-CHECK_SIZE:]
         if self.steps - self._synced_step >= SYNC_STEPS or monotonic() - self._synced_at >= SYNC_SECONDS:
             self.sync()

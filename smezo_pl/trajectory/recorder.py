@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim.directions import Directions
 from smezo_pl.optim.kernels import get_kernel
 from smezo_pl.optim.parameters import matches
 from smezo_pl.trajectory.fingerprint import (
@@ -24,7 +25,15 @@ from smezo_pl.trajectory.fingerprint import (
     root_digest,
     versions,
 )
-from smezo_pl.trajectory.header import GroupInfo, Header, TensorInfo, TrajectoryError
+from smezo_pl.trajectory.header import (
+    COUNTERS,
+    DIRECTION_FIELDS,
+    GroupInfo,
+    Header,
+    TensorInfo,
+    TrajectoryError,
+    format_of_header,
+)
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.records import pack_thresholds
 from smezo_pl.trajectory.writes import WriteWatch, tensors_in
@@ -98,7 +107,7 @@ class Recorder:
             done = f"holds {writer.steps} steps, the optimizer has done {optimizer.steps_done}"
             wrong = f"{done}: replay the trajectory first, or record to another file"
         elif not _fits(optimizer, writer.header):
-            settings = "seed, noise, mask or groups"
+            settings = "seed, noise, directions, rank, coefficients, mask or groups"
             wrong = f"is of an optimizer with other settings ({settings}): record to another file"
         if wrong is not None:
             writer.close()
@@ -141,7 +150,7 @@ class Recorder:
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         if not _fits(self.optimizer, self.writer.header):
             raise TrajectoryError(
-                f"{self.writer.path}: the optimizer's groups, seed, noise or mask changed during the run; "
+                f"{self.writer.path}: the optimizer's groups, seed, noise, directions or mask changed during the run; "
                 "a trajectory holds them once: start another one"
             )
         step = self.optimizer.last_step
@@ -182,6 +191,8 @@ def describe(
         groups.append(_group_info(optimizer, group, [names[_identity(parameter)] for parameter in group["params"]]))
     digests = fingerprint(tensors)
     device = optimizer.param_groups[0]["params"][0].device
+    state = optimizer.state_dict()["smezo"]
+    directions = Directions(optimizer.directions == "per_row", optimizer.rank)
     about = {"name": pretrained, "revision": revision}
     if adapter is not None:
         about |= {"adapter": json.dumps(dict(adapter)), "adapter_seed": str(adapter_seed)}
@@ -207,6 +218,12 @@ def describe(
         model={key: value for key, value in about.items() if value},
         versions=versions(),
         machine={**machine(device), "kernel": get_kernel(optimizer.kernel, device).name},
+        noise_scheme=directions.scheme,
+        format=format_of_header(directions, optimizer.coefficients),
+        directions=optimizer.directions,
+        rank=optimizer.rank,
+        coefficients=optimizer.coefficients,
+        counters={name: state[name] for name in COUNTERS if state.get(name)},
     )
 
 
@@ -255,7 +272,7 @@ def _fits(optimizer: SparseMeZO, header: Header) -> bool:
     """Whether an optimizer has the settings that a header holds once for the whole run."""
     fields = ("mask", "mask_update", "maximize")
     return (
-        (optimizer.seed, optimizer.noise) == (header.seed, header.noise)
+        all(getattr(optimizer, name) == getattr(header, name) for name in ("seed", "noise", *DIRECTION_FIELDS))
         and len(optimizer.param_groups) == len(header.groups)
         and all(
             tuple(group["numbers"]) == info.numbers and all(group[field] == getattr(info, field) for field in fields)

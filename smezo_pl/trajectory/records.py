@@ -13,16 +13,20 @@ from hashlib import blake2b
 from typing import Any
 
 from smezo_pl.optim import StepRecord
-from smezo_pl.trajectory.header import FORMAT, LATEST_FORMAT, Header, inflate
+from smezo_pl.trajectory.header import CHANGING_FORMAT, FORMAT, Header, inflate
 
 CHECK_SIZE = 8  # bytes of the checksum at the end of a packed step or event
 _FLOAT32_MAX = 3.4028234663852886e38
-MAX_SAMPLES = 4096
-"""Most samples of a step that a reader accepts: bounds what a corrupted header can make it allocate."""
+MAX_NUMBERS = 1 << 16
+"""Most numbers of a step that a reader accepts: bounds what a corrupted file can make it allocate."""
 
 
 class Flag(IntFlag):
-    """What the bytes of a step hold beside its projected gradients and losses."""
+    """What the bytes of a step hold beside its projected gradients and losses.
+
+    They are written seven to a byte, the lowest first, with bit 7 set where another byte follows. All from ``ROWS`` on
+    are of format 3.
+    """
 
     SKIPPED = 1
     REFRESHED = 2
@@ -31,11 +35,15 @@ class Flag(IntFlag):
     EPS = 16
     SPARSITY = 32
     UNREAD = 64
+    ROWS = 128
+    SHARED = 256
+    MEAN_SQUARE = 512
 
 
 def format_of(record: StepRecord, header: Header) -> int:
     """The format that a reader of this step must know."""
-    return LATEST_FORMAT if record.unread or record.samples not in (0, header.num_samples) else FORMAT
+    changes = record.unread or record.samples not in (0, header.num_samples)
+    return max(header.format, CHANGING_FORMAT if changes else FORMAT)
 
 
 RATES = {"lr": Flag.LR, "weight_decay": Flag.WEIGHT_DECAY, "eps": Flag.EPS, "sparsity": Flag.SPARSITY}
@@ -55,12 +63,24 @@ def pack_step(record: StepRecord, before: StepRecord | None, check: bytes) -> by
             flags |= flag
             rates += struct.pack(f"<{len(new)}d", *new)
     values = [*record.projected_gradients, *(narrow(value) for pair in record.losses for value in pair)]
+    earlier = before if before is not None else _FIRST
     unread = b""
-    if record.unread != (before.unread if before is not None else 0):
+    if record.unread != earlier.unread:
         flags |= Flag.UNREAD
-        unread = record.unread.to_bytes(-(-record.unread.bit_length() // 8), "little")
+        unread = _mask_bytes(record.unread)
         unread += struct.pack("<I", len(unread))
-    body = bytes([flags]) + struct.pack(f"<{len(values)}f", *values) + rates + unread
+    rows = b""
+    if record.rows != earlier.rows:
+        flags |= Flag.ROWS
+        rows = struct.pack("<I", record.rows)
+    if record.shared != earlier.shared:
+        flags |= Flag.SHARED
+        shared = _mask_bytes(record.shared)
+        rows += struct.pack("<I", len(shared)) + shared
+    if record.mean_square != earlier.mean_square:
+        flags |= Flag.MEAN_SQUARE
+        rows += struct.pack("<d", record.mean_square)
+    body = _flag_bytes(flags) + rows + struct.pack(f"<{len(values)}f", *values) + rates + unread
     return body + _step_check(check, record.step, body, record.thresholds)
 
 
@@ -74,28 +94,39 @@ def unpack_step(
     body, found = data[:-CHECK_SIZE], data[-CHECK_SIZE:]
     if found != _step_check(check, step, body, thresholds or b""):
         raise ValueError("its checksum does not match")
-    flags = Flag(body[0])
+    flags, start = _read_flags(body)
     if bool(flags & Flag.REFRESHED) != (thresholds is not None):
         raise ValueError("its mask refresh is missing, or there is one that it does not name")
-    unread = before.unread if before is not None else 0
+    earlier = before if before is not None else _FIRST
+    unread, rows, shared, mean_square = earlier.unread, earlier.rows, earlier.shared, earlier.mean_square
+    try:
+        if flags & Flag.ROWS:
+            (rows,), start = struct.unpack_from("<I", body, start), start + 4
+        if flags & Flag.SHARED:
+            (length,), start = struct.unpack_from("<I", body, start), start + 4
+            shared, start = int.from_bytes(body[start : start + length], "little"), start + length
+        if flags & Flag.MEAN_SQUARE:
+            (mean_square,), start = struct.unpack_from("<d", body, start), start + 8
+    except struct.error:
+        raise ValueError("it ends within what it holds of its rows") from None
     if flags & Flag.UNREAD:
         end = len(body) - 4 - int.from_bytes(body[-4:], "little")
-        if end < 1:
+        if end < start:
             raise ValueError("it ends within the tensors that were left alone")
         body, unread = body[:end], int.from_bytes(body[end:-4], "little")
     changed = [name for name, flag in RATES.items() if flags & flag]
     if before is None and len(changed) < len(RATES):
         raise ValueError("the first step names no learning rate")
-    per_sample = 8 if flags & Flag.SKIPPED else 12
-    samples, rest = divmod(len(body) - 1 - 8 * groups * len(changed), per_sample)
-    if rest or not 1 <= samples <= MAX_SAMPLES:
+    per_pair = 8 if flags & Flag.SKIPPED else 12
+    pairs, rest = divmod(len(body) - start - 8 * groups * len(changed), per_pair)
+    if rest or not 1 <= pairs <= MAX_NUMBERS or not rows or pairs % rows:
         raise ValueError(f"it has {len(data)} bytes, which fits no number of samples")
-    width = samples * per_sample // 4
-    values = struct.unpack_from(f"<{width}f", body, 1)
-    gradients, losses = values[: width - 2 * samples], values[width - 2 * samples :]
+    width = pairs * per_pair // 4
+    values = struct.unpack_from(f"<{width}f", body, start)
+    gradients, losses = values[: width - 2 * pairs], values[width - 2 * pairs :]
     rates: dict[str, Any] = {name: getattr(before, name, ()) for name in RATES}
     for index, name in enumerate(changed):
-        rates[name] = struct.unpack_from(f"<{groups}d", body, 1 + 4 * width + 8 * groups * index)
+        rates[name] = struct.unpack_from(f"<{groups}d", body, start + 4 * width + 8 * groups * index)
     return StepRecord(
         step=step,
         projected_gradients=gradients,
@@ -105,7 +136,34 @@ def unpack_step(
         refreshed=thresholds is not None,
         thresholds=thresholds or b"",
         unread=unread,
+        rows=rows,
+        shared=shared,
+        mean_square=mean_square,
     )
+
+
+_FIRST = StepRecord(-1, (), (), (), (), (), ())  # what the first step is stored as a change of
+
+
+def _flag_bytes(flags: int) -> bytes:
+    seven = [flags >> shift & 127 for shift in range(0, max(1, flags.bit_length()), 7)]
+    return bytes(part | 128 * (index < len(seven) - 1) for index, part in enumerate(seven))
+
+
+def _read_flags(body: bytes) -> tuple[Flag, int]:
+    """The flags at the beginning of a step, and where they end."""
+    flags = 0
+    for index, byte in enumerate(body[:4]):
+        flags |= (byte & 127) << 7 * index
+        if byte < 128:
+            if flags > sum(Flag):
+                break
+            return Flag(flags), index + 1
+    raise ValueError("it holds something that this version does not know")
+
+
+def _mask_bytes(mask: int) -> bytes:
+    return mask.to_bytes(-(-mask.bit_length() // 8), "little")
 
 
 def narrow(value: float) -> float:

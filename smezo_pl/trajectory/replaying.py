@@ -179,13 +179,16 @@ def rebuild(header: Header, tensors: Mapping[str, Tensor], kernel: KernelName = 
         dense=[escape(name) for group in header.groups for name in group.dense] or None,
         noise=header.noise,
         kernel=kernel,
+        directions=header.directions,
+        rank=header.rank,
+        coefficients=header.coefficients,
     )
     for own, info in zip(optimizer.param_groups, header.groups, strict=True):
         own.update(numbers=list(info.numbers), mask_step=info.mask_step)
         if info.thresholds is not None:
             own.update(thresholds=list(info.thresholds), ready=True)
     state = optimizer.state_dict()
-    state["smezo"]["steps_done"] = header.first_step
+    state["smezo"] |= {"steps_done": header.first_step, **header.counters}
     optimizer.load_state_dict(state)
     return optimizer
 
@@ -308,6 +311,8 @@ def _load_snapshot(path: Path, before: Trajectory, tensors: Mapping[str, Tensor]
     }
     if records:
         state["smezo"]["unread"] = [number for number in numbers.values() if records[-1].unread >> number & 1]
+        if header.directions == "per_row":
+            state["smezo"]["shared"] = records[-1].shared
     optimizer.load_state_dict(state)
     return optimizer
 

@@ -13,11 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 log = logging.getLogger(__name__)
 
 CHANGEABLE = frozenset(
-    ("lr", "weight_decay", "eps", "sparsity", "num_samples", "max_skipped", "beta1", "beta2", "gradient_clip")
+    ("lr", "weight_decay", "eps", "sparsity", "num_samples", "max_skipped", "strict", "beta1", "beta2", "gradient_clip")
 )
 """Settings that may change in mid-run: a trajectory stores them with each step, or their value changes no update."""
 
 _MACHINE = ("kernel",)  # always the present one: all kernels give the same bits, and not every machine has each
+
+_ADDED = {"directions": "shared", "rank": None, "coefficients": "raw"}
+"""Settings that an earlier version did not have, and what it did."""
 
 _SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "betas", "momentum", "base_momentum", "max_momentum")
 """Entries of a parameter group that torch's schedulers write."""
@@ -73,7 +76,7 @@ class Resumed:
         self._then = hyperparameters.get("sparse_mezo") or hyperparameters.get("adamw") or earlier
         if self._then is None and self._own:  # a user's own module, of which no trajectory tells: what its state tells
             group = self._groups[0]
-            names = ("seed", "num_samples", "noise")
+            names = self._own.keys() & {"seed", "num_samples", "noise", *_ADDED}
             self._then = {**group, "lr": group.get("initial_lr", group["lr"]), **{n: self._own[n] for n in names}}
         self._kept: dict[str, Any] = {}
         self._is_settled = False
@@ -98,7 +101,7 @@ class Resumed:
         self._is_settled = True
         if self._then is None:
             return True
-        then, now = dict(self._then), training.settings()
+        then, now = {**_ADDED, **self._then}, training.settings()
         differing = [name for name in now if name in then and now[name] != then[name] and name not in _MACHINE]
         self._kept = {name: then[name] for name in differing if name not in training.given}
         self.changes = {name: (then[name], now[name]) for name in differing if name in training.given}

@@ -2,6 +2,7 @@ import json
 import math
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from smezo_pl.optim.coefficients import coefficients as coefficients_of
+from smezo_pl.optim.coefficients import rounded
 
-from smezo_pl.optim import StepRecord
+from smezo_pl.optim import SparseMeZO, StepRecord
 from smezo_pl.trajectory import TrajectoryError, apply, export, load
 from smezo_pl.trajectory.exports import KIND, _seal, pack_columns, unpack_columns
-from smezo_pl.trajectory.log import Trajectory
+from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
+from smezo_pl.trajectory.recorder import describe
 from tests.trajectory.runs import network, recorded_detour, recorded_run, same
+from tests.trajectory.test_records import f32
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +124,8 @@ def changed(path: Path, metadata: dict[str, str] | None = None, **arrays: Any) -
 
 
 def test_a_later_format_is_named(exported: Path) -> None:
-    with pytest.raises(TrajectoryError, match="export format 3; this version reads formats up to 2"):
-        load(changed(exported, {"format": "3"}))
+    with pytest.raises(TrajectoryError, match="export format 4; this version reads formats up to 3"):
+        load(changed(exported, {"format": "4"}))
 
 
 @pytest.mark.parametrize(
@@ -203,8 +208,8 @@ def test_an_export_of_format_2_holds_the_recorded_steps(detour: Path) -> None:
     ("changes", "message"),
     [
         ({"unread": [[8, "c"]]}, "a step is named that does not exist"),
-        ({"unread": [[0, "1" + 100 * "0"]]}, "a tensor took no part that is not optimized"),
-        ({"unread": [[0, "-1"]]}, "a tensor took no part that is not optimized"),
+        ({"unread": [[0, "1" + 100 * "0"]]}, "a tensor is named that is not optimized"),
+        ({"unread": [[0, "-1"]]}, "a tensor is named that is not optimized"),
         ({"unread": [[0, 3]]}, "corrupted"),
         ({"unread": [[[], "c"]]}, "corrupted"),
         ({"unread": 5}, "corrupted"),
@@ -222,6 +227,110 @@ def test_content_of_format_2_that_cannot_be_is_refused(detour: Path, changes: di
         load(resealed(detour, {**content, **changes, "pieces": pieces}))
 
 
+def by_rows(path: Path, steps: int, rows: Callable[[int], int], coefficients: str = "raw", **changes: Any) -> Path:
+    """A recorded run of made-up losses with a direction of rank 1 per row."""
+    noise, model = random.Random(0), network()
+    settings: dict[str, Any] = {"directions": "per_row", "rank": 1, "coefficients": coefficients, **changes}
+    optimizer = SparseMeZO(model.named_parameters(), kernel="torch", **settings)
+    rates = {"lr": (1e-6,), "weight_decay": (0.0,), "eps": (1e-3,), "sparsity": (0.0,)}
+    numbers: tuple[float, ...]
+    with TrajectoryWriter.create(path, describe(optimizer, model)) as writer:
+        for step in range(steps):
+            samples, of = 1 + (step in (5, 6)), rows(step)
+            losses = tuple((f32(noise.gauss(3, 0.1)), f32(noise.gauss(3, 0.1))) for _ in range(samples * of))
+            numbers, mean = coefficients_of(
+                [f32((a - b) / 2e-3) for a, b in losses], losses, 1e-3, coefficients, 0.5, 9
+            )
+            skipped = step == 3
+            numbers = () if skipped else rounded(numbers) if optimizer.directions == "per_row" else numbers
+            how = {"rows": of, "shared": 5 * (step > 1), "unread": 2 * (step > 4), "mean_square": mean}
+            writer.append(StepRecord(step, losses, numbers, **rates, skipped=skipped, **how))
+    return path
+
+
+@pytest.mark.parametrize("settings", [{}, {"coefficients": "ranks"}, {"coefficients": "moving", "rank": None}])
+def test_rows_take_a_byte_each_and_come_back_to_the_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+    recorded = Trajectory.read(by_rows(tmp_path / "t", 9, lambda step: 16 - step % 3, **settings))
+    exported = export(recorded, tmp_path / "tune.safetensors").path
+    with safe_open(exported, framework="numpy") as file:
+        assert (file.metadata()["format"], file.get_tensor("projected_gradients").dtype) == ("3", np.int8)
+    found = load(exported)
+    assert found.records == [replace(row, losses=(), thresholds=b"") for row in recorded.records]
+    assert found.header == recorded.header
+    again = export(found, tmp_path / "again.safetensors", 7)
+    assert load(again.path).records == found.records[:7]
+
+
+def test_numbers_of_more_than_8_bits_are_kept_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recorded = Trajectory.read(by_rows(tmp_path / "t", 9, lambda step: 16))
+    odd = recorded.records[8].projected_gradients
+    rows = [*recorded.records[:8], replace(recorded.records[8], projected_gradients=(f32(odd[0] / 3), *odd[1:]))]
+    with caplog.at_level("INFO", "smezo_pl"):
+        exported = export(replace(recorded, records=rows), tmp_path / "tune.safetensors").path
+    assert "numbers are not of 8 bits" in caplog.text
+    with safe_open(exported, framework="numpy") as file:
+        assert file.get_tensor("projected_gradients").dtype == np.float32
+    assert load(exported).records == [replace(row, losses=()) for row in rows]
+
+
+def test_one_direction_of_low_rank_is_kept_as_it_is(tmp_path: Path) -> None:
+    recorded = Trajectory.read(by_rows(tmp_path / "t", 9, lambda step: 1, directions="shared"))
+    found = load(export(recorded, tmp_path / "tune.safetensors").path)
+    assert found.records == [replace(row, losses=()) for row in recorded.records]
+
+
+@pytest.mark.parametrize(("coefficients", "most"), [("raw", 400_000), ("ranks", 330_000)])
+def test_20000_steps_of_16_rows_take_20_bytes_each(tmp_path: Path, coefficients: str, most: int) -> None:
+    recorded = Trajectory.read(by_rows(tmp_path / "t", 200, lambda step: 16, coefficients))
+    rows = [replace(recorded.records[10 + step % 190], step=step) for step in range(20_000)]
+    written = export(replace(recorded, records=rows), tmp_path / "t.safetensors")
+    assert written.size < most
+    assert [r.projected_gradients for r in load(written.path).records] == [r.projected_gradients for r in rows]
+
+
+@pytest.fixture
+def rows_of_9(tmp_path: Path) -> Path:
+    return export(by_rows(tmp_path / "t", 9, lambda step: 4), tmp_path / "tune.safetensors").path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 8}, "corrupted"),
+        ({"steps": -1}, "numbers are too few for -1 steps"),
+        ({"steps": 1 << 40}, "numbers are too few for 1099511627776 steps"),
+        ({"steps": "9" * 5000}, "corrupted"),
+        ({"shared": [[0, "1" + 100 * "0"]]}, "a tensor is named that is not optimized"),
+        ({"shared": 5}, "corrupted"),
+        ({"pieces": {"rows": [[0, 5.0]]}}, r"gradients are int8 \(40,\) for 50 directions"),
+        ({"pieces": {"rows": [[0, 0.0]]}}, "a step has no samples"),
+        ({"pieces": {"rows": [[0, -4.0], [1, 4.0]]}}, "a step has no samples"),
+        ({"pieces": {"rows": [[0, float("inf")]]}}, "corrupted"),
+        ({"pieces": {"unit": [[0, "x"]]}}, "run-length encoding"),
+        ({"skipped": []}, "gradients are int8"),
+    ],
+)
+def test_content_of_format_3_that_cannot_be_is_refused(rows_of_9: Path, changes: dict[str, Any], message: str) -> None:
+    content = content_of(rows_of_9)
+    pieces = {**content["pieces"], **changes.get("pieces", {})}
+    with pytest.raises(TrajectoryError, match=message):
+        load(resealed(rows_of_9, {**content, **changes, "pieces": pieces}))
+
+
+def test_rows_of_a_run_with_one_direction_are_refused(rows_of_9: Path) -> None:
+    content = content_of(rows_of_9)
+    content["header"]["directions"] = "shared"
+    with pytest.raises(TrajectoryError, match="a step has rows with a direction each"):
+        load(resealed(rows_of_9, content))
+
+
+def test_an_export_that_could_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smezo_pl.trajectory.exports.MAX_FILE_BYTES", 100)
+    with pytest.raises(TrajectoryError, match=r"would have [\d,]+ bytes, and no more than 100 are read"):
+        export(by_rows(tmp_path / "t", 1, lambda step: 4), tmp_path / "tune.safetensors")
+    assert not (tmp_path / "tune.safetensors").exists()
+
+
 def test_samples_must_fit(exported: Path) -> None:
     content = content_of(exported)
     content["header"]["num_samples"] = 3
@@ -229,7 +338,7 @@ def test_samples_must_fit(exported: Path) -> None:
         load(resealed(exported, content))
 
 
-@pytest.mark.parametrize("name", ["exported", "detour"])
+@pytest.mark.parametrize("name", ["exported", "detour", "rows_of_9"])
 def test_mutated_content_is_read_or_refused_cleanly(name: str, request: pytest.FixtureRequest) -> None:
     exported, noise = request.getfixturevalue(name), random.Random(1)
     text = json.dumps(content_of(exported)).encode()

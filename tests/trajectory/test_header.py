@@ -50,13 +50,61 @@ def test_it_says_what_is_optimized(header: Header) -> None:
 
 def test_a_later_format_says_which_version_reads_it(header: Header) -> None:
     changed = {**plain(header), "format": 7, "versions": {"smezo_pl": "3.1"}, "groups": "unknown to us"}
-    with pytest.raises(TrajectoryError, match=r"FILE: format 7, written by smezo_pl 3\.1; .* up to 1"):
+    with pytest.raises(TrajectoryError, match=r"FILE: format 7, written by smezo_pl 3\.1; .* up to 3"):
         read(changed)
 
 
 def test_other_noise_says_which_version_draws_it(header: Header) -> None:
-    with pytest.raises(TrajectoryError, match=r"noise scheme 2, written by smezo_pl 0\.1"):
-        read(plain(replace(header, noise_scheme=2)))
+    with pytest.raises(TrajectoryError, match=r"noise scheme 3, written by smezo_pl 0\.1.*schemes up to 2"):
+        read(plain(replace(header, noise_scheme=3)))
+
+
+DENSE = {"format": 3, "noise_scheme": 2, "directions": "per_row", "rank": 1}
+
+
+def dense(header: Header, **changes: Any) -> Header:
+    groups = tuple(replace(group, mask="dense") for group in header.groups)
+    return replace(header, groups=groups, **{**DENSE, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"directions": "shared", "rank": 64, "coefficients": "moving"},
+        {"rank": None, "coefficients": "ranks"},
+        {"directions": "shared", "rank": None, "noise_scheme": 1, "coefficients": "normalized"},
+    ],
+)
+def test_directions_and_coefficients_come_back(header: Header, changes: dict[str, Any]) -> None:
+    written = dense(header, **changes)
+    assert Header.from_bytes(written.to_bytes(), "FILE") == written
+    assert not {"directions", "rank", "coefficients"} & plain(header).keys(), "a header of format 1 is what it was"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"directions": "each"}, "directions are each"),
+        ({"directions": []}, "directions are"),
+        ({"coefficients": "best"}, "coefficients best"),
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": 65}, "rank is 65"),
+        ({"rank": True}, "rank is True"),
+        ({"format": 1}, "format 1 and noise scheme 2 are not those of its directions"),
+        ({"format": 2}, "format 2 and noise scheme 2 are not those"),
+        ({"noise_scheme": 1}, "format 3 and noise scheme 1 are not those"),
+        ({"directions": "shared", "rank": None, "noise_scheme": 1}, "format 3 and noise scheme 1 are not those"),
+    ],
+)
+def test_directions_that_no_writer_writes_are_refused(header: Header, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrajectoryError, match=f"FILE: the header is corrupted.*{message}"):
+        read({**plain(dense(header)), **changes})
+
+
+def test_a_rank_with_a_mask_is_refused(header: Header) -> None:
+    with pytest.raises(TrajectoryError, match="a direction has a rank, and a group a mask"):
+        read({**plain(dense(header)), "groups": plain(header)["groups"]})
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def test_a_step_that_leaves_unknown_tensors_alone_is_corrupted(path: Path, heade
     with TrajectoryWriter.create(path, header) as writer:
         writer.append(record(0))
         writer.append(replace(record(1), unread=1 << 1000))
-    with pytest.raises(TrajectoryError, match="step 1 is corrupted: it leaves a tensor alone that is not optimized"):
+    with pytest.raises(TrajectoryError, match="step 1 is corrupted: it names a tensor that is not optimized"):
         Trajectory.read(path)
 
 

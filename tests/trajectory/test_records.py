@@ -1,12 +1,14 @@
 import math
 import random
 import struct
+from typing import Any
 
 import pytest
 
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.records import (
     CHECK_SIZE,
+    MAX_NUMBERS,
     _step_check,
     pack_step,
     pack_thresholds,
@@ -76,6 +78,57 @@ def test_tensors_that_take_no_part_are_stored_where_they_change() -> None:
     assert unpack_step(2, pack_step(skipped, first, KEY), b"abc", first, KEY, groups=2) == skipped
 
 
+ROWS = {"rows": 3, "shared": 0b101 | 1 << 900, "mean_square": 0.1}
+
+
+def test_what_rows_have_is_stored_where_it_changes() -> None:
+    first = make(1, 6, **ROWS)
+    data = pack_step(first, BEFORE, KEY)
+    assert len(data) == 2 + 4 + (4 + 113) + 8 + 6 * 12 + 8
+    assert unpack_step(1, data, None, BEFORE, KEY, groups=2) == first
+    for changes, size in (({}, 0), ({"rows": 2}, 4), ({"shared": 7}, 5), ({"shared": 0}, 4), ({"mean_square": 0.2}, 8)):
+        later = make(2, 6, **{**ROWS, **changes}, unread=9)
+        data = pack_step(later, first, KEY)
+        assert len(data) == 1 + bool(changes) + size + 6 * 12 + (1 + 4) + 8
+        assert unpack_step(2, data, None, first, KEY, groups=2) == later
+    skipped = make(2, 6, projected_gradients=(), skipped=True, rows=2)
+    assert unpack_step(2, pack_step(skipped, first, KEY), None, first, KEY, groups=2) == skipped
+    assert (first.samples, skipped.samples) == (2, 3)
+
+
+def sealed(body: bytes) -> bytes:
+    return body + _step_check(KEY, 1, body, b"")
+
+
+def test_what_this_version_does_not_know_is_refused() -> None:
+    body = pack_step(make(1), BEFORE, KEY)[1:-CHECK_SIZE]
+    for flags in (b"\x80\x08", b"\x80\x80\x01", b"\x80\x80\x80\x80", b"\x80"):
+        with pytest.raises(ValueError, match="something that this version does not know"):
+            unpack_step(1, sealed(flags + body if len(flags) > 1 else flags), None, BEFORE, KEY, groups=2)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7, 11, 100, 125])
+def test_a_step_that_ends_within_its_rows_is_refused(cut: int) -> None:
+    body = pack_step(make(1, 3, **ROWS), BEFORE, KEY)[: 2 + cut]
+    with pytest.raises(ValueError, match="ends within what it holds of its rows|fits no number"):
+        unpack_step(1, sealed(body), None, BEFORE, KEY, groups=2)
+
+
+@pytest.mark.parametrize("rows", [0, 2, 2**32 - 1])
+def test_a_number_of_rows_that_does_not_fit_is_refused(rows: int) -> None:
+    body = bytearray(pack_step(make(1, 3, rows=3), BEFORE, KEY)[:-CHECK_SIZE])
+    body[2:6] = rows.to_bytes(4, "little")
+    with pytest.raises(ValueError, match="fits no number of samples"):
+        unpack_step(1, sealed(bytes(body)), None, BEFORE, KEY, groups=2)
+
+
+def test_a_step_with_too_many_numbers_is_refused() -> None:
+    most = make(1, MAX_NUMBERS, rows=MAX_NUMBERS)
+    assert unpack_step(1, pack_step(most, BEFORE, KEY), None, BEFORE, KEY, groups=2) == most
+    with pytest.raises(ValueError, match="fits no number of samples"):
+        unpack_step(1, pack_step(make(1, MAX_NUMBERS + 1), BEFORE, KEY), None, BEFORE, KEY, groups=2)
+
+
 def test_a_length_beyond_the_step_is_refused() -> None:
     data = bytearray(pack_step(make(1, unread=7), BEFORE, KEY)[:-CHECK_SIZE])
     data[-4:] = b"\xff\xff\xff\x7f"
@@ -83,9 +136,9 @@ def test_a_length_beyond_the_step_is_refused() -> None:
         unpack_step(1, bytes(data) + _step_check(KEY, 1, bytes(data), b""), None, BEFORE, KEY, groups=2)
 
 
-@pytest.mark.parametrize("unread", [0, 0b1100])
-def test_every_flipped_bit_is_found(unread: int) -> None:
-    data = pack_step(make(3, unread=unread), None, KEY)
+@pytest.mark.parametrize("changes", [{}, {"unread": 0b1100}, {"rows": 1, "shared": 5, "mean_square": 0.1}])
+def test_every_flipped_bit_is_found(changes: dict[str, Any]) -> None:
+    data = pack_step(make(3, **changes), None, KEY)
     for bit in range(8 * len(data)):
         wrong = bytearray(data)
         wrong[bit // 8] ^= 1 << bit % 8

@@ -11,7 +11,7 @@ step on which tensors took no part.
 Format 3 has the numbers of all steps one after the other, columns with the number of samples and rows of each, and from
 which step on which tensors shared a direction. With a direction per row each number is a multiple, from -127 to 127, of
 a unit that its step has (`smezo_pl.optim.coefficients.rounded`): one byte, and one more column with the units. 20,000
-steps of 16 rows take
+steps of 16 rows take 375 kB, by ranks 322 kB; as float32 1.3 MB.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ KIND = "smezo_tune"
 MAX_FILE_BYTES = 1 << 27
 """Largest file that is written and opened: thirty million steps, or a hundred thousand of 1000 rows."""
 
-_ONE_EACH = ("samples", "rows", "unit", "mean_square")  # columns with one number per step, those of the rates apart
+_ONE_EACH = ("samples", "rows", "mean_square", "unit")  # in the order of their columns, which follow the rates
 
 
 def pack_columns(values: Sequence[tuple[float, ...]]) -> tuple[list[list[Any]], bytes]:
@@ -171,9 +171,8 @@ def export(source: Trajectory | str | Path, path: str | Path, steps: int | None 
     }
     data = save(arrays, metadata=metadata)
     if len(data) > MAX_FILE_BYTES:
-        raise TrajectoryError(
-            f"{path} would have {len(data):,} bytes, and no more than {MAX_FILE_BYTES:,} are read: keep the run's folder"
-        )
+        limit = f"more than the {MAX_FILE_BYTES:,} that are read"
+        raise TrajectoryError(f"{path} would have {len(data):,} bytes, {limit}: keep the run's folder instead")
     write_atomically(path, data)
     return Exported(path, trajectory.next_step, len(data), root is not None)
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from smezo_pl.optim.coefficients import coefficients as coefficients_of
-from smezo_pl.optim.coefficients import rounded
 
 from smezo_pl.optim import SparseMeZO, StepRecord
+from smezo_pl.optim.coefficients import coefficients as coefficients_of
+from smezo_pl.optim.coefficients import rounded
 from smezo_pl.trajectory import TrajectoryError, apply, export, load
 from smezo_pl.trajectory.exports import KIND, _seal, pack_columns, unpack_columns
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
@@ -297,7 +297,7 @@ def rows_of_9(tmp_path: Path) -> Path:
     ("changes", "message"),
     [
         ({"steps": 8}, "corrupted"),
-        ({"steps": -1}, "numbers are too few for -1 steps"),
+        ({"steps": -1}, "a step is named that does not exist"),
         ({"steps": 1 << 40}, "numbers are too few for 1099511627776 steps"),
         ({"steps": "9" * 5000}, "corrupted"),
         ({"shared": [[0, "1" + 100 * "0"]]}, "a tensor is named that is not optimized"),
@@ -326,7 +326,7 @@ def test_rows_of_a_run_with_one_direction_are_refused(rows_of_9: Path) -> None:
 
 def test_an_export_that_could_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smezo_pl.trajectory.exports.MAX_FILE_BYTES", 100)
-    with pytest.raises(TrajectoryError, match=r"would have [\d,]+ bytes, and no more than 100 are read"):
+    with pytest.raises(TrajectoryError, match=r"would have [\d,]+ bytes, more than the 100 that are read"):
         export(by_rows(tmp_path / "t", 1, lambda step: 4), tmp_path / "tune.safetensors")
     assert not (tmp_path / "tune.safetensors").exists()
 

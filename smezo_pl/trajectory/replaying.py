@@ -310,9 +310,9 @@ def _load_snapshot(path: Path, before: Trajectory, tensors: Mapping[str, Tensor]
         numbers[name.removeprefix(_MASK)]: packed for name, packed in content.items() if name.startswith(_MASK)
     }
     if records:
-        state["smezo"]["unread"] = [number for number in numbers.values() if records[-1].unread >> number & 1]
-        if header.directions == "per_row":
-            state["smezo"]["shared"] = records[-1].shared
+        masks = {"unread": records[-1].unread, "shared": records[-1].shared}
+        known = masks if header.directions == "per_row" else ["unread"]
+        state["smezo"] |= {name: [n for n in numbers.values() if masks[name] >> n & 1] for name in known}
     optimizer.load_state_dict(state)
     return optimizer
 

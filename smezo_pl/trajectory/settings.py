@@ -74,9 +74,11 @@ class Resumed:
         self._schedules: list[dict[str, Any]] = checkpoint.get("lr_schedulers", [])
         self._steps: int = checkpoint["global_step"]
         self._then = hyperparameters.get("sparse_mezo") or hyperparameters.get("adamw") or earlier
-        if self._then is None and self._own:  # a user's own module, of which no trajectory tells: what its state tells
+        if self._then is not None:
+            self._then = {**_ADDED, **self._then}
+        elif self._own:  # a user's own module, of which no trajectory tells: what its state tells
             group = self._groups[0]
-            names = self._own.keys() & {"seed", "num_samples", "noise", *_ADDED}
+            names = self._own.keys() & {"seed", "num_samples", "noise", "directions", "rank"}
             self._then = {**group, "lr": group.get("initial_lr", group["lr"]), **{n: self._own[n] for n in names}}
         self._kept: dict[str, Any] = {}
         self._is_settled = False
@@ -101,7 +103,7 @@ class Resumed:
         self._is_settled = True
         if self._then is None:
             return True
-        then, now = {**_ADDED, **self._then}, training.settings()
+        then, now = dict(self._then), training.settings()
         differing = [name for name in now if name in then and now[name] != then[name] and name not in _MACHINE]
         self._kept = {name: then[name] for name in differing if name not in training.given}
         self.changes = {name: (then[name], now[name]) for name in differing if name in training.given}

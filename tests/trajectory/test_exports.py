@@ -238,9 +238,7 @@ def by_rows(path: Path, steps: int, rows: Callable[[int], int], coefficients: st
         for step in range(steps):
             samples, of = 1 + (step in (5, 6)), rows(step)
             losses = tuple((f32(noise.gauss(3, 0.1)), f32(noise.gauss(3, 0.1))) for _ in range(samples * of))
-            numbers, mean = coefficients_of(
-                [f32((a - b) / 2e-3) for a, b in losses], losses, 1e-3, coefficients, 0.5, 9
-            )
+            numbers, mean = coefficients_of(losses, 1e-3, coefficients, 0.5, 9)
             skipped = step == 3
             numbers = () if skipped else rounded(numbers) if optimizer.directions == "per_row" else numbers
             how = {"rows": of, "shared": 5 * (step > 1), "unread": 2 * (step > 4), "mean_square": mean}

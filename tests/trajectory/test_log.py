@@ -248,9 +248,9 @@ def test_other_files_are_told_apart(path: Path, header: Header) -> None:
 
 def test_a_later_format_is_refused(path: Path, header: Header) -> None:
     connection = sqlite3.connect(written(path, header))
-    connection.execute("PRAGMA user_version = 3")
+    connection.execute("PRAGMA user_version = 4")
     connection.close()
-    with pytest.raises(TrajectoryError, match="format 3; this version of smezo_pl reads formats up to 2"):
+    with pytest.raises(TrajectoryError, match="format 4; this version of smezo_pl reads formats up to 3"):
         Trajectory.read(path)
 
 

@@ -27,7 +27,7 @@ from smezo_pl.callbacks import (
 from smezo_pl.callbacks.common import RunProgressBar
 from smezo_pl.data import PromptDataModule
 from smezo_pl.interrupts import Interrupts, command, resume_command
-from smezo_pl.methods import scheduler_of
+from smezo_pl.methods import scheduler_of, build_zeroth_order
 from smezo_pl.module import SparseMeZOModule
 from smezo_pl.parser import SuggestingParser
 from smezo_pl.run_folder import RunLogger, find_checkpoint, held
@@ -124,7 +124,10 @@ class SmezoCLI(LightningCLI):
             then["lr_scheduler"] = namespace({**schedule, "init_args": namespace(schedule.get("init_args", {}))})
         parts = [("", model, then)]
         if "sparse_mezo" in then and (settings := model.optimizer.get("init_args")) is not None:
-            parts.append(("optimizer", settings, {**then["sparse_mezo"], "kernel": settings.get("kernel")}))
+            own = {**then["sparse_mezo"], "kernel": settings.get("kernel")}
+            if own["mask"] == ("small" if own.get("rank") is None else "dense"):
+                del own["mask"]  # what none given stands for
+            parts.append(("optimizer", settings, own))
         if "adamw" in then:
             parts.append(("first_order", model.first_order, then["adamw"]))
         for name, now, values in parts:
@@ -225,7 +228,7 @@ def check_settings(module: SparseMeZOModule) -> None:
     """Build optimizer and scheduler for one small weight: what is out of range is refused before a model is loaded."""
     if module.zeroth_order:
         try:
-            scheduler_of(module, module.build_optimizer([("weight", nn.Parameter(torch.zeros(2, 2)))]))
+            scheduler_of(module, build_zeroth_order(module, [("weight", nn.Parameter(torch.zeros(2, 2)))]))
         except ValueError as error:
             # Patterns of parameters are for the model's own.
             if "matches no parameter" not in str(error) and "no parameter is optimized" not in str(error):

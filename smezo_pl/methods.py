@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -236,7 +236,18 @@ def optimizer_of(module: Any) -> torch.optim.Optimizer | None:
         return adamw
     if not module.zeroth_order:
         return None
-    optimizer: Any = module.build_optimizer(module.model.named_parameters())
+    optimizer = build_zeroth_order(module, module.model.named_parameters())
+    if module.perturbation == "layerwise":
+        optimizer.attach(module.model)
+    if module._trainer is not None and module.trainer.world_size > 1:
+        # else replicas would drift apart where only one of them reads a weight
+        optimizer.participation.over_processes = lambda flags: module.trainer.strategy.all_gather(flags).amax(0)
+    return optimizer
+
+
+def build_zeroth_order(module: Any, parameters: Iterable[tuple[str, nn.Parameter]]) -> SparseMeZO:
+    """The optimizer of a zeroth-order method; settings that do not go together are refused."""
+    optimizer: Any = module.build_optimizer(parameters)
     if not isinstance(optimizer, SparseMeZO):
         raise TypeError(f"optimizer must build a SparseMeZO, got {type(optimizer).__name__}, which needs gradients")
     if mask := METHODS[module.method].mask if module.method else None:
@@ -253,11 +264,6 @@ def optimizer_of(module: Any) -> torch.optim.Optimizer | None:
             "perturbation='in_place' perturbs the weights themselves, which all rows of a batch read, and "
             "directions='per_row' needs each row to see its own: set perturbation='layerwise'"
         )
-    if module.perturbation == "layerwise":
-        optimizer.attach(module.model)
-    if module._trainer is not None and module.trainer.world_size > 1:
-        # else replicas would drift apart where only one of them reads a weight
-        optimizer.participation.over_processes = lambda flags: module.trainer.strategy.all_gather(flags).amax(0)
     return optimizer
 
 

@@ -162,6 +162,13 @@ def test_wrong_words(arguments: list[str], message: str, capsys: pytest.CaptureF
     [
         (["--model.optimizer.sparsity=1.5"], "sparsity must be in [0, 1), got 1.5"),
         (["--model.optimizer.num_samples=0"], "num_samples must be in [1, 16777216), got 0"),
+        (["--model.optimizer.rank=65"], "rank must be in [1, 65), got 65"),
+        (["--model.method=s-mezo", "--model.optimizer.rank=1"], "rank=1 needs mask='dense', got 'small'"),
+        (["--model.method=r-mezo", "--model.optimizer.rank=1"], "rank=1 needs mask='dense', got 'random'"),
+        (
+            ["--model.perturbation=in_place", "--model.optimizer.directions=per_row"],
+            "perturbation='in_place' perturbs the weights themselves",
+        ),
         (["--trainer.strategy=fsdp"], "strategy='fsdp': sharded weights and gradients have no use"),
         (["--trainer.strategy=deepspeed_stage_3"], "'forward_ddp' on several"),
         (["--trainer.strategy=lightning.pytorch.strategies.DeepSpeedStrategy"], "DeepSpeedStrategy': sharded weights"),
@@ -180,6 +187,18 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(
         script.main(words("fit", Path("no/model/here"), *arguments))
     assert stop.value.code == 1 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", [None, "mezo"])
+def test_directions_from_a_file(method: str | None, tiny_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    settings = "{rank: 1, directions: per_row, coefficients: moving}"
+    file.write_text(f"model: {{pretrained: {tiny_folder}, optimizer: {settings}, method: {method or 'null'}}}")
+    cli = build(file, "--data.task=demo", "--trainer.accelerator=cpu")
+    cli.model.configure_model()
+    found = cli.model.configure_optimizers().settings()
+    expected = {"rank": 1, "directions": "per_row", "coefficients": "moving", "mask": "dense"}
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_no_suggestion_where_nothing_is_near() -> None:
@@ -248,14 +267,16 @@ def test_fit_validate_test_predict(
 
 
 def test_command_line_wins_over_the_checkpoint(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     main(words("fit", tiny_folder, "--trainer.max_steps=2", "--model.micro_batch_size=2"))
     checkpoint = next(tmp_path.rglob("last*.ckpt"))
+    capsys.readouterr()
     main(words("fit", tiny_folder, "--trainer.max_steps=3", "--model.micro_batch_size=5", f"--ckpt_path={checkpoint}"))
     again = yaml.safe_load((tmp_path / "runs" / "demo" / "version_1" / "config.yaml").read_text())
     assert again["model"]["micro_batch_size"] == 5
+    assert "not given, so as in" not in capsys.readouterr().err  # the mask neither, which none given stands for
 
 
 def test_optimizer_by_class_path_and_in_short(

@@ -27,7 +27,7 @@ from smezo_pl.callbacks import (
 from smezo_pl.callbacks.common import RunProgressBar
 from smezo_pl.data import PromptDataModule
 from smezo_pl.interrupts import Interrupts, command, resume_command
-from smezo_pl.methods import scheduler_of, build_zeroth_order
+from smezo_pl.methods import build_zeroth_order, scheduler_of
 from smezo_pl.module import SparseMeZOModule
 from smezo_pl.parser import SuggestingParser
 from smezo_pl.run_folder import RunLogger, find_checkpoint, held

@@ -161,7 +161,7 @@ def test_wrong_words(arguments: list[str], message: str, capsys: pytest.CaptureF
     ("arguments", "message"),
     [
         (["--model.optimizer.sparsity=1.5"], "sparsity must be in [0, 1), got 1.5"),
-        (["--model.optimizer.num_samples=0"], "num_samples must be in [1, 16777216), got 0"),
+        (["--model.optimizer.num_samples=0"], "num_samples must be in [1, 8388608), got 0"),
         (["--model.optimizer.rank=65"], "rank must be in [1, 65), got 65"),
         (["--model.method=s-mezo", "--model.optimizer.rank=1"], "rank=1 needs mask='dense', got 'small'"),
         (["--model.method=r-mezo", "--model.optimizer.rank=1"], "rank=1 needs mask='dense', got 'random'"),

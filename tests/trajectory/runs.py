@@ -24,8 +24,10 @@ __all__ = [
     "fit",
     "loss_of",
     "make_trainer",
+    "more_rows",
     "network",
     "recorded_detour",
+    "recorded_rows",
     "recorded_run",
     "same",
 ]
@@ -77,6 +79,38 @@ def recorded_detour(
             optimizer.step(lambda step=step: loss(step))
         recorder.mark_weights()
     return optimizer
+
+
+def recorded_rows(path: Path, model: nn.Sequential, steps: int = 8, **settings: Any) -> SparseMeZO:
+    """A loop with a direction per row that needs all of format 3.
+
+    Batches have 4 rows and in step 1 three; the masks are refreshed before step 3; from step 4 on there are 2 samples.
+    Step 5 is skipped, step 6 has no signal. The first layer's bias is read where rows cannot be told.
+    """
+    settings = {"lr": 1e-2, "seed": 7, "kernel": "torch", "directions": "per_row", "weight_decay": 0.1, **settings}
+    optimizer = SparseMeZO(model.named_parameters(), **settings)
+    optimizer.attach(model)
+    with record(optimizer, path) as recorder:
+        more_rows(optimizer, model, steps)
+        recorder.mark_weights()
+    return optimizer
+
+
+def more_rows(optimizer: SparseMeZO, model: nn.Sequential, steps: int) -> None:
+    """The steps of `recorded_rows` that are left."""
+    x, y = (torch.stack([e[0] for e in examples()]), torch.tensor([e[1] for e in examples()]))
+
+    def losses(step: int) -> Tensor:
+        rows = torch.arange(3 if step == 1 else 4) + 3 * step % 16
+        each = nn.functional.cross_entropy(model(x[rows].to(model[0].weight.dtype)).float(), y[rows], reduction="none")
+        return each * {5: torch.nan, 6: 0.0}.get(step, 1.0) + model[0].bias.float().square().sum() * (step != 6)
+
+    for step in range(optimizer.steps_done, steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (1 + step // 3)
+        if step == 3:
+            optimizer.refresh_masks(None if optimizer.rank else 0.5)
+        optimizer.num_samples = 1 + (step >= 4)
+        optimizer.step(lambda step=step: losses(step))
 
 
 class Watch(Callback):

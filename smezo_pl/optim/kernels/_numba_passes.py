@@ -19,21 +19,25 @@ from numba import cfunc, float32, int64, njit, prange, types, uint8, uint32, uin
 from numba.extending import intrinsic
 
 from smezo_pl.optim import noise
-from smezo_pl.optim.kernels import _numba_words
+from smezo_pl.optim.kernels import _numba_outer, _numba_words
+from smezo_pl.optim.kernels._numba_outer import OUTER_MEMORY, TILE, fill_outer
 from smezo_pl.optim.kernels._numba_words import (
     BITS,
     DECAY,
+    DRAWN,
     LEVEL,
     LOW,
     NUMEL,
     OUT,
-    ROUNDING,
+    RESULT,
     ROW,
     ROWS,
     SAMPLES,
     SOURCE,
     SPAN,
     START,
+    STOCHASTIC,
+    TERMS,
     THETA,
     array_at,
     count_ones,
@@ -51,8 +55,9 @@ from smezo_pl.optim.kernels._numba_words import (
 
 log = logging.getLogger(__name__)
 
-MEMORY = 20480
-"""Bytes of working memory of a thread: words, two vectors of noise, the mask, words for rounding, other words."""
+MEMORY = 20480 + OUTER_MEMORY
+"""Bytes of working memory of a thread: words, two vectors of noise, the mask, words for rounding, other words; then
+what sums of outer products need."""
 
 CHUNK = 8192
 """Bytes of packed mask in a unit of work of `_count` and `_move`."""
@@ -128,6 +133,23 @@ def _apply_stochastically(theta, delta, word, skip, low, span):
 
 
 @njit(nogil=True)
+def _draw(theta, out, delta, skip, low, span):
+    wide_vectors()
+    # Two loops, so that one serves noise in the place of the weights too.
+    for i in range(theta.size):
+        delta[i] = delta[i] if _is_active(magnitude_of(theta[i]), skip[i], low, span) else float32(0.0)
+    for i in range(theta.size):
+        out[i] = nearest(delta[i], out[i])
+
+
+@njit(nogil=True)
+def _multiply(delta, z):
+    wide_vectors()
+    for i in range(delta.size):
+        delta[i] *= z[i]
+
+
+@njit(nogil=True)
 def _add_decay(theta, delta, decay):
     wide_vectors()
     for i in range(theta.size):
@@ -144,7 +166,8 @@ def _shift_down(buffer, by, count):
 def _sweep(first, last, memory, address, like):
     """``out = round(theta - (sum of scale * z + decay * theta))`` under the mask, for the blocks ``[first, last)``.
 
-    Blocks are counted by global index. ``out`` may be ``theta``; stochastic rounding is done in place only.
+    Blocks are counted by global index. ``out`` may be ``theta``; stochastic rounding is done in place only. With terms
+    the sum is one of outer products, times ``z`` if there is a sample. `DRAWN` leaves ``theta`` out, and the rest 0.
     """
     words, half = array_at(memory, 256, uint64(0)), array_at(memory, 512, uint32(0))
     delta, part = array_at(memory + 2048, 1024, float32(0)), array_at(memory + 6144, 1024, float32(0))
@@ -154,6 +177,9 @@ def _sweep(first, last, memory, address, like):
     task = array_at(address, ROWS, int64(0))
     numel, start, samples = task[NUMEL], task[START], task[SAMPLES]
     task = array_at(address, ROWS + ROW * (samples + 2), int64(0))
+    terms, result = task[TERMS], task[RESULT]
+    scales = array_at(address + 8 * task.size, terms, int64(0))
+    tile, tile_begin, tile_end = array_at(memory + 20480, 1024 * TILE, float32(0)), 0, 0
     low, span, decay = uint32(task[LOW]), uint32(task[SPAN]), float_of(uint32(task[DECAY]))
     theta, out = array_at(task[THETA], numel, like), array_at(task[OUT], numel, like)
     bits = array_at(task[BITS], (numel + 7) // 8, uint8(0))
@@ -165,24 +191,37 @@ def _sweep(first, last, memory, address, like):
         old = theta[begin:end]
         ahead = end * old.itemsize
         size = (min(end + 1024, numel) - end) * old.itemsize if block + 1 < last else 0
-        fill_delta(words, half, part, delta, task, block, block == first, task[THETA] + ahead, task[OUT] + ahead, size)
+        if terms == 0 or samples > 0:
+            from_, to = task[THETA] + ahead, task[OUT] + ahead
+            fill_delta(words, half, part, delta, task, block, block == first, from_, to, size)
         if task[SOURCE] != FROM_THRESHOLD:
             _fill_skip(other, other_half, flags, skip, bits, task, block, samples, offset)
-        if task[ROUNDING]:
+        if result == STOCHASTIC:
             fill_words(other, block, task, samples + 1)
             fill_halves(other_half, word)
         if missing:
             _shift_down(delta, missing, count)
             _shift_down(skip, missing, count)
             _shift_down(word, missing, count)
+        change = delta[:count]
+        if terms > 0:
+            if begin >= tile_end:
+                tile_begin, tile_end = begin, min(min(block + TILE, last) * 1024 - start, numel)
+                sums = tile[: tile_end - tile_begin]
+                fill_outer(sums, memory + 20480 + 4096 * TILE, task, scales, tile_begin, tile_end, old.itemsize)
+            change = tile[begin - tile_begin : end - tile_begin]
+            if samples > 0:
+                _multiply(change, delta)
         if decay != float32(0.0):
-            _add_decay(old, delta, decay)
-        if task[ROUNDING]:
-            _apply_stochastically(old, delta, word, skip, low, span)
+            _add_decay(old, change, decay)
+        if result == DRAWN:
+            _draw(old, out[begin:end], change, skip, low, span)
+        elif result == STOCHASTIC:
+            _apply_stochastically(old, change, word, skip, low, span)
         elif task[THETA] == task[OUT]:
-            _apply_in_place(old, delta, skip, low, span)
+            _apply_in_place(old, change, skip, low, span)
         else:
-            _apply(old, out[begin:end], delta, skip, low, span)
+            _apply(old, out[begin:end], change, skip, low, span)
 
 
 @njit(nogil=True)
@@ -382,7 +421,7 @@ def compile_table(parallel: bool) -> Any:
 
 def _source_stamp():
     digest = hashlib.sha256()
-    for module in (noise, _numba_words):
+    for module in (noise, _numba_words, _numba_outer):
         digest.update(Path(module.__file__).read_bytes())
     return int.from_bytes(digest.digest()[:4], "big")
 

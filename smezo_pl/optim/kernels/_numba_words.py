@@ -16,8 +16,14 @@ from numba.extending import intrinsic, overload
 
 from smezo_pl.optim import noise
 
-THETA, OUT, NUMEL, START, DISTRIBUTION, SAMPLES, DECAY, ROUNDING, SOURCE, LOW, SPAN, LEVEL, BITS, ROWS = range(14)
-"""Indices into the task of `sweep` and `pack`, an int64 array: addresses, 32-bit codes (also of floats), then rows."""
+THETA, OUT, NUMEL, START, DISTRIBUTION, SAMPLES, DECAY, RESULT, SOURCE, LOW, SPAN, LEVEL, BITS = range(13)
+LEFT, RIGHT, TERMS, WIDTH, ROWS = range(13, 18)
+"""Indices into the task of `sweep` and `pack`, an int64 array: addresses, 32-bit codes (also of floats), then rows.
+
+After the rows come the bits of the scales of outer products, of which there are `TERMS`."""
+
+NEAREST, STOCHASTIC, DRAWN = 0, 1, 2
+"""What `sweep` writes: the updated weights, rounded in one of two ways, or the noise itself."""
 
 ROW = 6
 """Entries of a row: key low, key high, tensor, step, sample and kind, bits of the scale. One row for each sample, then

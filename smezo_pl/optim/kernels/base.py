@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smezo_pl.optim.masks import DENSE, Mask
-from smezo_pl.optim.noise import Distribution, Stream
+from smezo_pl.optim.noise import BLOCK, Distribution, Stream
 
 CODE_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtype that holds the bits of a float of so many bytes."""
@@ -149,9 +149,9 @@ class Kernel(ABC):
             noise: Distribution of the noise.
             stream: Where it comes from.
         """
-        out.zero_()
+        check_draws(out, starts)
         for row, start in zip(out, starts, strict=True):
-            self.perturb(row, row, DENSE, noise, stream.part(start), 1.0)
+            self.draw(row, row, DENSE, noise, stream.part(start), 1.0)
 
     @abstractmethod
     def draw(self, theta: Tensor, out: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float) -> None:
@@ -264,18 +264,23 @@ def check_rows(theta: Tensor, out: Tensor, rows: Tensor) -> None:
         raise TypeError(f"out must be {theta.dtype} on {theta.device} like theta, got {out.dtype} on {out.device}")
 
 
-def check_streams(mask: Mask, streams: Sequence[Stream], scales: Sequence[float], rounding: Stream | None) -> None:
-    """Refuse noise that does not fit together."""
+def check_streams(mask: Mask, streams: Sequence[Stream], scales: Sequence[float], rounding: Stream | None) -> int:
+    """Refuse noise that does not fit together; return the element that it starts at."""
     if not streams or len(streams) != len(scales):
         raise ValueError(f"update needs one scale per stream and at least one, got {len(streams)} and {len(scales)}")
-    start = streams[0].start
-    for stream in (*streams, mask.stream, rounding):
-        if stream is not None and stream.start != start:
-            raise ValueError(f"all streams of a pass must start at the same element, got {start} and {stream.start}")
+    return _common_start(*streams, mask.stream, rounding)
 
 
-def check_factored(theta: Tensor, factored: Factored) -> None:
-    """Refuse factors that do not fit the weights, or each other."""
+def _common_start(*streams: Stream | None) -> int:
+    starts = [stream.start for stream in streams if stream is not None]
+    for start in starts:
+        if start != starts[0]:
+            raise ValueError(f"all streams of a pass must start at the same element, got {starts[0]} and {start}")
+    return starts[0] if starts else 0
+
+
+def check_factored(theta: Tensor, factored: Factored, mask: Mask = DENSE, rounding: Stream | None = None) -> int:
+    """Refuse factors that do not fit the weights, or each other; return the element that streams start at."""
     left, right, scales, _ = factored
     count = len(scales)
     fits = left.dim() == right.dim() == 2 and left.shape[0] == right.shape[0] == count > 0
@@ -289,6 +294,17 @@ def check_factored(theta: Tensor, factored: Factored) -> None:
             raise ValueError(
                 f"{name} must be bfloat16, contiguous and on {theta.device}, got {factor.dtype} on {factor.device}"
             )
+    return _common_start(factored.stream, mask.stream, rounding)
+
+
+def check_draws(out: Tensor, starts: Sequence[int]) -> None:
+    """Refuse a place for vectors of noise, or elements that they begin at."""
+    if out.dtype != torch.bfloat16 or out.dim() != 2 or out.shape[0] != len(starts) or not out.is_contiguous():
+        shape = f"shape {tuple(out.shape)} and strides {out.stride()}"
+        raise ValueError(f"out must be bfloat16 [{len(starts)}, L] and contiguous, got {out.dtype} of {shape}")
+    for start in starts:
+        if start < 0 or start % BLOCK:
+            raise ValueError(f"starts must be multiples of {BLOCK}, at least 0, got {start}")
 
 
 def check_mask(theta: Tensor, mask: Mask) -> None:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numba
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from smezo_pl.optim.kernels import _numba_passes as passes
 from smezo_pl.optim.kernels import base
-from smezo_pl.optim.kernels._numba_words import BITS, NUMEL, OUT, ROW, START, THETA
-from smezo_pl.optim.kernels.base import Update
+from smezo_pl.optim.kernels._numba_words import BITS, DRAWN, NEAREST, NUMEL, OUT, RESULT, ROW, START, STOCHASTIC, THETA
+from smezo_pl.optim.kernels.base import Factored, FactoredUpdate, Update
 from smezo_pl.optim.kernels.reference import TorchKernel
-from smezo_pl.optim.masks import Mask
+from smezo_pl.optim.masks import DENSE, Mask
 from smezo_pl.optim.noise import BLOCK, MASK, NOISE, ROUNDING, Distribution, Stream
 
 log = logging.getLogger(__name__)
@@ -73,30 +73,59 @@ class NumbaKernel(TorchKernel):
         tasks[:, OUT] += np.arange(len(first)) * (width * size)
         if mask.rule == "packed":
             tasks[:, BITS] += first // 8
-        table = np.empty((len(first), passes.TABLE_ROW), np.int64)
-        table[:, 0] = _compiled("sweep", theta.dtype).address
-        table[:, 2], table[:, 3] = tasks[:, START] // BLOCK, -(-(tasks[:, START] + width) // BLOCK)
-        table[:, 4], table[:, 5] = _STEP["sweep"], tasks.ctypes.data + np.arange(len(first)) * tasks.strides[0]
-        table[:, 1] = np.cumsum(-((table[:, 2] - table[:, 3]) // table[:, 4]))
-        return _run_table(table.ctypes.data, len(first), int(table[-1, 1]) if len(first) else 0, out.numel())
+        return _run_rows(tasks, out)
+
+    def draw_rows(self, out: Tensor, starts: Sequence[int], noise: Distribution, stream: Stream) -> None:
+        """Several vectors of noise; see `Kernel.draw_rows`."""
+        base.check_draws(out, starts)
+        task = _task(out, noise, out.view(-1), DENSE, [stream], [1.0])
+        tasks = np.tile(np.array(task, np.int64), (len(starts), 1))
+        tasks[:, NUMEL], tasks[:, START], tasks[:, RESULT] = out.shape[1], np.array(starts) + stream.start, DRAWN
+        tasks[:, THETA] += np.arange(len(starts)) * (out.shape[1] * out.element_size())
+        tasks[:, OUT] = tasks[:, THETA]
+        return _run_rows(tasks, out)
+
+    def draw(self, theta: Tensor, out: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float) -> None:
+        """The noise under the mask alone; see `Kernel.draw`."""
+        base.check_pair(theta, out)
+        if theta.dtype == torch.float64:
+            return super().draw(theta, out, mask, noise, stream, scale)
+        task = _task(out, noise, theta, mask, [stream], [scale])
+        task[RESULT] = DRAWN
+        return _run("sweep", theta, *_blocks(stream.start, theta.numel()), task)
+
+    def perturb_factored(self, theta: Tensor, out: Tensor, factored: Factored) -> None:
+        """``theta`` minus a sum of outer products; see `Kernel.perturb_factored`."""
+        base.check_pair(theta, out)
+        if theta.dtype == torch.float64 or theta.numel() == 0:
+            return super().perturb_factored(theta, out, factored)
+        return _run("sweep", theta, *_blocks(0, theta.numel()), _factored_task(out, "gaussian", theta, DENSE, factored))
+
+    def update_factored(self, update: FactoredUpdate, noise: Distribution) -> None:
+        """Update by a sum of outer products; see `Kernel.update_factored`."""
+        self.update_all_factored([update], noise)
 
     def update_all(self, updates: Sequence[Update], noise: Distribution) -> None:
         """Update all tensors in one parallel pass; see `Kernel.update_all`."""
-        tasks, table, pieces, numel, step = array("q"), array("q"), 0, 0, _STEP["sweep"]
+        tasks = []
         for update in updates:
-            theta, start = update.theta, len(tasks)
-            base.check_weights(theta)
-            if theta.dtype == torch.float64:
+            base.check_weights(update.theta)
+            if update.theta.dtype == torch.float64:
                 super().update_all([update], noise)
             elif update.decay != 0.0 or any(update.scales):
-                tasks.extend(_task(theta, noise, *update))
-                first, last = _blocks(update.streams[0].start, theta.numel())
-                pieces, numel = pieces + (last - first + step - 1) // step, numel + theta.numel()
-                table.extend((_compiled("sweep", theta.dtype).address, pieces, first, last, step, start))
-        address = tasks.buffer_info()[0]
-        for index in range(passes.TABLE_ROW - 1, len(table), passes.TABLE_ROW):
-            table[index] = address + tasks.itemsize * table[index]
-        _run_table(table.buffer_info()[0], len(table) // passes.TABLE_ROW, pieces, numel)
+                tasks.append((update.theta, _task(update.theta, noise, *update)))
+        _run_all(tasks)
+
+    def update_all_factored(self, updates: Sequence[FactoredUpdate], noise: Distribution) -> None:
+        """Update all tensors in one parallel pass; see `Kernel.update_all_factored`."""
+        tasks = []
+        for update in updates:
+            base.check_weights(update.theta)
+            if update.theta.dtype == torch.float64 or update.theta.numel() == 0:
+                super().update_factored(update, noise)
+            elif update.decay != 0.0 or any(update.factored.scales):
+                tasks.append((update.theta, _factored_task(update.theta, noise, *update)))
+        _run_all(tasks)
 
     def select(self, theta: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
         """Packed mask and a copy of the weights under it; see `Kernel.select`."""
@@ -132,6 +161,7 @@ class NumbaKernel(TorchKernel):
         stream = mask.stream or Stream(0, 0, 0, 0)
         task = [theta.data_ptr(), 0, theta.numel(), stream.start, 0, 0, 0, 0, *_mask_fields(mask, theta.dtype)]
         task[BITS] = bits.data_ptr()
+        task += _NO_OUTER
         _run("pack", theta, 0, -(-theta.numel() // BLOCK), task + _row(stream, MASK))
         return bits
 
@@ -147,7 +177,8 @@ class NumbaKernel(TorchKernel):
         return torch.from_numpy(counts.sum(0))
 
 
-_NO_ROW = [0] * ROW
+_NO_ROW, _NO_OUTER = [0] * ROW, [0] * 4
+_ONE = base.float_bits(1.0)
 
 
 def _blocks(start: int, numel: int) -> tuple[int, int]:
@@ -168,15 +199,75 @@ def _task(
     """What the compiled sweep needs to know of an `Update` written to ``out``, as it reads it."""
     _check_device(theta)
     base.check_mask(theta, mask)
-    base.check_streams(mask, streams, scales, rounding)
+    start = base.check_streams(mask, streams, scales, rounding)
+    rows = zip(streams, map(base.float_bits, scales), strict=True)
+    return _layout(out, noise, theta, mask, start, rows, decay, rounding, _NO_OUTER)
+
+
+def _factored_task(
+    out: Tensor,
+    noise: Distribution,
+    theta: Tensor,
+    mask: Mask,
+    factored: Factored,
+    decay: float = 0.0,
+    rounding: Stream | None = None,
+) -> list[int]:
+    """The same of a `FactoredUpdate`."""
+    _check_device(theta)
+    base.check_mask(theta, mask)
+    start = base.check_factored(theta, factored, mask, rounding)
+    left, right, scales, stream = factored
+    outer = [left.data_ptr(), right.data_ptr(), len(scales), right.shape[1]]
+    rows = [] if stream is None else [(stream, _ONE)]
+    task = _layout(out, noise, theta, mask, start, rows, decay, rounding, outer)
+    return task + array("I", array("f", scales).tobytes()).tolist()
+
+
+def _layout(
+    out: Tensor,
+    noise: Distribution,
+    theta: Tensor,
+    mask: Mask,
+    start: int,
+    rows: Iterable[tuple[Stream, int]],
+    decay: float,
+    rounding: Stream | None,
+    outer: list[int],
+) -> list[int]:
     stochastic = rounding is not None and theta.element_size() == 2
-    task = [theta.data_ptr(), out.data_ptr(), theta.numel(), streams[0].start, int(noise != "gaussian"), len(streams)]
-    task += [base.float_bits(decay), int(stochastic), *_mask_fields(mask, theta.dtype)]
-    for stream, scale in zip(streams, scales, strict=True):
-        task += _row(stream, NOISE, base.float_bits(scale))
+    drawn = [_row(stream, NOISE, scale) for stream, scale in rows]
+    task = [theta.data_ptr(), out.data_ptr(), theta.numel(), start, int(noise != "gaussian"), len(drawn)]
+    task += [base.float_bits(decay), STOCHASTIC if stochastic else NEAREST, *_mask_fields(mask, theta.dtype), *outer]
+    for row in drawn:
+        task += row
     task += _NO_ROW if mask.stream is None else _row(mask.stream, MASK)
     task += _row(rounding, ROUNDING) if stochastic and rounding is not None else _NO_ROW
     return task
+
+
+def _run_all(tasks: Sequence[tuple[Tensor, list[int]]]) -> None:
+    """Sweep over several tensors at once, each by its own task."""
+    arguments, table, pieces, numel, step = array("q"), array("q"), 0, 0, _STEP["sweep"]
+    for theta, task in tasks:
+        first, last = _blocks(task[START], theta.numel())
+        pieces, numel = pieces + (last - first + step - 1) // step, numel + theta.numel()
+        table.extend((_compiled("sweep", theta.dtype).address, pieces, first, last, step, len(arguments)))
+        arguments.extend(task)
+    address = arguments.buffer_info()[0]
+    for index in range(passes.TABLE_ROW - 1, len(table), passes.TABLE_ROW):
+        table[index] = address + arguments.itemsize * table[index]
+    _run_table(table.buffer_info()[0], len(table) // passes.TABLE_ROW, pieces, numel)
+
+
+def _run_rows(tasks: Any, out: Tensor) -> None:
+    """Sweep over the rows of ``out``, each by its own row of ``tasks``."""
+    table = np.empty((len(tasks), passes.TABLE_ROW), np.int64)
+    table[:, 0] = _compiled("sweep", out.dtype).address
+    table[:, 2], table[:, 3] = tasks[:, START] // BLOCK, -(-(tasks[:, START] + tasks[:, NUMEL]) // BLOCK)
+    table[:, 4], table[:, 5] = _STEP["sweep"], tasks.ctypes.data + np.arange(len(tasks)) * tasks.strides[0]
+    table[:, 1] = np.cumsum(-((table[:, 2] - table[:, 3]) // table[:, 4]))
+    _run_table(table.ctypes.data, len(tasks), int(table[-1, 1]) if len(tasks) else 0, out.numel())
 
 
 def _move(theta: Tensor, bits: Tensor, saved: Tensor, ends: Any, back: bool) -> None:

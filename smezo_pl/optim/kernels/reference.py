@@ -66,7 +66,7 @@ class TorchKernel(Kernel):
         theta, mask, factored, decay, rounding = update
         base.check_weights(theta)
         base.check_mask(theta, mask)
-        base.check_factored(theta, factored)
+        base.check_factored(theta, factored, mask, rounding)
         if decay == 0.0 and not any(factored.scales):
             return
         for low, high in _chunks(theta):

@@ -207,8 +207,7 @@ def _sweep(first, last, memory, address, like):
         if terms > 0:
             if begin >= tile_end:
                 tile_begin, tile_end = begin, min(min(block + TILE, last) * 1024 - start, numel)
-                sums = tile[: tile_end - tile_begin]
-                fill_outer(sums, memory + 20480 + 4096 * TILE, task, scales, tile_begin, tile_end, old.itemsize)
+                fill_outer(memory + 20480, task, scales, tile_begin, tile_end, old.itemsize)
             change = tile[begin - tile_begin : end - tile_begin]
             if samples > 0:
                 _multiply(change, delta)

@@ -297,6 +297,12 @@ def check_factored(theta: Tensor, factored: Factored, mask: Mask = DENSE, roundi
     return _common_start(factored.stream, mask.stream, rounding)
 
 
+def check_no_stream(factored: Factored) -> None:
+    """Refuse a factor of every element, which a perturbation has not."""
+    if factored.stream is not None:
+        raise ValueError(f"a perturbation by outer products takes no stream, got {factored.stream}")
+
+
 def check_draws(out: Tensor, starts: Sequence[int]) -> None:
     """Refuse a place for vectors of noise, or elements that they begin at."""
     if out.dtype != torch.bfloat16 or out.dim() != 2 or out.shape[0] != len(starts) or not out.is_contiguous():

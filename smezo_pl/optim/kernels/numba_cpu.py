@@ -99,6 +99,7 @@ class NumbaKernel(TorchKernel):
         base.check_pair(theta, out)
         if theta.dtype == torch.float64 or theta.numel() == 0:
             return super().perturb_factored(theta, out, factored)
+        base.check_no_stream(factored)
         return _run("sweep", theta, *_blocks(0, theta.numel()), _factored_task(out, "gaussian", theta, DENSE, factored))
 
     def update_factored(self, update: FactoredUpdate, noise: Distribution) -> None:

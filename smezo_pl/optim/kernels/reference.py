@@ -57,6 +57,7 @@ class TorchKernel(Kernel):
         """``theta`` minus a sum of outer products; see `Kernel.perturb_factored`."""
         base.check_pair(theta, out)
         base.check_factored(theta, factored)
+        base.check_no_stream(factored)
         for low, high in _chunks(theta):
             wide = _widen(theta[low:high])
             out[low:high] = _narrow(wide - _delta(factored, low, high, wide), theta.dtype)

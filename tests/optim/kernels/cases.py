@@ -100,3 +100,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_gpu_or_interpreter = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="no GPU, and not started with TRITON_INTERPRET=1"
 )
+
+
+def place(name: str) -> torch.device:
+    """Device that a compiled kernel is tried on."""
+    return torch.device("cpu" if name == "numba" or INTERPRETED else "cuda")

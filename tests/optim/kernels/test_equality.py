@@ -5,20 +5,18 @@ import itertools
 import pytest
 import torch
 
-from smezo_pl.optim.kernels import Kernel, get_kernel
+from smezo_pl.optim.kernels import Kernel
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Distribution, Stream
 from tests.optim.kernels.cases import (
     DISTRIBUTIONS,
     DTYPES,
-    INTERPRETED,
     RANGES,
     RULES,
     mask_of,
     moved,
-    needs_gpu_or_interpreter,
-    needs_triton,
+    place,
     same,
     update,
     updates,
@@ -26,15 +24,6 @@ from tests.optim.kernels.cases import (
 )
 
 REFERENCE = TorchKernel()
-
-
-@pytest.fixture(params=["numba", pytest.param("triton", marks=[needs_triton, needs_gpu_or_interpreter])])
-def kernel(request: pytest.FixtureRequest) -> Kernel:
-    return get_kernel(request.param, place(request.param))
-
-
-def place(name: str) -> torch.device:
-    return torch.device("cpu" if name == "numba" or INTERPRETED else "cuda")
 
 
 def ranges(kernel: Kernel) -> tuple[tuple[int, int], ...]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
 from smezo_pl.optim.noise import MASK, ROUNDING, Stream, normals, signs, words16
 
@@ -100,3 +104,136 @@ def reference_step(
             rounded = moved.to(p.dtype)
         p.copy_(torch.where(chosen[name], rounded, start[name]))
     return losses, gradients
+
+
+FACTORS = 1 << 23
+"""Samples from here on are those of factors and signs."""
+
+
+def row_direction(shape: torch.Size, where: Stream, row: int, rank: int | None, noise: str) -> list[tuple]:
+    """The outer products ``(a, b)`` of a row's direction: bfloat16; without a rank its signs."""
+    n, m = (shape[:-1].numel(), shape[-1]) if len(shape) > 1 else (1, shape[-1])
+    padded_n, padded_m = (-(-size // 1024) * 1024 for size in (n, m))
+    make = normals if noise == "gaussian" and rank is not None else signs
+    terms = []
+    for j in range(rank or 1) if len(shape) > 1 else range(1):
+        start = (row * (rank or 1) + j) * (padded_n + padded_m) if len(shape) > 1 else row * padded_m
+        stream = Stream(where.seed, where.step, where.sample + FACTORS, where.tensor, start)
+        a = torch.ones(1) if len(shape) < 2 else make(stream, n)
+        b = make(stream if len(shape) < 2 else stream.part(padded_n), m)
+        terms.append((a.bfloat16(), b.bfloat16()))
+    return terms
+
+
+def direction_of(theta: Tensor, where: Stream, row: int, rank: int | None, noise: str) -> Tensor:
+    """``Z_r`` in float64, without the mask and the noise that sign flips multiply with."""
+    terms = row_direction(theta.shape, where, row, rank, noise)
+    total = sum(torch.outer(a.double(), b.double()) for a, b in terms)
+    return (total / len(terms) ** 0.5).view(theta.shape)
+
+
+@torch.no_grad()
+def reference_update(
+    theta: Tensor,
+    where: list[Stream],
+    coefficients: list[float],
+    *,
+    lr: float,
+    rank: int | None,
+    noise: str,
+    rows_apart: bool,
+    rows: int,
+    weight_decay: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The weights after a step along directions of low rank or flipped signs, element by element as documented.
+
+    ``where`` are the streams of scheme 1, one for each sample; ``coefficients`` are ordered by sample, then row.
+    """
+    work = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    wide, delta = theta.to(work), None
+    if not rows_apart:
+        coefficients = [math.fsum(coefficients[i : i + rows]) / rows for i in range(0, len(coefficients), rows)]
+        rows = 1
+    flat = wide.reshape(-1, theta.shape[-1]) if theta.dim() > 1 else wide.view(1, -1)
+    for index, c in enumerate(coefficients):
+        sample, row = divmod(index, rows)
+        if rank is None and not rows_apart:
+            z = draw(noise, where[sample], flat).to(work)
+            term = z * torch.tensor(lr * c / len(coefficients), dtype=work)
+            delta = term if delta is None else delta + term
+            continue
+        terms = row_direction(theta.shape, where[sample], row, rank, noise)
+        scale = torch.tensor(lr * c / len(coefficients) * (1.0 / math.sqrt(len(terms))), dtype=work)
+        for a, b in terms:
+            term = (scale * a.to(work))[:, None] * b.to(work)[None, :]
+            delta = term if delta is None else delta + term
+    if rank is None and rows_apart:
+        delta = delta * draw(noise, where[0], flat).to(work)
+    if weight_decay:
+        delta = delta + torch.tensor(lr * weight_decay, dtype=work) * flat
+    moved = (flat - delta).view(theta.shape)
+    if theta.element_size() == 2:
+        words = words16(where[0], ROUNDING, theta.numel())
+        moved = stochastic_round(moved, theta.dtype, words)
+    moved = moved.to(theta.dtype)
+    return moved if mask is None else torch.where(mask, moved, theta)
+
+
+class RowByRow:
+    """Stands for an attached network: every row of a batch is run on weights that were really changed for it.
+
+    Args:
+        model: The network.
+        row_loss: The loss of one row, from what the network makes of it and the row's target.
+        shared: Names of the parameters that all rows share.
+    """
+
+    write_seconds, rows = 0.0, 0
+
+    def __init__(self, model: nn.Module, row_loss, shared=()) -> None:
+        self.module, self.row_loss, self.read, self.learned = model, row_loss, set(), 0
+        self.named = dict(model.named_parameters())
+        self.shared, self.direction = {id(self.named[name]) for name in shared}, None
+
+    def learn(self, closure, step, strict) -> set[int]:
+        self.learned += 1
+        return self.shared
+
+    def watch(self, parameters) -> None:
+        self.read = {id(parameter) for parameter in parameters}
+
+    def extra_bytes(self) -> int:
+        return 0
+
+    @contextmanager
+    def perturbed(self, direction):
+        self.direction = direction
+        yield
+        self.direction = None
+
+    def changed(self, parameter: nn.Parameter, rows: int) -> Tensor:
+        """The perturbed weights of every row, ``[rows, ...]``."""
+        theta, direction = parameter.detach(), self.direction
+        if not direction.rows_apart(parameter):
+            out = torch.empty(theta.numel(), dtype=theta.dtype)
+            direction.perturb(parameter, out)
+            return out.view(theta.shape).expand(rows, *theta.shape)
+        left, right, scale = direction.factors(parameter, range(rows))
+        left = torch.ones(rows, right.shape[1], 1) if left is None else left
+        work = torch.promote_types(theta.dtype, torch.float32)
+        delta = torch.einsum("rjn,rjm->rnm", left.to(work), right.to(work)).reshape(rows, *theta.shape)
+        if direction._step.directions.rank is None:
+            z = torch.empty(theta.numel(), dtype=theta.dtype)
+            direction.draw(parameter, z)
+            delta = delta * z.view(theta.shape).to(work)
+        return (theta.to(work) + scale * delta).to(theta.dtype)
+
+    def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The closure's result: one loss per row."""
+        weights = {name: self.changed(parameter, len(inputs)) for name, parameter in self.named.items()}
+
+        def one(own, x, y):
+            return self.row_loss(functional_call(self.module, own, (x[None],))[0], y)
+
+        return vmap(one)(weights, inputs, targets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -110,18 +111,22 @@ FACTORS = 1 << 23
 """Samples from here on are those of factors and signs."""
 
 
+@cache
+def factor(noise: str, stream: Stream, numel: int) -> Tensor:
+    return (normals if noise == "gaussian" else signs)(stream, numel).bfloat16()
+
+
 def row_direction(shape: torch.Size, where: Stream, row: int, rank: int | None, noise: str) -> list[tuple]:
     """The outer products ``(a, b)`` of a row's direction: bfloat16; without a rank its signs."""
     n, m = (shape[:-1].numel(), shape[-1]) if len(shape) > 1 else (1, shape[-1])
     padded_n, padded_m = (-(-size // 1024) * 1024 for size in (n, m))
-    make = normals if noise == "gaussian" and rank is not None else signs
+    noise = "rademacher" if rank is None else noise
     terms = []
     for j in range(rank or 1) if len(shape) > 1 else range(1):
         start = (row * (rank or 1) + j) * (padded_n + padded_m) if len(shape) > 1 else row * padded_m
         stream = Stream(where.seed, where.step, where.sample + FACTORS, where.tensor, start)
-        a = torch.ones(1) if len(shape) < 2 else make(stream, n)
-        b = make(stream if len(shape) < 2 else stream.part(padded_n), m)
-        terms.append((a.bfloat16(), b.bfloat16()))
+        a = torch.ones(1, dtype=torch.bfloat16) if len(shape) < 2 else factor(noise, stream, n)
+        terms.append((a, factor(noise, stream if len(shape) < 2 else stream.part(padded_n), m)))
     return terms
 
 

@@ -90,7 +90,7 @@ def logits_at(model: nn.Module, input_ids: Tensor, row: Tensor, positions: Tenso
         selected.append(True)
         return (at_rows(args[0][row, positions + virtual].unsqueeze(0), row), *args[1:])
 
-    handle = None if head is None else head.register_forward_pre_hook(select)
+    handle = None if head is None else head.register_forward_pre_hook(select, prepend=True)
     try:
         with row_by_row(model, limited):
             logits: Tensor = model(input_ids=input_ids, **inputs).logits

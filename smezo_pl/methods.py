@@ -310,6 +310,17 @@ def log_method(module: Any) -> None:
     logger.info("method %s (%s): %s%s", name, METHODS[name].summary, counts, settings)
 
 
+def log_directions(optimizer: Any) -> None:
+    """Log which directions the first step took, where they are not the papers'."""
+    kind, rank, rule = optimizer.directions, optimizer.rank, optimizer.coefficients
+    if (kind, rank, rule) == ("shared", None, "raw"):
+        return
+    rows = optimizer.last_step.rows
+    of = f"one for each of the {rows} rows of the first batch" if kind == "per_row" else "one for the batch"
+    noise = ("sign flips" if kind == "per_row" else "full noise") if rank is None else f"rank {rank}"
+    logger.info("directions %s (%s), %s, coefficients %s", kind, of, noise, rule)
+
+
 def trained_only(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a module's state that are trained; all of them if nothing is frozen."""
     trained = {name: p.requires_grad for name, p in module.named_parameters()}

@@ -250,6 +250,7 @@ class SparseMeZOModule(LightningModule):
         resume.restore(self.trainer)
         self.model.eval()
         self.trainer.should_stop |= self.method == "zero-shot"
+        self._is_first_step = True
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One step of the optimizer on one batch."""
@@ -258,6 +259,9 @@ class SparseMeZOModule(LightningModule):
             loss = self.baseline.step(self, parts)
         else:
             loss = self.optimizers().step(closure=lambda: self.batch_loss(parts))  # type: ignore[union-attr]
+            if self._is_first_step:
+                methods.log_directions(self.trainer.optimizers[0])
+        self._is_first_step = False
         self.log("train/loss", loss, prog_bar=True, batch_size=batch_size(batch))
         scheduler = self.lr_schedulers()
         if scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

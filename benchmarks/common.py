@@ -85,8 +85,8 @@ def random_llama(hidden: int, layers: int, dtype: torch.dtype, device: str = "cp
         torch.set_default_dtype(before)
 
 
-def last_position_loss(model: nn.Module, batch: int, length: int, device: str = "cpu") -> Callable[[], Tensor]:
-    """A closure: cross-entropy at the last position of one batch of random tokens, logits nowhere else."""
+def last_position_losses(model: nn.Module, batch: int, length: int, device: str = "cpu") -> Callable[[], Tensor]:
+    """A closure: cross-entropy of each row at the last position of random tokens, logits nowhere else."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     ids = torch.randint(3, vocabulary, (batch, length), generator=generator).to(device)
@@ -95,7 +95,7 @@ def last_position_loss(model: nn.Module, batch: int, length: int, device: str = 
     def closure() -> Tensor:
         with torch.no_grad():
             logits = model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1]
-            return nn.functional.cross_entropy(logits.float(), targets)
+            return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
     return closure
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import DTYPES, last_position_loss, machine, parser_of, print_table, random_llama, smollm2, write_json
+from common import DTYPES, last_position_losses, machine, parser_of, print_table, random_llama, smollm2, write_json
 
 ROWS = ["forward", "layerwise", "layerwise, constant mask", "in_place", "in_place, dense"]
 
@@ -40,7 +40,11 @@ def measure(row: str, options: argparse.Namespace) -> dict[str, Any]:
         warm.step(lambda: first(torch.zeros(1, 1, dtype=torch.long)).sum())
         warm.attach(first)
     model = random_llama(64, 1, dtype) if options.small else smollm2(dtype)
-    closure = last_position_loss(model, options.batch, options.length)
+    losses = last_position_losses(model, options.batch, options.length)
+
+    def closure() -> float:
+        return float(losses().mean())
+
     if row == "forward":
         run = closure
     else:

@@ -14,7 +14,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
-from common import DTYPES, last_position_loss, machine, parser_of, print_table, random_llama, write_json
+from common import DTYPES, last_position_losses, machine, parser_of, print_table, random_llama, write_json
 from step import measure
 
 MODELS = ((256, 4), (512, 8), (1024, 8), (1536, 16), (2048, 18))  # hidden units, layers: 10 M to 1 B weights
@@ -30,9 +30,9 @@ def point(hidden: int, layers: int, batch: int, length: int, options: argparse.N
     size = weights * next(model.parameters()).element_size()
     settings = argparse.Namespace(**vars(options))
     settings.rounds = 2 if 2 * weights * batch * length * 6 > BUDGET else options.rounds
-    closure = last_position_loss(model, batch, length, options.device)
-    rows = {row["name"]: row for row in measure(model, closure, settings, references=False)}
-    del model, closure
+    losses = last_position_losses(model, batch, length, options.device)
+    rows = {row["name"]: row for row in measure(model, losses, settings, references=False)}
+    del model, losses
     gc.collect()
     return {
         "hidden": hidden,

@@ -4,15 +4,17 @@
     python benchmarks/step.py --hidden 1024 --layers 12 --dtype fp32
     python benchmarks/step.py --pretrained none --hidden 4096 --layers 32 --dtype bf16 --length 256 --device cuda
 
-Rows: the two forwards alone (ratio 1), this package layer by layer and in place, and two reference loops written out
-below: MeZO (four passes of `torch.normal` over the weights) and the same with a stored boolean mask, as public
-implementations of Sparse MeZO have it. All score the last position of the same batch.
+Rows: the two forwards alone (ratio 1); this package layer by layer, with a direction of rank 1 for the batch, with one
+for each row, and with sign flips for each row; in place; and two reference loops written out below: MeZO (four passes
+of `torch.normal` over the weights) and the same with a stored boolean mask, as public implementations of Sparse MeZO
+have it. All score the last position of the same batch.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from common import (
     DTYPES,
     interleave,
-    last_position_loss,
+    last_position_losses,
     machine,
     parser_of,
     print_table,
@@ -82,7 +84,7 @@ def boolean_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
 
 
 def measure(
-    model: nn.Module, closure: Callable[[], Tensor], arguments: argparse.Namespace, references: bool = True
+    model: nn.Module, losses: Callable[[], Tensor], arguments: argparse.Namespace, references: bool = True
 ) -> list[dict[str, Any]]:
     """Rows of one model: name, seconds, ratio to two forwards, spread, rounds, extra bytes."""
     settings = {
@@ -92,8 +94,12 @@ def measure(
         "noise": arguments.noise,
         "kernel": arguments.kernel,
     }
-    layerwise = SparseMeZO(model.named_parameters(), **settings)
-    in_place = SparseMeZO(model.named_parameters(), **settings)
+
+    def optimizer(**more: Any) -> SparseMeZO:
+        return SparseMeZO(model.named_parameters(), **settings, **more)
+
+    def closure() -> Tensor:
+        return losses().mean()
 
     def two_forwards() -> None:
         float(closure()) + float(closure())
@@ -101,9 +107,17 @@ def measure(
     largest = max(p.numel() * p.element_size() for p in model.parameters())
     weights = sum(p.numel() for p in model.parameters())
     steps: dict[str, Callable[[], object]] = {"two_forwards": two_forwards}
-    # hooks are registered once, as in a run; detached they would cost the other rows nothing measurable
-    layerwise.attach(model)
-    steps["layerwise"] = lambda: layerwise.step(closure)
+    in_place = optimizer()
+    attached = {
+        "layerwise": (optimizer(), closure),
+        "rank_1": (optimizer(rank=1), closure),
+        "rank_1_per_row": (optimizer(directions="per_row", rank=1), losses),
+        "sign_flips_per_row": (optimizer(directions="per_row"), losses),
+    }
+    # hooks are registered once, as in a run; those of others cost a row nothing measurable
+    for name, (own, forward) in attached.items():
+        own.attach(model)
+        steps[name] = partial(own.step, forward)
     steps["in_place"] = lambda: in_place.step(closure)
     rounds = dict.fromkeys(steps, arguments.rounds)
     extra = {}
@@ -116,8 +130,9 @@ def measure(
         rounds.update(mezo_reference=few, sparse_reference=few)
         extra.update(mezo_reference=largest, sparse_reference=largest + weights)
     seconds = interleave(steps, rounds, arguments.device)
-    extra.update(layerwise=layerwise.extra_bytes(), in_place=in_place.extra_bytes())
-    layerwise.detach()
+    extra.update({name: own.extra_bytes() for name, (own, _) in attached.items()}, in_place=in_place.extra_bytes())
+    for own, _ in attached.values():
+        own.detach()
     return rows_of(seconds, "two_forwards", extra)
 
 
@@ -148,8 +163,8 @@ def main(args: list[str] | None = None) -> None:
         name = f"random Llama, hidden {hidden}, {arguments.layers} layers"
         model = random_llama(hidden, arguments.layers, dtype, arguments.device)
     weights = sum(p.numel() for p in model.parameters())
-    closure = last_position_loss(model, arguments.batch, arguments.length, arguments.device)
-    rows = measure(model, closure, arguments)
+    losses = last_position_losses(model, arguments.batch, arguments.length, arguments.device)
+    rows = measure(model, losses, arguments)
     about = machine(arguments.device)
     print(
         f"{name}, {weights / 1e6:.1f} M weights, {arguments.dtype}, {arguments.noise}, s {arguments.sparsity}, ", end=""

@@ -278,7 +278,8 @@ class Layerwise:
         weight = module.weight
         plain = len(held.slots) == len(held.copied) == 1 and held.slots[0].guard is weight and len(args) == 1
         # any other pre-hook could look at the weight or the indices; unique() would make a GPU wait for the host
-        alone = len(module._forward_pre_hooks) == 1 and module.max_norm is None and weight.device.type == "cpu"
+        alone = all(isinstance(hook, _Hook) for hook in module._forward_pre_hooks.values())
+        alone &= module.max_norm is None and weight.device.type == "cpu"
         if not (plain and alone and isinstance(args[0], Tensor)) or weight.shape[1] % 8:
             return None
         rows, inverse = torch.unique(args[0], return_inverse=True)

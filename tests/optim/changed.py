@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ EPS = 1e-2
 
 def build_optimizer(model: nn.Module, **settings) -> SparseMeZO:
     """An attached optimizer whose steps change nothing."""
-    settings = {"lr": 0.0, "eps": EPS, "kernel": "torch", "sparsity": 0.6, **settings}
+    settings = {"lr": 0.0, "eps": EPS, "sparsity": 0.6, **settings}
     optimizer = SparseMeZO(model.named_parameters(), **settings)
     optimizer.attach(model)
     return optimizer
@@ -31,7 +32,7 @@ def direction(optimizer: SparseMeZO, name: str, tensor: Tensor, number: int, row
         noise = Stream(optimizer.seed, 0, sample if is_shared else 0, number)
         z = draw("gaussian", noise, tensor.numel(), "cpu").double()
         bits = optimizer.packed_masks([name])[name].numpy()
-        mask = torch.from_numpy(__import__("numpy").unpackbits(bits, bitorder="little")[: tensor.numel()])
+        mask = torch.from_numpy(numpy.unpackbits(bits, bitorder="little")[: tensor.numel()])
         z = (z * mask).view(tensor.shape)
         if is_shared:
             return z

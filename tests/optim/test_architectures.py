@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from smezo_pl.optim import SparseMeZO
+from tests.optim.changed import check_rows
 
 LLAMA = {
     "vocab_size": 64,
@@ -101,16 +102,16 @@ def build(name: str) -> nn.Module:
         return auto.from_config(config).eval()
 
 
-def forward_loss(model: nn.Module, name: str) -> Tensor:
+def forward_loss(model: nn.Module, name: str, padded: bool = True, reduction: str = "mean") -> Tensor:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 64, (3, 7), generator=generator)
     mask = torch.ones_like(ids)
-    mask[0, :2] = 0
+    mask[0, :2] = not padded
     extra: dict[str, object] = {"decoder_input_ids": ids[:, :4]} if name == "T5" else {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         extra["logits_to_keep"] = 1  # torch takes another path for the head's non-contiguous input
     logits = model(input_ids=ids, attention_mask=mask, **extra).logits
-    return nn.functional.cross_entropy(logits[:, -1].float(), ids[:, 0])
+    return nn.functional.cross_entropy(logits[:, -1].to(model.dtype), ids[:, 0], reduction=reduction)
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *MASKED, "T5"])
@@ -128,3 +129,36 @@ def test_both_modes_give_the_same_losses(name: str) -> None:
         losses[mode] = reports
     assert losses["layerwise"] == losses["in_place"]
     assert all(plus != minus for report in losses["layerwise"] for plus, minus in report)
+
+
+FAST = [("OPT", 1), ("GPT2", 1), ("Gemma", 1), ("Mixtral", 1), ("Falcon", 1), ("Bert", None), ("T5", None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        pytest.param(name, rank, marks=[] if (name, rank) in FAST else pytest.mark.slow)
+        for name in (*CAUSAL, *MASKED, "T5")
+        for rank in (1, 2, None)
+    ],
+)
+def test_each_row_sees_its_own_direction(name: str, rank: int | None) -> None:
+    model = build(name).double()
+    model.set_experts_implementation("eager")  # the others know no float64
+    # in float64 the additive masks of some are minus infinity where nothing is left to attend to
+    padded = name not in ("Gemma2", "Bloom", "Mpt")
+    optimizer = check_rows(model, lambda: forward_loss(model, name, padded, "none"), 3, rank)
+    names = dict(zip(optimizer.param_groups[0]["numbers"], optimizer.param_groups[0]["names"], strict=True))
+    shared = {name for number, name in names.items() if optimizer.last_step.shared >> number & 1}
+    assert all("experts" in name or "relative_attention_bias" in name for name in shared)
+
+
+def test_adapters_see_the_direction_of_each_row() -> None:
+    import peft
+
+    targets = {"target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"]}
+    model = (
+        peft.get_peft_model(build("Llama"), peft.LoraConfig(r=2, init_lora_weights=False, **targets)).double().eval()
+    )
+    optimizer = check_rows(model, lambda: forward_loss(model, "Llama", True, "none"), 3, 1)
+    assert optimizer.last_step.shared == 0

@@ -13,9 +13,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from smezo_pl.optim import SparseMeZO
 from smezo_pl.optim.rows import at_rows, rows
 from tests.optim.changed import build_optimizer, check_rows, losses_of_changed
-from tests.optim.networks import NETWORKS, Attention, Experts, SharedTwice, TiedLanguageModel, build
+from tests.optim.networks import (
+    NETWORKS,
+    Attention,
+    Experts,
+    FunctionalHead,
+    ReturnsItsWeight,
+    SharedTwice,
+    TiedLanguageModel,
+    build,
+)
 
 ROWS = 4
+FAST = [(TiedLanguageModel, 1), (FunctionalHead, 1), (Experts, None), (SharedTwice, 3)]
+RANKS = [1, pytest.param(2, marks=pytest.mark.slow), None]
+CASES = [
+    pytest.param(kind, rank, marks=[] if (kind, rank) in FAST else pytest.mark.slow)
+    for kind in NETWORKS
+    for rank in (1, 3, None)
+]
 
 
 def batch(count: int = ROWS, length: int = 5) -> tuple[Tensor, Tensor]:
@@ -32,14 +48,13 @@ def closure_of(model: nn.Module, count: int = ROWS, length: int = 5):
     return lambda: row_losses(model, ids, targets)
 
 
-@pytest.mark.parametrize("rank", [1, 3, None])
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize(("kind", "rank"), CASES)
 def test_losses_are_those_of_changed_weights(kind: type[nn.Module], rank: int | None) -> None:
     model = build(kind, torch.float64)
     check_rows(model, closure_of(model), ROWS, rank, num_samples=2)
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("kind", [TiedLanguageModel, FunctionalHead, Experts, ReturnsItsWeight])
 def test_a_shared_direction_of_low_rank(kind: type[nn.Module]) -> None:
     model = build(kind, torch.float64)
     losses = closure_of(model)
@@ -59,7 +74,7 @@ class Various(nn.Module):
             self.weight = nn.Parameter(torch.rand(8))
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.rms_norm(x, (8,)) * (1.0 + self.weight.double())
+            return (F.rms_norm(x.double(), (8,)) * (1.0 + self.weight.double())).type_as(x)
 
     class Scaled(nn.Embedding):
         def forward(self, ids: Tensor) -> Tensor:
@@ -92,7 +107,7 @@ class Various(nn.Module):
         return self.head(h + routed.view(h.shape).to(h.dtype))
 
 
-@pytest.mark.parametrize("rank", [1, 2, None])
+@pytest.mark.parametrize("rank", RANKS)
 def test_functions_that_weights_are_given_to(rank: int | None) -> None:
     model = build(Various, torch.float64)
     optimizer = check_rows(model, closure_of(model), ROWS, rank)
@@ -100,7 +115,7 @@ def test_functions_that_weights_are_given_to(rank: int | None) -> None:
     assert optimizer.unread() == []
 
 
-@pytest.mark.parametrize("rank", [1, 2, None])
+@pytest.mark.parametrize("rank", RANKS)
 def test_subsets_and_orders_of_rows(rank: int | None) -> None:
     model = build(Various, torch.float64)
     ids, targets = batch()
@@ -126,7 +141,7 @@ def test_subsets_and_orders_of_rows(rank: int | None) -> None:
     torch.testing.assert_close(found[2], found[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rank", [1, 2, None])
+@pytest.mark.parametrize("rank", RANKS)
 def test_positions_that_were_picked_out(rank: int | None) -> None:
     class Picks(TiedLanguageModel):
         def __init__(self) -> None:
@@ -252,8 +267,8 @@ def test_a_network_that_mixes_rows_is_refused() -> None:
     losses = closure_of(model)
     optimizer = build_optimizer(model, directions="per_row", rank=1)
     with pytest.raises(RuntimeError, match=r"mixes the rows of a batch .* use directions='shared'"):
-        optimizer.step(lambda: losses() + losses().mean() * 1e-3)
-    model.hidden = nn.Sequential(model.hidden, nn.BatchNorm1d(5, track_running_stats=False))
+        optimizer.step(lambda: (found := losses()) + found.mean() * 1e-3)
+    model.hidden = nn.Sequential(model.hidden, nn.BatchNorm1d(5, track_running_stats=False).double())
     optimizer = build_optimizer(model, directions="per_row", rank=1)
     with pytest.raises(RuntimeError, match="mixes the rows"):
         optimizer.step(losses)
@@ -287,9 +302,9 @@ def test_a_closure_must_run_the_network() -> None:
         optimizer.step(lambda: model.embedding(ids).sum((1, 2)))
     with rows(torch.arange(ROWS)):
         optimizer.step(lambda: model.embedding(ids).sum((1, 2)))
-    with pytest.raises(RuntimeError, match=r"rows\(...\) numbers 2 rows, the forward inside the block has 4"):
-        with rows(torch.arange(2)):
-            optimizer.step(closure_of(model))
+    refusal = pytest.raises(RuntimeError, match=r"rows\(...\) numbers 2 rows, the forward inside the block has 4")
+    with refusal, rows(torch.arange(2)):
+        optimizer.step(closure_of(model))
 
 
 def test_writes_are_refused() -> None:
@@ -333,7 +348,7 @@ def test_what_no_forward_reads_is_left_alone() -> None:
     assert optimizer.unread() == ["spare.weight", "spare.bias"]
 
 
-@pytest.mark.parametrize("rank", [1, 2, None])
+@pytest.mark.parametrize("rank", RANKS)
 def test_inference_mode_and_autocast(rank: int | None) -> None:
     found = []
     for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):

@@ -63,6 +63,14 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], Callable[[], list[Callback]]]] =
         {"dtype": "bfloat16", "routed": True, "kernel": "numba"},
         lambda: [MaskRefresh(every_n_steps=7), SeedCheckpoint(every_n_steps=3, anchor_every_n_steps=6)],
     ),
+    "bf16, rank 1 per row, moving coefficients, anchors": (
+        {"directions": "per_row", "rank": 1, "coefficients": "moving", "dtype": "bfloat16", "kernel": "numba"},
+        lambda: [SeedCheckpoint(every_n_steps=3, anchor_every_n_steps=6)],
+    ),
+    "sign flips per row by ranks, 2 samples, masks refreshed": (
+        {"directions": "per_row", "coefficients": "ranks", "num_samples": 2, "kernel": "numba"},
+        lambda: [MaskRefresh(every_n_steps=4), SeedCheckpoint(every_n_steps=3)],
+    ),
     "random masks, refreshed by epoch": (
         {"mask": "random", "kernel": "numba"},
         lambda: [MaskRefresh(every_n_epochs=1), SeedCheckpoint(every_n_steps=3)],

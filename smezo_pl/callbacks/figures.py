@@ -28,7 +28,7 @@ def gradient_figure(gradients: Sequence[float]) -> Figure:
     axes.axvline(0.0, color="black", linewidth=0.8)
     mean, deviation = fmean(gradients), pstdev(gradients)
     axes.set_title(f"Projected gradients, last {len(gradients)}: mean {mean:.3g}, spread {deviation:.3g}", fontsize=10)
-    axes.set(xlabel="g = (l+ - l-) / (2 eps)", ylabel="steps")
+    axes.set(xlabel="g = (l+ - l-) / (2 eps)", ylabel="number of them")
     plain_axes(axes)
     return figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from time import perf_counter
@@ -14,7 +15,8 @@ from smezo_pl.callbacks.common import log_scalars, zeroth_order_optimizer
 from smezo_pl.callbacks.figures import density_figure, gradient_figure
 from smezo_pl.callbacks.mask_refresh import churn, density, sampled_names
 from smezo_pl.data.batch import batch_size
-from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim import SparseMeZO, StepRecord
+from smezo_pl.optim.parameters import float32
 
 
 class ZerothOrderMonitor(Callback):
@@ -25,8 +27,11 @@ class ZerothOrderMonitor(Callback):
     | name | value |
     |---|---|
     | ``zo/loss_plus``, ``zo/loss_minus`` | loss at ``theta + eps m z`` and ``theta - eps m z`` |
-    | ``zo/projected_gradient`` | ``(l+ - l-) / (2 eps)``, mean over the samples |
-    | ``zo/gradient_abs_q10``, ``_q50``, ``_q90`` | quantiles of its magnitude over the last ``window`` steps |
+    | ``zo/projected_gradient`` | ``g = (l+ - l-) / (2 eps)``, mean over the samples; not with a direction per row |
+    | ``zo/gradient_rms`` | with one: root mean square of ``g`` over samples and rows |
+    | ``zo/rows_without_signal`` | with one: fraction of them in which ``g`` is 0 |
+    | ``zo/no_signal_steps`` | with one: steps so far in which all of them were 0 |
+    | ``zo/gradient_abs_q10``, ``_q50``, ``_q90`` | quantiles of the magnitude of ``g`` over the last ``window`` steps |
     | ``zo/lr``, ``zo/eps`` | of the first parameter group |
     | ``zo/skipped_steps`` | steps so far without an update, as a loss was not finite |
     | ``zo/forward_share`` | fraction of the step's time spent in forwards, since last logged |
@@ -59,7 +64,7 @@ class ZerothOrderMonitor(Callback):
             if value is not None and not value >= 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.masks_every_n_steps, self.figures_every_n_steps = masks_every_n_steps, figures_every_n_steps
-        self._gradients: deque[float] = deque(maxlen=window)
+        self._gradients: deque[list[float]] = deque(maxlen=window)  # of each step
         self._masks: dict[str, torch.Tensor] = {}
         self._reset()
 
@@ -87,7 +92,8 @@ class ZerothOrderMonitor(Callback):
         self._examples += batch_size(batch) * trainer.world_size
         self._forward += record.forward_seconds
         self._total += record.total_seconds
-        self._gradients.extend(record.projected_gradients)
+        if not record.skipped:
+            self._gradients.append(_gradients_of(record))
         if not trainer.loggers:
             return
         scalars: dict[str, float] = {}
@@ -113,10 +119,10 @@ class ZerothOrderMonitor(Callback):
 
     def _scalars(self, optimizer: SparseMeZO, device: torch.device) -> dict[str, float]:
         record = optimizer.last_step
-        samples = len(record.losses)
+        pairs = len(record.losses)
         scalars = {
-            "zo/loss_plus": sum(plus for plus, _ in record.losses) / samples,
-            "zo/loss_minus": sum(minus for _, minus in record.losses) / samples,
+            "zo/loss_plus": sum(plus for plus, _ in record.losses) / pairs,
+            "zo/loss_minus": sum(minus for _, minus in record.losses) / pairs,
             "zo/lr": record.lr[0],
             "zo/eps": record.eps[0],
             "zo/skipped_steps": float(optimizer.skipped_steps),
@@ -124,9 +130,15 @@ class ZerothOrderMonitor(Callback):
             "zo/examples_per_second": self._examples / self._seconds,
         }
         if not record.skipped:
-            scalars["zo/projected_gradient"] = sum(record.projected_gradients) / samples
+            gradients = _gradients_of(record)
+            if optimizer.directions == "shared":
+                scalars["zo/projected_gradient"] = sum(gradients) / pairs
+            else:
+                scalars["zo/gradient_rms"] = math.sqrt(sum(g * g for g in gradients) / pairs)
+                scalars["zo/rows_without_signal"] = gradients.count(0.0) / pairs
+                scalars["zo/no_signal_steps"] = float(optimizer.no_signal_steps)
         if self._gradients:
-            magnitudes = torch.tensor(list(self._gradients), dtype=torch.float64).abs()
+            magnitudes = torch.tensor([g for step in self._gradients for g in step], dtype=torch.float64).abs()
             scalars |= {f"zo/gradient_abs_q{q}": float(magnitudes.quantile(q / 100)) for q in (10, 50, 90)}
         if (peak := peak_memory(device)) is not None:
             scalars["zo/peak_memory_gib"] = peak / 2**30
@@ -138,12 +150,17 @@ class ZerothOrderMonitor(Callback):
         if not writers or not self._gradients:
             return
         figures = {
-            "zo/projected_gradients": gradient_figure(list(self._gradients)),
+            "zo/projected_gradients": gradient_figure([g for step in self._gradients for g in step]),
             "zo/density_by_layer": density_figure(optimizer.mask_stats()),
         }
         for writer in writers:
             for name, figure in figures.items():
                 writer.add_figure(name, figure, trainer.global_step, close=False)
+
+
+def _gradients_of(record: StepRecord) -> list[float]:
+    """The projected gradients, also where the update multiplied with other coefficients."""
+    return [float32((plus - minus) / (2.0 * record.eps[0])) for plus, minus in record.losses]
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -43,8 +43,9 @@ class RunMetrics(Callback):
       the allocator), ``method``, ``curve`` (points of ``curve.png``), ``before`` and ``after`` (each
       ``{"accuracy": ..., "loss": ...}``, or what else the module logs as ``val/...``; null without validation data),
       ``dead`` (only if the last steps had no effect: why), ``seed``, ``data_seed``, ``hyperparameters``,
-      ``precision``, ``perturbation`` (null for first-order methods), ``parameters`` (number of weights by dtype),
-      ``trained_parameters`` (how many of them were trained), ``versions``, ``machine`` (with the kernel);
+      ``precision``, ``perturbation`` (null for first-order methods), ``directions`` (only with one per row: names of
+      the tensors that all rows share, and the number of steps without signal), ``parameters`` (number of weights by
+      dtype), ``trained_parameters`` (how many of them were trained), ``versions``, ``machine`` (with the kernel);
     - ``curve.png``: loss and accuracy over the steps;
 
     and prints a short table and the command that opens TensorBoard.
@@ -254,6 +255,8 @@ def _in_use(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
             get_kernel("torch" if p.dtype == torch.float64 else optimizer.kernel, p.device).name for _, p in trained
         }
         in_use["perturbation"] = "in_place" if optimizer.attached is None else "layerwise"
+        if optimizer.directions == "per_row":
+            in_use["directions"] = {"shared": optimizer.shared(), "no_signal_steps": optimizer.no_signal_steps}
         in_use["machine"]["kernel"] = ", ".join(sorted(kernels))
     return in_use | {"trained_parameters": sum(p.numel() for _, p in trained)}
 

@@ -20,7 +20,7 @@ from smezo_pl.commands.tables import markdown
 from smezo_pl.optim import StepRecord
 from smezo_pl.trajectory.database import is_written
 from smezo_pl.trajectory.exports import load
-from smezo_pl.trajectory.header import TrajectoryError
+from smezo_pl.trajectory.header import DIRECTION_FIELDS, FORMAT, Header, TrajectoryError
 from smezo_pl.trajectory.log import FILE_NAME, Trajectory, is_trajectory, locate
 from smezo_pl.trajectory.settings import listed
 
@@ -96,6 +96,7 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "settings": trajectory.settings,
         "steps": trajectory.next_step,
         "skipped": sum(row.skipped for row in records),
+        "no_signal": sum(not row.skipped and not any(row.projected_gradients) for row in records),
         "refreshes": [row.step for row in records if row.refreshed],
         "lr": list(records[-1].lr) if records else None,
         "loss": {"first": losses[0], "last": losses[-1], "least": min(losses)} if losses else None,
@@ -107,15 +108,25 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "final_weights": trajectory.final_root,
         "versions": header.versions,
         "machine": header.machine,
+        **(_directions(header, records) if header.format > FORMAT else {}),
         **({"unread": unread} if unread else {}),
         **({"changes": changes} if changes else {}),
+    }
+
+
+def _directions(header: Header, records: Sequence[StepRecord]) -> dict[str, Any]:
+    rows = [row.rows for row in records if not row.skipped]
+    return {
+        **{name: getattr(header, name) for name in DIRECTION_FIELDS},
+        **({"rows": [min(rows), max(rows)]} if rows else {}),
+        "shared": records[-1].shared.bit_count() if records else 0,
     }
 
 
 def as_text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
     """The summary of one run for a reader."""
     setting, machine = facts["settings"].get, facts["machine"].get
-    refreshes = max(0, len(facts["refreshes"]) - 1)
+    refreshes, done = max(0, len(facts["refreshes"]) - 1), len(trajectory.records)
     lines = {
         "model": f"{facts['model'] or 'given in Python'}: {facts['weights']:,} weights in {facts['tensors']} tensors, "
         + ", ".join(facts["dtypes"]),
@@ -125,8 +136,11 @@ def as_text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
         f"lr {setting('lr')}, eps {setting('eps')}, noise {facts['noise']}, seed {facts['seed']}, "
         f"samples {facts['samples']}",
         "steps": f"{facts['steps']:,} ({facts['skipped']} skipped, {refreshes} mask refreshes)"
+        + (f"; {facts['no_signal']} without signal, {facts['no_signal'] / done:.1%}" if facts["no_signal"] else "")
         + ("; a run is writing it" if facts["writing"] else ""),
     }
+    if "directions" in facts:
+        lines["directions"] = described_directions(trajectory, facts)
     if "unread" in facts:
         lines["unread"] = (
             f"{facts['unread']} of {len(trajectory.header.active)} tensors take no part: no forward reads them"
@@ -147,6 +161,20 @@ def as_text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
         lines["valid"] = f"up to step {facts['steps']}, which `smezo replay --step` can make; then {facts['damage']}"
     # A line break in a name that the file holds would look like a line of this summary.
     return "\n".join([facts["path"], *(f"  {name:<12} {line.replace(chr(10), '?')}" for name, line in lines.items())])
+
+
+def described_directions(trajectory: Trajectory, facts: dict[str, Any]) -> str:
+    """What directions a run has, in words."""
+    kind = "full noise" if facts["rank"] is None else f"rank {facts['rank']}"
+    if facts["directions"] == "shared":
+        return f"one for the batch, {kind}; coefficients {facts['coefficients']}"
+    low, high = facts.get("rows", [0, 0])
+    rows = f"{low} rows" if low == high else f"{low} to {high} rows"
+    kind = "sign flips" if facts["rank"] is None else kind
+    line = f"one per row, {kind}; {rows} per step; coefficients {facts['coefficients']}"
+    if facts["shared"]:
+        line += f"; {facts['shared']} of {len(trajectory.header.active)} tensors have one for the batch"
+    return line
 
 
 def listing(folder: Path, summaries: Sequence[dict[str, Any]]) -> list[str]:
@@ -170,7 +198,9 @@ def _row(folder: Path, facts: dict[str, Any]) -> dict[str, object]:
     return {
         "run": str(Path(facts["path"]).relative_to(folder)),
         "steps": f"{facts['steps']:,}",
-        "mask": "dense" if setting("mask") == "dense" else f"{setting('mask')} {setting('sparsity')}",
+        "mask": ("dense" if setting("mask") == "dense" else f"{setting('mask')} {setting('sparsity')}")
+        + (", rank {rank}".format(**facts) if facts.get("rank") else "")
+        + (", per row" if facts.get("directions") == "per_row" else ""),
         "lr": setting("lr"),
         "seed": facts["seed"],
         "loss": f"{loss['first']:.4f} -> {loss['last']:.4f}" if loss else None,
@@ -200,11 +230,10 @@ def sparkline(records: Sequence[StepRecord]) -> str:
 def comparison(one: Trajectory, other: Trajectory) -> dict[str, Any]:
     """Whether two runs start from the same weights, and the first step where they differ."""
     same_start = one.header.root == other.header.root
-    fields = ("seed", "noise", "num_samples", "groups", "first_step")
+    fields = ("seed", "noise", "num_samples", "groups", "first_step", *DIRECTION_FIELDS)
     differing = [name for name in fields if getattr(one.header, name) != getattr(other.header, name)]
-    update = attrgetter(
-        "projected_gradients", "lr", "weight_decay", "eps", "sparsity", "skipped", "refreshed", "unread"
-    )
+    names = ("projected_gradients", "lr", "weight_decay", "eps", "sparsity", "skipped", "refreshed", "unread", "shared")
+    update = attrgetter(*names)
     pairs = zip(one.records, other.records, strict=False)
     step = next((a.step for a, b in pairs if update(a) != update(b)), None)
     if not same_start:

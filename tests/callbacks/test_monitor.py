@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from smezo_pl.callbacks import MaskRefresh, ZerothOrderMonitor
+from smezo_pl.callbacks import MaskRefresh, RunMetrics, ZerothOrderMonitor
 from smezo_pl.callbacks.monitor import peak_memory
 from tests.trajectory.runs import Classifier, fit
 
@@ -70,6 +71,31 @@ def test_the_numbers_are_the_optimizers(accumulated: Any) -> None:
     stats = optimizer.mask_stats()
     active = sum(stat.selected for stat in stats) / sum(stat.numel for stat in stats)
     assert events.Scalars("zo/mask_density")[-1].value == pytest.approx(active, rel=1e-6)
+
+
+def test_with_a_direction_per_row_their_size_stands_for_them(tmp_path: Path) -> None:
+    module, logger = Classifier(directions="per_row", rank=1, coefficients="ranks"), CSVLogger(tmp_path, "", "v")
+    monitor = ZerothOrderMonitor(window=3)
+    fit(tmp_path, module, monitor, RunMetrics(), logger=logger, log_every_n_steps=1, max_steps=5)
+    header, *lines = (tmp_path / "v" / "metrics.csv").read_text().splitlines()
+    names = header.split(",")
+    assert "zo/projected_gradient" not in names
+    logged = [line.split(",") for line in lines]
+    last = [values for values in logged if values[names.index("zo/gradient_rms")]][-1]
+    optimizer = module.optimizers(use_pl_optimizer=False)
+    gradients = [(plus - minus) / 2e-3 for plus, minus in optimizer.last_step.losses]
+    assert len(gradients) == 4
+    rms = (sum(g * g for g in gradients) / 4) ** 0.5
+    assert float(last[names.index("zo/gradient_rms")]) == pytest.approx(rms, rel=1e-5)
+    assert float(last[names.index("zo/rows_without_signal")]) == 0.0 == float(last[names.index("zo/no_signal_steps")])
+    assert [len(step) for step in monitor._gradients] == [4, 4, 4], "the last 3 steps, whatever their rows"
+    metrics = json.loads((tmp_path / "v" / "metrics.json").read_text())
+    assert metrics["directions"] == {"shared": [], "no_signal_steps": 0}
+    assert {metrics["hyperparameters"][name] for name in ("directions", "rank", "coefficients")} == {
+        "per_row",
+        1,
+        "ranks",
+    }
 
 
 def test_any_logger_gets_the_scalars(tmp_path: Path) -> None:

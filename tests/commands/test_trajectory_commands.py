@@ -20,7 +20,7 @@ from smezo_pl.optim import SparseMeZO
 from smezo_pl.trajectory import TrajectoryError
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.recorder import Recorder, describe, record
-from tests.trajectory.runs import network, recorded_detour, same
+from tests.trajectory.runs import network, recorded_detour, recorded_rows, same
 
 STEPS = 6
 
@@ -91,6 +91,22 @@ class TestShow:
         smezo("show", tmp_path, "--json")
         facts = json.loads(capsys.readouterr().out)
         assert (facts["unread"], facts["samples"]) == (2, [1, 2])
+
+    def test_a_direction_per_row(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        recorded_rows(tmp_path / "a" / "trajectory.smezo", network(), kernel="numba", coefficients="moving")
+        recorded_detour(tmp_path / "b" / "trajectory.smezo", network(), rank=3)
+        smezo("show", tmp_path / "a", tmp_path / "b")
+        printed = capsys.readouterr().out
+        assert "(1 skipped, 1 mask refreshes); 1 without signal, 12.5%" in printed
+        assert "one per row, sign flips; 3 to 4 rows per step; coefficients moving; 1 of 6 tensors have one" in printed
+        assert "one for the batch, rank 3; coefficients raw" in printed
+        assert "but another groups, directions, rank, coefficients" in printed
+        smezo("show", tmp_path)
+        printed = capsys.readouterr().out
+        assert "small 0.8, per row" in printed and "dense, rank 3" in printed
+        smezo("show", tmp_path / "a", "--json")
+        facts = json.loads(capsys.readouterr().out)
+        assert (facts["rows"], facts["shared"], facts["no_signal"], facts["directions"]) == ([3, 4], 1, 1, "per_row")
 
     def test_while_it_is_written(
         self, run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

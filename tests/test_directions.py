@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
+from smezo_pl.callbacks import SeedCheckpoint, WeightCheckpoint
 from smezo_pl.data import PromptBatch
 from smezo_pl.optim.directions import Factors
 from smezo_pl.optim.kernels import get_kernel
@@ -263,3 +264,22 @@ def test_what_cannot_be_told_row_by_row_is_refused(perceptron: nn.Module, tiny_f
     data = PromptDataModule("demo", num_train=8, batch_size=8, objective="f1_macro")
     with pytest.raises(ValueError, match="objective 'f1_macro' is no mean over the answers.* choose accuracy"):
         trained(SparseMeZOModule(str(tiny_folder), per_row), data)
+
+
+@pytest.mark.parametrize("kind", [SeedCheckpoint, WeightCheckpoint])
+def test_a_run_that_is_resumed_is_the_uninterrupted_one(
+    kind: Any, tiny_folder: Path, texts: str, tmp_path: Path
+) -> None:
+    def fit(folder: Path, steps: int, checkpoint: Path | None = None) -> tuple[SparseMeZOModule, Any]:
+        module = SparseMeZOModule(str(tiny_folder), partial(per_row, coefficients="moving"), micro_batch_size=3)
+        settings: dict[str, Any] = {**QUIET, "enable_checkpointing": True, "max_steps": steps}
+        trainer = Trainer(**settings, callbacks=[kind(str(folder), every_n_steps=2)])
+        trainer.fit(module, texts_data(texts, batch_size=6), ckpt_path=checkpoint)
+        return module, trainer.optimizers[0]
+
+    whole, optimizer = fit(tmp_path / "whole", 5)
+    fit(tmp_path / "parts", 3)
+    resumed, again = fit(tmp_path / "parts", 5, tmp_path / "parts" / "checkpoints" / "last.ckpt")
+    assert again.last_step == optimizer.last_step and optimizer.last_step.rows > 1
+    for (name, one), two in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, two), name

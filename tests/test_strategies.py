@@ -64,9 +64,15 @@ class Apart(SparseMeZOModule):
         loss = super().loss(batch)
         return loss + 0 * self.model.spare(torch.ones(3)).sum() if self.global_rank == 1 else loss
 
+    def losses(self, batch: Any) -> torch.Tensor:
+        losses = super().losses(batch)
+        return losses + 0 * self.model.spare(torch.ones(3)).sum() if self.global_rank == 1 else losses
 
-def fit(model: str, folder: Path, processes: int, *, spoil: bool = False, steps: int = 4) -> SparseMeZOModule:
-    module = Apart(model, partial(SparseMeZO, lr=1e-2, kernel="torch"), micro_batch_size=3)
+
+def fit(
+    model: str, folder: Path, processes: int, *, spoil: bool = False, steps: int = 4, **settings: Any
+) -> SparseMeZOModule:
+    module = Apart(model, partial(SparseMeZO, lr=1e-2, kernel="torch", **settings), micro_batch_size=3)
     data = PromptDataModule("demo", num_train=32, num_dev=10, batch_size=8 // processes)
     strategy: Any = "auto"
     if processes > 1:
@@ -95,6 +101,28 @@ def test_two_processes_hold_the_same_bits_and_train_as_one(tiny_folder: Path, tm
     torch.testing.assert_close(torch.tensor(first["losses"][0]), torch.tensor(one["losses"][0]), rtol=1e-5, atol=0)
     assert first["metrics"].keys() == one["metrics"].keys() == {"train/loss", "val/loss", "val/accuracy"}
     assert first["metrics"]["val/accuracy"] == second["metrics"]["val/accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"rank": 1}, {"sparsity": 0.5}], ids=["rank 1", "flips"])
+def test_two_processes_give_each_example_the_direction_that_one_gives_it(
+    settings: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    settings |= {"directions": "per_row", "coefficients": "ranks"}
+    fit(str(tiny_folder), tmp_path / "one", 1, steps=2, **settings)
+    fit(str(tiny_folder), tmp_path / "two", 2, steps=2, **settings)
+    one, first, second = (torch.load(tmp_path / name) for name in ("one/0", "two/0", "two/1"))
+    assert first["losses"] == second["losses"]
+    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+    whole, parts = torch.tensor(one["losses"][0]), torch.tensor(first["losses"][0])
+    assert whole.shape == (8, 2) and len(set(whole.flatten().tolist())) > 8
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=0)
+    # The differences of both sides are those of the same directions, and so are the updates.
+    torch.testing.assert_close(parts[:, 0] - parts[:, 1], whole[:, 0] - whole[:, 1], rtol=0, atol=2e-6)
+    for a, b in zip(first["weights"][:-2], one["weights"][:-2], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
 def test_replicas_that_differ_are_named(perceptron: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

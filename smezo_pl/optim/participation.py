@@ -86,6 +86,10 @@ class Participation:
             )
         return unread
 
+    def anywhere(self, flag: bool, device: torch.device) -> bool:
+        """Whether something holds in any process."""
+        return self._in_any_process([flag], device)[0]
+
     def _in_any_process(self, flags: list[bool], device: torch.device) -> list[bool]:
         if self.over_processes is None:
             return flags

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -420,7 +421,8 @@ class SparseMeZO(Optimizer):
         number, own, per_row = self.steps_done, self.participation, self._directions.per_row
         step = self._perturbation(number, own.shared)
         if per_row and own.shared is None and self._layerwise is not None:
-            own.share(self._tensors(), self._layerwise.learn(closure, step, self.strict))
+            anywhere = partial(own.anywhere, device=self._tensors()[0].parameter.device)
+            own.share(self._tensors(), self._layerwise.learn(closure, step, self.strict, anywhere))
             step = self._perturbation(number, own.shared)
         # the group's own number says the same as self._refreshed, and outlives a resume between refresh and step
         fresh = any(group["mask_step"] == number for group in self.param_groups)

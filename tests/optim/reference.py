@@ -201,7 +201,7 @@ class RowByRow:
         self.named = dict(model.named_parameters())
         self.shared, self.direction = {id(self.named[name]) for name in shared}, None
 
-    def learn(self, closure, step, strict) -> set[int]:
+    def learn(self, closure, step, strict, anywhere) -> set[int]:
         self.learned += 1
         return self.shared
 

@@ -147,13 +147,16 @@ class Layerwise:
         self._watched = {id(parameter) for parameter in parameters}
         self._is_thorough = len(self._watched) == len(self._names)  # as in the first step
 
-    def learn(self, closure: Closure, step: StepPerturbation, strict: bool) -> set[int]:
+    def learn(
+        self, closure: Closure, step: StepPerturbation, strict: bool, anywhere: Callable[[bool], bool]
+    ) -> set[int]:
         """Find out which weights get one direction for the batch; see `smezo_pl.optim.perturbation.learning`.
 
         Args:
             closure: As for a step.
             step: The perturbation, with a direction for each row of every tensor.
             strict: Whether to refuse such weights.
+            anywhere: Whether something holds in any process.
 
         Returns:
             Ids of the parameters.
@@ -173,7 +176,7 @@ class Layerwise:
             finally:
                 self._probe = self._rowwise.note = None
 
-        return learn(run, step, paths, self._names, strict)
+        return learn(run, step, paths, self._names, strict, anywhere)
 
     @contextmanager
     def perturbed(self, direction: Direction) -> Iterator[None]:

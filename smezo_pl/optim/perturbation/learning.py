@@ -147,6 +147,7 @@ def learn(
     paths: Mapping[int, Sequence[str]],
     names: Mapping[int, str],
     strict: bool,
+    anywhere: Callable[[bool], bool],
 ) -> set[int]:
     """Find out which weights get one direction for the batch, and prove that no row sees another's.
 
@@ -156,6 +157,7 @@ def learn(
         paths: Names of each parameter's slots in the network, by its id.
         names: Names of the parameters, by their ids.
         strict: Whether to refuse weights whose rows cannot be told.
+        anywhere: Whether something holds in any of the processes, all of which must run the closure equally often.
 
     Returns:
         The ids of these weights, and of those that the closure does not use.
@@ -168,13 +170,13 @@ def learn(
     calls = run(trial, uses).calls
     untold = trial.whole | uses.routed()
     shared = untold | uses.unused()
-    if all(count == 1 for count, _ in calls):
+    if not anywhere(any(count > 1 for count, _ in calls)):
         logger.info("the first batch has one row at a time; nothing can be learned of how a batch's rows are treated")
         shared |= uses.doubtful()
-    elif _mixes(run, step, shared):
+    elif _mixes(run, step, shared, anywhere):
         untold |= uses.doubtful()
         shared |= uses.doubtful()
-        if _mixes(run, step, shared):
+        if _mixes(run, step, shared, anywhere):
             raise RuntimeError(
                 "the loss of a row changes when only other rows are perturbed: the model or the loss mixes the rows of "
                 "a batch (a norm over the batch, experts of limited capacity, a loss over pairs), or draws random "
@@ -191,15 +193,21 @@ def learn(
     return shared
 
 
-def _mixes(run: Callable[[Trial, Uses | None], Probe], step: StepPerturbation, shared: set[int]) -> bool:
+def _mixes(
+    run: Callable[[Trial, Uses | None], Probe],
+    step: StepPerturbation,
+    shared: set[int],
+    anywhere: Callable[[bool], bool],
+) -> bool:
     """Whether something changes for the rows of odd numbers of ones when only the others are perturbed."""
     still = run(Trial(step, shared, _is_any), None)
     some_rows = run(Trial(step, shared, _is_odd), None)
-    if not still.differs(some_rows, _is_odd):
+    if not anywhere(still.differs(some_rows, _is_odd)):
         return False
     again = run(Trial(step, shared, _is_any), None)
     # a backend that does not give the same bits twice
-    return not still.differs(again, _is_any) or still.differs(some_rows, _is_odd, 1e-5)
+    is_exact = not still.differs(again, _is_any)
+    return anywhere(still.differs(some_rows, _is_odd, 0.0 if is_exact else 1e-5))
 
 
 def _is_any(row: int) -> bool:

@@ -35,6 +35,9 @@ class Participation:
         self.shared: int | None = None
         self.over_processes: Callable[[Tensor], Tensor] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "over_processes": None}
+
     def unread_of(self, tensors: Sequence[OptimizedTensor]) -> list[OptimizedTensor]:
         """Those of some tensors that take no part."""
         return [tensor for tensor in tensors if self.unread >> tensor.number & 1] if self.unread else []

@@ -38,10 +38,12 @@ class Selection:
 
     Attributes:
         bits: Packed constant masks, by number of the tensor.
+        refreshed: Whether masks were made since the last step.
     """
 
     def __init__(self) -> None:
         self.bits: dict[int, Tensor] = {}
+        self.refreshed = False
 
     @torch.no_grad()
     def make(self, tensors: Sequence[OptimizedTensor], groups: Sequence[dict[str, Any]], step: int) -> None:
@@ -71,6 +73,7 @@ class Selection:
                 self.bits[tensor.number] = kernel.pack(tensor.flat, Mask(group["mask"], threshold=found.value))
         for group in groups:
             group["ready"], group["mask_step"] = True, step
+            self.refreshed = True
         if uneven:
             logger.info("masks: ties keep %d tensors from the density asked for: %s", len(uneven), some(uneven))
         if single:

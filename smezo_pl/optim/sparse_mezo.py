@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -17,7 +16,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from smezo_pl.optim.coefficients import CoefficientsName, coefficients, rounded
 from smezo_pl.optim.directions import SHARED, Directions, DirectionsName
 from smezo_pl.optim.kernels import KernelName
-from smezo_pl.optim.masks import MaskRule, count_ones
+from smezo_pl.optim.masked import Masked
+from smezo_pl.optim.masks import MaskRule
 from smezo_pl.optim.noise import Distribution
 from smezo_pl.optim.parameters import (
     OptimizedTensor,
@@ -29,17 +29,14 @@ from smezo_pl.optim.parameters import (
     check_settings,
     check_state,
     choose,
-    matches,
     remembers_given,
 )
 from smezo_pl.optim.participation import Participation
 from smezo_pl.optim.perturbation import deferred_interrupt, run_forwards
 from smezo_pl.optim.perturbation.layerwise import Closure, Layerwise
-from smezo_pl.optim.selection import MaskStat, Selection
+from smezo_pl.optim.selection import Selection
 from smezo_pl.optim.standstill import Standstill
 from smezo_pl.optim.step import (
-    NON_FINITE_ADVICE,
-    NonFiniteLossError,
     Progress,
     StepPerturbation,
     StepRecord,
@@ -58,14 +55,14 @@ _OF_NOISE = ("seed", "num_samples", "noise")
 """Those that a state brings along."""
 
 _COPIED = (
-    *("given", "overrides", *_SETTINGS, "_scope", "_given", "_progress"),
-    *("_refreshed", "_last_step", "_logged", "_copied_bytes"),
+    *("given", "overrides", *_SETTINGS, "participation"),
+    *("_scope", "_given", "_progress", "_selection", "_last_step", "_logged", "_copied_bytes"),
 )
 """Attributes that a copied or pickled optimizer keeps beside torch's own."""
 
 
 @remembers_given
-class SparseMeZO(Optimizer):
+class SparseMeZO(Masked, Optimizer):
     """Sparse memory-efficient zeroth-order optimizer: two forwards per step, no backward, no optimizer state.
 
     One step with the closure's loss ``L``, weights ``theta`` and, for each tensor, the mask ``m`` of its small weights:
@@ -170,7 +167,8 @@ class SparseMeZO(Optimizer):
             mask, self.given = ("small" if rank is None else "dense"), self.given - {"mask"}
         self._scope = {k: as_patterns(k, v) for k, v in (("include", include), ("exclude", exclude), ("dense", dense))}
         self._given: list[str] = []
-        self._progress, self._refreshed, self._copied_bytes = Progress(), False, 0
+        self._selection, self.participation = Selection(), Participation()
+        self._progress, self._copied_bytes = Progress(), 0
         self._last_step: StepRecord | None = None
         self._logged: set[str] = set()
         self.overrides = []
@@ -184,7 +182,7 @@ class SparseMeZO(Optimizer):
         """Make the parts that are not copied with the optimizer."""
         self._listed: list[OptimizedTensor] = []
         self._layerwise: Layerwise | None = None
-        self._selection, self.participation, self.standstill = Selection(), Participation(), Standstill()
+        self.standstill = Standstill()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, numbered after those given before (see `torch.optim.Optimizer.add_param_group`)."""
@@ -247,28 +245,12 @@ class SparseMeZO(Optimizer):
         self._selection.load_bits(self._tensors(), own["bits"])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: self.__dict__[key] for key in _COPIED}
-        return {**super().__getstate__(), **own, "parts": (self._selection.bits, self.participation.state())}
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in _COPIED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        parts = state.pop("parts", None)
         super().__setstate__(state)
-        if parts is not None:  # a copy; `load_state_dict` comes by here too, and keeps its parts
+        if "given" in state:  # a copy; `load_state_dict` comes by here too
             self._wire()
-            self._selection.bits = parts[0]
-            self.participation.load(parts[1])
-
-    def _tensors(self) -> list[OptimizedTensor]:
-        """The parameters with their groups: listed once, and again when a group was added or replaced."""
-        owned = [(id(tensor), id(group)) for group in self.param_groups for tensor in group["params"]]
-        if owned != [(id(entry.parameter), id(entry.group)) for entry in self._listed]:
-            dense, kernel = self._scope["dense"], self.kernel
-            self._listed = [
-                OptimizedTensor(name, group["params"][index], number, index, matches(name, dense), group, kernel)
-                for group in self.param_groups
-                for index, (name, number) in enumerate(zip(group["names"], group["numbers"], strict=True))
-            ]
-        return self._listed
 
     def attach(self, module: nn.Module) -> None:
         """Perturb layer by layer from now on, inside the module's forward.
@@ -293,85 +275,6 @@ class SparseMeZO(Optimizer):
     def attached(self) -> nn.Module | None:
         """The module given to `attach`, or None."""
         return self._layerwise.module if self._layerwise is not None else None
-
-    def prepare_masks(self) -> None:
-        """Compute the thresholds that are not there yet. The first step does it; call it to see them before."""
-        if waiting := [group for group in self.param_groups if not group["ready"]]:
-            self._selection.make(self._tensors(), waiting, self.steps_done)
-            self._refreshed = True
-
-    def refresh_masks(self, sparsity: float | None = None) -> None:
-        """Compute thresholds, and constant masks, again from the current weights.
-
-        Args:
-            sparsity: New sparsity of every group, in ``[0, 1)``; None keeps each group's own.
-
-        Raises:
-            ValueError: If the sparsity is out of range.
-        """
-        if sparsity is not None:
-            for group in self.param_groups:
-                check_group({**group, "sparsity": sparsity})
-            for group in self.param_groups:
-                group["sparsity"] = sparsity
-        self._selection.make(self._tensors(), self.param_groups, self.steps_done)
-        self._refreshed = True
-
-    def adopt_masks(self, other: SparseMeZO) -> None:
-        """Take masks, and which tensors take part, from an optimizer of the same parameters, as after a replay.
-
-        Raises:
-            ValueError: If it has other parameters.
-        """
-        if [group["names"] for group in other.param_groups] != [group["names"] for group in self.param_groups]:
-            raise ValueError("adopt_masks needs an optimizer of the same parameters in the same groups")
-        for own, theirs in zip(self.param_groups, other.param_groups, strict=True):
-            own.update(thresholds=list(theirs["thresholds"]), ready=theirs["ready"], mask_step=theirs["mask_step"])
-        self._selection.load_bits(self._tensors(), other._selection.bits)
-        self.participation.load(other.participation.state())
-
-    def thresholds(self) -> dict[str, float]:
-        """Threshold of every optimized tensor, by name; infinity where it has none."""
-        self.prepare_masks()
-        return {t.name: math.inf if t.threshold is None else t.threshold for t in self._tensors()}
-
-    def packed_masks(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Current masks by parameter name, one bit per weight (see `smezo_pl.optim.masks.Mask`).
-
-        Args:
-            names: Parameters to look at; None for all.
-        """
-        self.prepare_masks()
-        wanted = None if names is None else set(names)
-        tensors = [tensor for tensor in self._tensors() if wanted is None or tensor.name in wanted]
-        return self._selection.packed(tensors, self.seed, self.steps_done)
-
-    def mask_stats(self) -> list[MaskStat]:
-        """Size, number of active weights and threshold of every optimized tensor."""
-        packed = self.packed_masks()
-        return [MaskStat(t.name, t.parameter.numel(), count_ones(packed[t.name]), t.threshold) for t in self._tensors()]
-
-    def unread(self) -> list[str]:
-        """Names of the tensors that are left alone now.
-
-        The first step, and the first after each refresh of the masks, finds out which tensors its forwards read. The
-        others take no part until a forward reads them. Kernels are seen to read what they get through an operator of
-        torch or by its address.
-        """
-        return [tensor.name for tensor in self.participation.unread_of(self._tensors())]
-
-    def shared(self) -> list[str]:
-        """Names of the tensors with one direction for the batch where the others have one for each row.
-
-        The first step finds out of which tensors the layers that read them do not tell rows apart.
-        """
-        bits = self.participation.shared or 0
-        return [tensor.name for tensor in self._tensors() if bits >> tensor.number & 1]
-
-    @property
-    def steps_done(self) -> int:
-        """Steps done, skipped ones included; the index of the next step."""
-        return self._progress.steps_done
 
     @property
     def skipped_steps(self) -> int:
@@ -424,7 +327,7 @@ class SparseMeZO(Optimizer):
             anywhere = partial(own.anywhere, device=self._tensors()[0].parameter.device)
             own.share(self._tensors(), self._layerwise.learn(closure, step, self.strict, anywhere))
             step = self._perturbation(number, own.shared)
-        # the group's own number says the same as self._refreshed, and outlives a resume between refresh and step
+        # the group's own number says the same as `refreshed`, and outlives a resume between refresh and step
         fresh = any(group["mask_step"] == number for group in self.param_groups)
         watched = own.watched(self._tensors(), fresh)
         losses, forward_seconds, self._copied_bytes, read = run_forwards(
@@ -440,7 +343,7 @@ class SparseMeZO(Optimizer):
             projected_gradients=rounded(numbers) if per_row else numbers,
             **rates_of(self.param_groups),
             skipped=not numbers,
-            refreshed=self._refreshed,
+            refreshed=self._selection.refreshed,
             unread=own.after_forwards(watched, fresh, read, number),
             rows=len(losses) // self.num_samples,
             shared=own.shared or 0,
@@ -450,9 +353,7 @@ class SparseMeZO(Optimizer):
         self.standstill.look(record, step)
         self._apply(record, step)
         self._last_step = replace(record, total_seconds=perf_counter() - started)
-        if (count := self._progress.skipped_in_row) >= self.max_skipped:
-            what = f"the loss was not finite in {count} steps in a row (last pair {losses[-1]})"
-            raise NonFiniteLossError(f"{what}; the weights are those before them. {NON_FINITE_ADVICE}")
+        self._progress.check(self.max_skipped, losses[-1])
         return torch.tensor(self._last_step.loss, dtype=torch.float32)
 
     def replay_step(
@@ -503,7 +404,7 @@ class SparseMeZO(Optimizer):
             if not record.skipped:
                 step.update(record, self.param_groups)
             self._progress.count(record)
-            self._refreshed, self.participation.unread = False, record.unread
+            self._selection.refreshed, self.participation.unread = False, record.unread
             if self._directions.per_row:
                 self.participation.shared = record.shared
 

@@ -116,6 +116,12 @@ class Progress:
         self.no_signal += not record.skipped and not any(record.projected_gradients)
         self.mean_square = record.mean_square
 
+    def check(self, max_skipped: int, losses: tuple[float, float]) -> None:
+        """Raise if too many steps in a row were skipped; ``losses`` are a pair of the last."""
+        if self.skipped_in_row >= max_skipped:
+            what = f"the loss was not finite in {self.skipped_in_row} steps in a row (last pair {losses})"
+            raise NonFiniteLossError(f"{what}; the weights are those before them. {NON_FINITE_ADVICE}")
+
     def state(self) -> dict[str, Any]:
         """The numbers by their names; those that an earlier version did not have where they are not 0."""
         return {name: value for name, value in asdict(self).items() if value or name not in _LATER}

@@ -397,8 +397,9 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped():
 def test_steps_without_a_signal_are_counted_and_said(coefficients, caplog):
     model = network()
     before, optimizer = copy.deepcopy(model), build(model, rank=1, coefficients=coefficients)
-    for _ in range(PATIENCE):
-        optimizer.step(lambda: torch.tensor([1.0, 0.0, 1.0]))
+    with caplog.at_level("WARNING", logger="smezo_pl"):
+        for _ in range(PATIENCE):
+            optimizer.step(lambda: torch.tensor([1.0, 0.0, 1.0]))
     assert optimizer.no_signal_steps == PATIENCE and same(model, before)
     assert "both losses were equal, so no weight was updated" in caplog.text and optimizer.standstill.reason
     run(optimizer, model, 1)

@@ -108,3 +108,11 @@ class Masked:
         torch or by its address.
         """
         return [tensor.name for tensor in self.participation.unread_of(self._tensors())]
+
+    def shared(self) -> list[str]:
+        """Names of the tensors with one direction for the batch where the others have one for each row.
+
+        The first step finds out of which tensors the layers that read them do not tell rows apart.
+        """
+        bits = self.participation.shared or 0
+        return [tensor.name for tensor in self._tensors() if bits >> tensor.number & 1]

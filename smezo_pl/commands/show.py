@@ -77,6 +77,7 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
     losses = [row.loss for row in records if row.losses and not row.skipped]
     recorded = is_trajectory(trajectory.path)
     unread = records[-1].unread.bit_count() if records else 0
+    no_signal = sum(not row.skipped and not any(row.projected_gradients) for row in records)
     changes = {event.steps: event.facts["changes"] for event in trajectory.events_of("settings")}
     samples = list(dict.fromkeys([header.num_samples, *(row.samples for row in records if row.samples)]))
     return {
@@ -96,7 +97,6 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "settings": trajectory.settings,
         "steps": trajectory.next_step,
         "skipped": sum(row.skipped for row in records),
-        "no_signal": sum(not row.skipped and not any(row.projected_gradients) for row in records),
         "refreshes": [row.step for row in records if row.refreshed],
         "lr": list(records[-1].lr) if records else None,
         "loss": {"first": losses[0], "last": losses[-1], "least": min(losses)} if losses else None,
@@ -109,6 +109,7 @@ def summary(trajectory: Trajectory) -> dict[str, Any]:
         "versions": header.versions,
         "machine": header.machine,
         **(_directions(header, records) if header.format > FORMAT else {}),
+        **({"no_signal": no_signal} if no_signal else {}),
         **({"unread": unread} if unread else {}),
         **({"changes": changes} if changes else {}),
     }
@@ -136,7 +137,7 @@ def as_text(trajectory: Trajectory, facts: dict[str, Any]) -> str:
         f"lr {setting('lr')}, eps {setting('eps')}, noise {facts['noise']}, seed {facts['seed']}, "
         f"samples {facts['samples']}",
         "steps": f"{facts['steps']:,} ({facts['skipped']} skipped, {refreshes} mask refreshes)"
-        + (f"; {facts['no_signal']} without signal, {facts['no_signal'] / done:.1%}" if facts["no_signal"] else "")
+        + (f"; {facts['no_signal']} without signal, {facts['no_signal'] / done:.1%}" if "no_signal" in facts else "")
         + ("; a run is writing it" if facts["writing"] else ""),
     }
     if "directions" in facts:

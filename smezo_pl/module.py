@@ -57,7 +57,8 @@ class SparseMeZOModule(LightningModule):
     ``eval()`` mode throughout. Logged: ``train/loss`` at every step (zeroth-order: the mean of both sides),
     ``val/loss``, ``val/accuracy``, ``test/loss`` and ``test/accuracy`` over the whole split (of several dataloaders
     ``val/loss/dataloader_idx_0`` and so on); ``ModelCheckpoint`` and ``EarlyStopping`` can monitor these. For another
-    kind of model subclass and override `loss`; for other metrics override `evaluate_batch`.
+    kind of model subclass and override `loss`, or `losses`, which a direction per row needs; for other metrics override
+    `evaluate_batch`.
 
     Args:
         pretrained: Name on the Hugging Face hub, local folder, GGUF file, or (from Python) a ready ``nn.Module``.

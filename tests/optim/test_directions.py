@@ -83,9 +83,11 @@ CASES = {
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
-@pytest.mark.parametrize("shared", [(), ("cube", "linear.bias")])
+@pytest.mark.parametrize("shared", [(), ("cube", "linear.bias")], ids=["apart", "some shared"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_a_step_is_the_written_out_one(dtype, case, shared):
     kernels = ("torch",) if dtype == torch.float64 else ("torch", "numba")
     for kernel in kernels:
@@ -178,9 +180,9 @@ def test_factors_of_rows_are_the_same_whatever_rows_are_asked_for():
     "settings",
     [
         {"rank": 1},
-        {"rank": 1, "noise": "rademacher"},
-        {"rank": 3},
-        {"mask": "dense"},
+        pytest.param({"rank": 1, "noise": "rademacher"}, marks=pytest.mark.slow),
+        pytest.param({"rank": 3}, marks=pytest.mark.slow),
+        pytest.param({"mask": "dense"}, marks=pytest.mark.slow),
         {"mask": "dense", "noise": "rademacher"},
         {"directions": "shared", "rank": 2},
     ],
@@ -426,7 +428,7 @@ def test_the_update_in_parts_is_the_whole_one(settings, monkeypatch):
 
 
 @needs_two_threads
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["rows", "flips", pytest.param("shared", marks=pytest.mark.slow)])
 def test_steps_do_not_depend_on_threads_or_the_kernel(name):
     results = []
     for threads, kernel in ((1, "numba"), (2, "numba"), (2, "torch")):
@@ -453,3 +455,18 @@ def test_in_place_the_weights_come_back_to_the_same_bits():
         optimizer.step(closure_of(optimizer, model, data))
         losses.append(optimizer.last_step.losses)
     assert same(model, before) and losses[0] != losses[1]
+
+
+def test_rows_of_a_table_are_perturbed_as_the_whole_table_is():
+    model = nn.Embedding(40, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        table, rows = model.to(dtype).weight, torch.tensor([7, 0, 39, 7])
+        optimizer = SparseMeZO([table], rank=3, num_samples=2)
+        direction = step_module.Direction(optimizer._perturbation(2, 0), 1, -1.0)
+        whole, part = torch.empty(320, dtype=dtype), torch.empty(4, 8, dtype=dtype)
+        direction.perturb(table, whole)
+        direction.perturb_rows(table, rows, part)
+        assert torch.equal(whole.view(40, 8)[rows], part) and not torch.equal(part, table[rows])
+    optimizer = SparseMeZO([table], rank=3, directions="per_row")
+    with pytest.raises(RuntimeError, match="'parameter 0' is read where its rows cannot be told"):
+        step_module.Direction(optimizer._perturbation(0, 0), 0, 1.0).perturb(table, whole)

@@ -19,7 +19,8 @@ from common import DTYPES, interleave, machine, parser_of, print_table, write_js
 from torch import Tensor
 
 from smezo_pl.optim.kernels import Kernel, Update, available_kernels, get_kernel
-from smezo_pl.optim.masks import Mask
+from smezo_pl.optim.kernels.base import Factored, FactoredUpdate
+from smezo_pl.optim.masks import DENSE, Mask
 from smezo_pl.optim.noise import Stream
 
 SLOW_NUMEL = 1 << 20  # for the plain torch kernel, a hundredth as fast as the others
@@ -53,11 +54,21 @@ def kernel_passes(kernel: Kernel, theta: Tensor, out: Tensor) -> dict[str, Calla
         "update 2 samples, decay": partial(
             kernel.update_all, [Update(out, small, [one, two], [1e-9, 1e-9], 1e-9)], "gaussian"
         ),
+        "draw": lambda: kernel.draw(theta, out, small, "gaussian", one, 1e-3),
         "select": lambda: kernel.select(theta, small),
         "restore": lambda: kernel.restore(out, bits, saved),
         "pack": lambda: kernel.pack(theta, small),
         "histogram": lambda: kernel.histogram(theta, 0 if half else 16, None),
     }
+    rounding = one if half else None
+    width = 1 << 10
+    for terms in (1, 16, 64):
+        sizes = (len(out) // width, width)
+        factors = (torch.ones(terms, size, dtype=torch.bfloat16, device=out.device) for size in sizes)
+        products = Factored(*factors, [1e-9] * terms)
+        passes[f"update {terms} outer products"] = partial(
+            kernel.update_factored, FactoredUpdate(out, DENSE, products, 0.0, rounding), "gaussian"
+        )
     if half:
         stochastic = [Update(out, small, [one], [1e-9], 0.0, one)]
         passes["update stochastic"] = partial(kernel.update_all, stochastic, "gaussian")

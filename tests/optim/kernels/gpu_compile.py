@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from smezo_pl.optim.kernels.base import Factored, FactoredUpdate
 from smezo_pl.optim.kernels.triton_gpu import TritonKernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Stream
@@ -35,7 +36,8 @@ MASKS = {
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FORBIDDEN = (
-    r"\bfma\.|\.ftz|\.approx|\bdiv\.|\bmad\.\S*f32|\b(?:mul|add|sub)\.f32|\bsqrt\.(?!rn\.f32)|\b(?:ex2|lg2|sin|cos)\."
+    r"\bfma\.|\.ftz|\.approx|\bdiv\.\S*f\d|\bmad\.\S*f32|\b(?:mul|add|sub)\.f32"
+    r"|\bsqrt\.(?!rn\.f32)|\b(?:ex2|lg2|sin|cos)\."
 )
 """Of PTX: operations that are contracted, approximate, flush subnormal numbers, or leave rounding to the assembler."""
 
@@ -66,6 +68,21 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"update {kind} {samples} decay {decay}", partial(update, kernel, theta, mask, noise, *arguments)
         if noise == "gaussian" and rule != "packed":
             yield f"pack {name} {rule}", partial(kernel.pack, theta, mask)
+        yield f"draw {kind}", partial(kernel.draw, theta, torch.empty_like(theta), mask, noise, STREAM, 1e-3)
+        times, outer = (STREAM, kind) if noise == "gaussian" else (None, f"{name} {rule}")
+        for terms, decay in product((1, 16), (0.0, 1e-3)):
+            factors = (torch.zeros(terms, size, dtype=torch.bfloat16) for size in (8, COUNT // 8))
+            change = FactoredUpdate(theta, mask, Factored(*factors, [1e-3] * terms, times), decay, STREAM)
+            yield f"factored {outer} {terms} decay {decay}", partial(kernel.update_factored, change, noise)
+    for name, dtype in DTYPES.items():
+        theta, factors = torch.zeros(COUNT, dtype=dtype), torch.zeros(2, 64, dtype=torch.bfloat16)
+        yield (
+            f"perturb factored {name}",
+            partial(kernel.perturb_factored, theta, theta, Factored(factors, factors, [1.0, 1.0])),
+        )
+    for noise in ("gaussian", "rademacher"):
+        rows = torch.zeros(3, 1000, dtype=torch.bfloat16)
+        yield f"draw rows {noise}", partial(kernel.draw_rows, rows, [0, 1024, 4096], noise, STREAM)
     # Arguments whose alignment or size Triton compiles a kernel of its own for.
     far = Stream(1, 2, 0, 3, (3 << 35) + 12345)
     shapes = (("odd length", 4093, STREAM), ("one weight", 1, STREAM), ("far shard", COUNT, far))
@@ -81,8 +98,11 @@ FEW = (
     "update float32 gaussian packed 2 decay 0.001",
     "perturb bfloat16 gaussian small",
     "pack float16 random",
+    "factored bfloat16 random 16 decay 0.001",
+    "factored float32 gaussian packed 1 decay 0.0",
+    "draw rows gaussian",
 )
-"""Both kernels, each format, noise and kind of mask, one sample and several."""
+"""Every kernel, each format, noise and kind of mask, one sample and several."""
 
 
 def inspect(kernel: Any, rooted: bool, path: Path) -> tuple[list[str], int]:

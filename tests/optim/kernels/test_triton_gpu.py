@@ -27,7 +27,7 @@ def compiled(which: str, *capabilities: str) -> dict[str, list[str]]:
 @needs_triton
 def test_kernels_compile_for_a_gpu_with_every_operation_rounded_once() -> None:
     found = compiled("few", "90")
-    assert len(found) == 5
+    assert len(found) == 8
     assert not {name: problems for name, problems in found.items() if problems}
 
 
@@ -35,16 +35,16 @@ def test_kernels_compile_for_a_gpu_with_every_operation_rounded_once() -> None:
 @pytest.mark.slow
 def test_all_kernels_compile_for_two_generations_of_gpus() -> None:
     found = compiled("all", "80", "90")
-    assert len(found) == 2 * (90 + 6 + 18)
+    assert len(found) == 2 * (90 + 6 + 18 + 18 + 72 + 3 + 2)
     assert not {name: problems for name, problems in found.items() if problems}
 
 
 @needs_triton
 @pytest.mark.slow
 def test_the_interpreter_gives_the_bits_of_the_reference() -> None:
-    equality = Path(__file__).with_name("test_equality.py")
+    files = [str(Path(__file__).with_name(name)) for name in ("test_equality.py", "test_factored.py")]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-W", "ignore::RuntimeWarning", str(equality)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-W", "ignore::RuntimeWarning", *files],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -31,12 +31,23 @@ ONE = Stream((1 << 64) - 5, (1 << 32) - 1, 7, (1 << 24) - 1)
 
 # (n, m, terms): rows across blocks, columns in and beyond groups of 64, vectors, tiny matrices, more terms than are
 # added at a time, rows longer and columns taller than what is summed at a time.
-SHAPES = ((40, 100, 16), (1, 4000, 16), (3, 1, 2), (1, 1, 1), (9, 192, 70), (2, 20000, 3), (3001, 1, 5), (700, 7, 9))
+SHAPES = (
+    (60, 90, 1),
+    (40, 100, 16),
+    (1, 4000, 16),
+    (3, 1, 2),
+    (1, 1, 1),
+    (9, 192, 70),
+    (2, 20000, 3),
+    (3001, 1, 5),
+    (700, 7, 9),
+)
 
 
 def factored(n: int, m: int, terms: int, stream: Stream | None = None) -> Factored:
     generator = torch.Generator().manual_seed(n + terms)
     left, right = (torch.randn(terms, size, generator=generator).bfloat16() for size in (n, m))
+    right[:, ::5] = 0.0  # products of either sign of zero, for weights of either
     return Factored(left, right, (torch.randn(terms, generator=generator, dtype=torch.float64) * 1e-3).tolist(), stream)
 
 
@@ -45,7 +56,7 @@ def at(device: torch.device, noise: Factored) -> Factored:
 
 
 def shapes(kernel: Kernel) -> tuple[tuple[int, int, int], ...]:
-    return SHAPES if kernel.name == "numba" else ((11, 100, 5), (1, 1500, 2), (300, 3, 2))
+    return SHAPES if kernel.name == "numba" else ((11, 100, 1), (11, 60, 5), (1, 1500, 2), (300, 3, 2))
 
 
 def changes(n: int, m: int, terms: int, start: int) -> Iterator[tuple[str, Factored, float, Stream | None]]:

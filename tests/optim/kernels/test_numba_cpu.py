@@ -109,12 +109,16 @@ def test_every_16_bit_code_and_many_32_bit_ones(dtype: torch.dtype) -> None:
 
 
 def test_the_compiled_code_uses_no_fused_multiply_add() -> None:
+    from smezo_pl.optim.kernels._numba_outer import _add_terms
     from smezo_pl.optim.kernels._numba_words import _fill_normals
 
+    sums, factors = np.zeros(81, np.float32), np.ones((2, 128), np.float32)
+    _add_terms(sums.ctypes.data, sums.ctypes.data, 64, factors.ctypes.data, factors.ctypes.data, 4, 2)
+    assert sums.tolist() == [2.0] * 64 + [0.0] * 17
     halves = np.zeros(512, np.float32), np.zeros(512, np.float32)
     _fill_normals(np.zeros(512, np.uint32), *halves, np.float32(1.0))
-    for assembly in _fill_normals.inspect_asm().values():
-        assert "sqrt" in assembly
+    assert all("sqrt" in assembly for assembly in _fill_normals.inspect_asm().values())
+    for assembly in (*_fill_normals.inspect_asm().values(), *_add_terms.inspect_asm().values()):
         assert not any(name in assembly for name in ("vfmadd", "vfnmadd", "vfmsub", "fmla", "fmadd"))
 
 

@@ -5,7 +5,8 @@
 Real: 500 short steps under the Trainer with `SeedCheckpoint`, their replay on freshly loaded weights compared bit for
 bit, and one usual step (16 x 64 tokens) that the cost of recording is a share of. Simulated: a trajectory of 20,000
 steps with synthetic losses, its export, and a resume at step 19,999 from the last full-weight snapshot, which makes its
-1,999 updates and all that a resume does, but no step.
+1,999 updates and all that a resume does, but no step. The same with a direction of rank 1 per row, 16 rows per step:
+the size of a trajectory and of its export, what it costs to write a step, and the replay of a few.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from lightning.pytorch import Trainer
 from smezo_pl import PromptDataModule, SeedCheckpoint, SparseMeZO, SparseMeZOModule, export, replay
 from smezo_pl.models import load_model
 from smezo_pl.optim import StepRecord
+from smezo_pl.optim.coefficients import coefficients, rounded
 from smezo_pl.trajectory.header import Header
 from smezo_pl.trajectory.log import Trajectory, TrajectoryWriter
 from smezo_pl.trajectory.recorder import Recorder, describe, named_tensors
 from smezo_pl.trajectory.records import pack_thresholds
-from smezo_pl.trajectory.replaying import write_snapshot
+from smezo_pl.trajectory.replaying import rebuild, replay_records, write_snapshot
 from smezo_pl.trajectory.resume import SEED_KEY
 
 FIGURES = (
@@ -44,10 +46,15 @@ FIGURES = (
     "replay_steps_per_second",
     "replay_equal",
     "resume_seconds",
+    "rows_trajectory_bytes_per_step",
+    "rows_export_bytes_20000_steps",
+    "rows_record_seconds",
+    "rows_replay_steps_per_second",
 )
 """What is printed first; the rest is under ``more``."""
 
 CHECKPOINTS = 100
+ROWS = 16
 
 
 def trainer(folder: Path, steps: int, *callbacks: Any) -> Trainer:
@@ -173,6 +180,34 @@ def simulated(folder: Path, name: str, steps: int, trained: torch.nn.Module, rea
     }
 
 
+def with_rows(folder: Path, name: str, steps: int) -> dict[str, Any]:
+    """A trajectory of steps with a direction per row: its size, its export, and the replay of its first steps."""
+    base, noise = network(name), random.Random(0)
+    optimizer = SparseMeZO(base.named_parameters(), lr=1e-6, directions="per_row", rank=1)
+    header = describe(optimizer, base, pretrained=name)
+    rates = {"lr": (1e-6,), "weight_decay": (0.0,), "eps": (1e-3,), "sparsity": (0.8,)}
+    pairs = [tuple((noise.gauss(0.7, 0.05), noise.gauss(0.7, 0.05)) for _ in range(ROWS)) for _ in range(steps)]
+    numbers = [rounded(coefficients(each, 1e-3, "raw", 0.0, 0)[0]) for each in pairs]
+    folder.mkdir()
+    with TrajectoryWriter.create(folder / "trajectory.smezo", header) as writer:
+        began = perf_counter()
+        for step, (losses, own) in enumerate(zip(pairs, numbers, strict=True)):
+            writer.append(StepRecord(step, losses, own, **rates, rows=ROWS))
+        seconds = perf_counter() - began
+    trajectory = Trajectory.read(folder)
+    first, *others = trajectory.records[:21]
+    replayed = rebuild(header, named_tensors(optimizer, base))
+    replay_records(replayed, [first], str(folder))
+    began = perf_counter()
+    replay_records(replayed, others, str(folder))
+    return {
+        "rows_replay_steps_per_second": len(others) / (perf_counter() - began),
+        "rows_record_seconds": seconds / steps,
+        "rows_trajectory_bytes_per_step": (folder / "trajectory.smezo").stat().st_size / steps,
+        "rows_export_bytes_20000_steps": export(trajectory, folder / "tune.safetensors").size,
+    }
+
+
 def checkpoint(path: Path, writer: TrajectoryWriter, header: Header, real: Path) -> None:
     """A checkpoint at the writer's step: that of the real run with another place in another record."""
     path.parent.mkdir()
@@ -201,6 +236,7 @@ def main(args: list[str] | None = None) -> None:
         found["usual_step_seconds"] = usual_step(model)
         found["record_cost"] = found["record_seconds"] / found["usual_step_seconds"]
         found |= simulated(folder / "simulated", model, simulated_steps, run.model, folder / "real")
+        found |= with_rows(folder / "rows", model, simulated_steps)
     found["benchmark_seconds"] = perf_counter() - began
     about = machine()
     print(f"{about['processor']}, {about['threads']} threads, {', '.join(about['instructions'])}")

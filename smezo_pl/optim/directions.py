@@ -132,13 +132,13 @@ class Factors:
 
     def _draw(self, rows: Sequence[int], part: tuple[int, int], offset: int, device: torch.device | str) -> Tensor:
         n, m = matrix_shape(self.shape)
-        stride, (first, numel) = (_padded(n) if self.is_matrix else 0) + _padded(m), part
-        starts = [(row * self.count + j) * stride + offset + first for row in rows for j in range(self.count)]
+        stride, (first, numel), count = (_padded(n) if self.is_matrix else 0) + _padded(m), part, self.count
+        starts = [(row * count + j) * stride + offset + first for row in rows for j in range(count)]
         out = torch.empty(len(starts), numel, dtype=torch.bfloat16, device=device)
         own = self.stream
         stream = Stream(own.seed, own.step, own.sample + FACTORS, own.tensor, own.start)
         self.kernel.draw_rows(out, starts, self.distribution, stream)
-        return out.view(len(rows), self.count, numel)
+        return out.view(len(rows), count, numel)
 
 
 def _padded(numel: int) -> int:

@@ -200,7 +200,8 @@ class TensorPasses:
         theta, one = self.tensor.flat, self.factors[0]
         n, m = matrix_shape(one.shape)
         rows = range(len(scales) // len(self.factors))
-        scales = [scale for scale in scales for _ in range(one.count)]
+        norm, count = self.norm, one.count
+        scales = [scale * norm for scale in scales for _ in range(count)]
         length, width = (n, m) if one.is_matrix else (m, 1)
         right = self._drawn("right", rows) if one.is_matrix else None
         step = max(BLOCK, FACTOR_BYTES // (2 * len(scales)) // BLOCK * BLOCK)
@@ -297,7 +298,7 @@ class StepPerturbation:
             if not passes.factors:
                 updates.setdefault(passes.kernel, []).append(passes.update(scales, decay))
                 continue
-            for update in passes.factored_updates([scale * passes.norm for scale in scales], decay):
+            for update in passes.factored_updates(scales, decay):
                 factored.setdefault(passes.kernel, []).append(update)
                 held += update.factored.left.nbytes + update.factored.right.nbytes
                 if held >= FACTOR_BYTES:

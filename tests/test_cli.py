@@ -107,7 +107,7 @@ def test_public_names_exist() -> None:
         ),
         (
             {"model": {"pretrained": "x", "optimizer": {"mask": "smal"}}},
-            "'random', 'dense'. Got value: smal; did you mean 'small'?",
+            "'random', 'dense' or null. Got value: smal; did you mean 'small'?",
         ),
         (
             {"model": {"pretrained": "x", "optimizer": {"class_path": "torch.optim.Adam"}}},

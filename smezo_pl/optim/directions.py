@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from smezo_pl.optim.kernels.base import Kernel
+from smezo_pl.optim.masks import DENSE
 from smezo_pl.optim.noise import BLOCK, NOISE_SCHEME, Distribution, Stream
 
 DIRECTIONS_SCHEME = 2
@@ -130,15 +131,30 @@ class Factors:
         n, m = matrix_shape(self.shape)
         return self._draw(rows, part or (0, m), _padded(n) if self.is_matrix else 0, device)
 
+    def both(self, rows: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor | None, Tensor]:
+        """`left` and `right` of some rows; not contiguous, and in less time where the rows are consecutive."""
+        n, m = matrix_shape(self.shape)
+        first, count, padded = rows[0], self.count, _padded(n) if self.is_matrix else 0
+        width = padded + _padded(m)
+        if isinstance(rows, range) or list(rows) == list(range(first, first + len(rows))):
+            out = torch.empty(len(rows) * count * width, dtype=torch.bfloat16, device=device)
+            self.kernel.draw(out, out, DENSE, self.distribution, self._stream(first * count * width), 1.0)
+            drawn = out.view(len(rows), count, width)
+        else:
+            drawn = self._draw(rows, (0, padded + m), 0, device)
+        return (drawn[..., :n] if self.is_matrix else None), drawn[..., padded : padded + m]
+
     def _draw(self, rows: Sequence[int], part: tuple[int, int], offset: int, device: torch.device | str) -> Tensor:
         n, m = matrix_shape(self.shape)
         stride, (first, numel), count = (_padded(n) if self.is_matrix else 0) + _padded(m), part, self.count
         starts = [(row * count + j) * stride + offset + first for row in rows for j in range(count)]
         out = torch.empty(len(starts), numel, dtype=torch.bfloat16, device=device)
-        own = self.stream
-        stream = Stream(own.seed, own.step, own.sample + FACTORS, own.tensor, own.start)
-        self.kernel.draw_rows(out, starts, self.distribution, stream)
+        self.kernel.draw_rows(out, starts, self.distribution, self._stream())
         return out.view(len(rows), count, numel)
+
+    def _stream(self, start: int = 0) -> Stream:
+        own = self.stream
+        return Stream(own.seed, own.step, own.sample + FACTORS, own.tensor, own.start + start)
 
 
 def _padded(numel: int) -> int:

@@ -353,8 +353,8 @@ class Direction:
             with ``k = 1`` for what is no matrix; and ``scale``.
         """
         passes = self._step.passes[id(parameter)]
-        factors, device = passes.factors[self._sample], parameter.device
-        return factors.left(rows, device), factors.right(rows, device), self._scale(passes) * passes.norm
+        left, right = passes.factors[self._sample].both(rows, parameter.device)
+        return left, right, self._scale(passes) * passes.norm
 
     def draw(self, parameter: nn.Parameter, out: Tensor) -> None:
         """Put the noise whose signs the rows flip, under its mask, into ``out``, which is flat: ``m * z``."""
@@ -393,8 +393,8 @@ class Direction:
 
     def _factored(self, passes: TensorPasses) -> Factored:
         left, right, scale = self.factors(passes.tensor.parameter, [0])
-        right = right[0]
-        left = torch.ones_like(right[:, :1]) if left is None else left[0]
+        right = right[0].contiguous()
+        left = torch.ones_like(right[:, :1]) if left is None else left[0].contiguous()
         return Factored(left, right, [-scale] * len(right))
 
     def _scale(self, passes: TensorPasses) -> float:

@@ -263,8 +263,10 @@ class Layerwise:
         held.depth += 1
         if held.depth > 1:
             return None
-        started, result = perf_counter(), None
         self._guards.forget_copies()
+        if not held.copied:
+            return None
+        started, result = perf_counter(), None
         with torch._C.DisableTorchFunctionSubclass():
             if type(module) is nn.Embedding and (rows := self._rows(module, held, args)) is not None:
                 result = (self._fill_rows(module, held, rows),)
@@ -343,7 +345,7 @@ class Layerwise:
         self._rowwise.rows.leave(module, output)
         held = self._held[module]
         held.depth -= held.depth > 0
-        if held.depth == 0 and (written := self._empty(held)):
+        if held.depth == 0 and held.copied and (written := self._empty(held)):
             raise RuntimeError(refusal_of_write(self._guards.names_of(written), f"in {type(module).__name__}.forward"))
 
     def _empty(self, held: Held) -> list[nn.Parameter]:

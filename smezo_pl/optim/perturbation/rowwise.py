@@ -164,14 +164,16 @@ class Rowwise:
             onto, by = (onto, by) if at is None else (onto[at, 0], by[at, 0])
             return _add(out, F.linear(x * by, (noise.T if across else noise).to(out.dtype)), onto, scale), bias
         if at is None:
-            inner = torch.matmul(x, by.transpose(1, 2))
-            ones = inner.new_ones(*inner.shape[:-1], 1)
+            # the fastest ways to write x by^T
+            one = len(by) == 1
+            inner = F.linear(x, by[0]) if one else torch.matmul(by, x.transpose(1, 2)).transpose(1, 2)
+            ones = None if bias is None else inner.new_ones(*inner.shape[:-1], 1)
         else:
             # the products with all rows at once: each position takes its own row's
             ones = F.one_hot(at, len(by)).to(out.dtype).unsqueeze(0)
             inner = F.linear(x, by.flatten(0, 1)) * ones.repeat_interleave(by.shape[1], -1)
             onto = onto.reshape(1, -1, onto.shape[-1])
-        if bias is not None:  # as one more factor, so that the sum is rounded once
+        if bias is not None and ones is not None:  # as one more factor, so that the sum is rounded once
             z, _, own_scale = self._vector(bias, place)
             inner = torch.cat([inner, ones * (own_scale / scale)], -1)
             onto = torch.cat([onto, z.to(out.dtype).unsqueeze(1 if at is None else 0)], 1)
@@ -217,7 +219,7 @@ def _shape(out: Tensor, place: Place) -> tuple[int, ...]:
 
 def _add_product(out: Tensor, inner: Tensor, onto: Tensor, scale: float) -> Tensor:
     """``out + scale * inner onto``, with shapes ``[R, T, n]``, ``[R, T, k]`` and ``[R, k, n]``, rounded once."""
-    if onto.shape[1] == 1:
+    if onto.shape[1] == 1 and out.element_size() > 2:  # in 16 bits the product is faster
         return _add(out, inner, onto, scale)
     if len(out) == len(inner):
         return out.baddbmm_(inner, onto, alpha=scale)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from smezo_pl.optim import SparseMeZO
-from smezo_pl.optim.directions import Factors
-from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.noise import Stream, draw
+from tests.optim.reference import direction_of
 
 EPS = 1e-2
 
@@ -36,14 +35,8 @@ def direction(optimizer: SparseMeZO, name: str, tensor: Tensor, number: int, row
         z = (z * mask).view(tensor.shape)
         if is_shared:
             return z
-    factors = Factors(TorchKernel(), stream, tensor.shape, rank or 1, "gaussian" if rank else "rademacher")
-    rows = [0 if is_shared else row]
-    left, right = factors.left(rows), factors.right(rows)[0].double()
-    if left is None:
-        outer = right[0]
-    else:
-        outer = sum(torch.outer(a, b) for a, b in zip(left[0].double(), right, strict=True)) * (rank or 1) ** -0.5
-    outer = outer.view(tensor.shape)
+    numbers = tensor if tensor.dim() else tensor.view(1)
+    outer = direction_of(numbers, stream, 0 if is_shared else row, rank, "gaussian").view(tensor.shape)
     return outer if rank is not None else outer * z
 
 

@@ -9,6 +9,7 @@ import torch
 
 from smezo_pl.callbacks import MaskRefresh, SeedCheckpoint
 from smezo_pl.optim import SparseMeZO
+from smezo_pl.optim.perturbation.layerwise import Layerwise
 from smezo_pl.trajectory import TrajectoryError, apply, export, record, replay
 from smezo_pl.trajectory.log import Trajectory
 from tests.trajectory.runs import (
@@ -89,19 +90,20 @@ def test_a_run_that_continues_from_a_replay_is_the_one_that_did_not_stop(tmp_pat
 
 
 def test_a_trajectory_that_begins_in_mid_run_gives_the_optimizer_too(tmp_path: Path) -> None:
-    straight, model = network(), network()
-    recorded_rows(tmp_path / "straight", straight, 12, **BY_ROWS["flips, moving"])
+    model = network()
     first = recorded_rows(tmp_path / "t", model, 7, **BY_ROWS["flips, moving"])
     first.refresh_masks()  # else the file could not say what constant masks were made from
-    weights, state = model.state_dict(), first.state_dict()
+    start, state = {name: value.clone() for name, value in model.state_dict().items()}, first.state_dict()
     assert (state["smezo"]["skipped"], state["smezo"]["no_signal"]) == (1, 1)
     with record(first, tmp_path / "later", model):
         more_rows(first, model, 8)
     again = network()
-    again.load_state_dict({name: value.clone() for name, value in weights.items()})
+    again.load_state_dict(start)
     assert Trajectory.read(tmp_path / "later").header.counters == {
         name: state["smezo"][name] for name in ("skipped", "no_signal", "mean_square")
     }
+    assert replay(tmp_path / "later", again).state_dict()["smezo"] == first.state_dict()["smezo"]
+    assert same(again, model)
 
 
 def test_one_direction_of_low_rank_is_replayed_too(tmp_path: Path) -> None:
@@ -152,7 +154,9 @@ FAST = [("rank 1, moving", 3), ("flips, ranks, 2 samples", None)]
 @pytest.mark.parametrize(
     ("name", "anchors"), [*FAST, *(pytest.param(*run, marks=SLOW) for run in OTHERS if run not in FAST)]
 )
-def test_a_killed_run_ends_like_the_undisturbed_one(tmp_path: Path, name: str, anchors: int | None) -> None:
+def test_a_killed_run_ends_like_the_undisturbed_one(
+    tmp_path: Path, name: str, anchors: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = {"kernel": "numba", **RUNS[name]}
 
     def callbacks() -> list[Any]:
@@ -163,6 +167,7 @@ def test_a_killed_run_ends_like_the_undisturbed_one(tmp_path: Path, name: str, a
     fit(tmp_path / "straight", straight, *callbacks(), max_steps=9)
     with pytest.raises(KilledError):
         fit(tmp_path / "killed", Classifier(**run), KillAfter(7), *callbacks(), max_steps=9)
+    monkeypatch.setattr(Layerwise, "learn", lambda *_: pytest.fail("which tensors are shared was known"))
     fit(tmp_path / "killed", resumed, *callbacks(), max_steps=9, ckpt_path=tmp_path / "killed/checkpoints/last.ckpt")
     assert same(straight.model, resumed.model)
     one, other = (Trajectory.read(tmp_path / run) for run in ("straight", "killed"))

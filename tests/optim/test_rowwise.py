@@ -217,8 +217,10 @@ class Routed(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         h = self.emb(ids)
         flat = h.view(-1, 8)
-        order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))
-        sizes = [3, 5, 4, 4, 4] if self.uneven else [4] * 5
+        order, sizes = torch.randperm(len(flat), generator=torch.Generator().manual_seed(0)), [4] * 5
+        if self.uneven:  # the first gets one token of each row, in order, as if these were the rows
+            first = torch.arange(0, len(flat), ids.shape[1])
+            order, sizes = torch.cat([first, order[~torch.isin(order, first)]]), [4, 3, 5, 4, 4]
         out = torch.zeros_like(flat)
         for expert, chosen in zip(self.ffn, order.split(sizes), strict=True):
             out[chosen] = expert(flat[chosen])

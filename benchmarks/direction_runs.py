@@ -74,9 +74,13 @@ class Run:
 
 GRIDS: list[tuple[str, int, int, int, str, tuple[float, ...]]] = [
     ("trec", 16, 150, 50, "mezo", (6e-5, 3e-5, 1e-4)),
+    ("trec", 16, 150, 15, "rank 1, per row", (1e-4, 1.5e-4, 6e-5)),
     ("sst2", 16, 150, 50, "mezo", (6e-5, 3e-5, 1e-4)),
+    ("sst2", 16, 150, 15, "rank 1, per row", (1e-4, 6e-5, 1.5e-4)),
     ("trec", 64, 150, 50, "mezo", (6e-5, 1e-4, 3e-5)),
+    ("trec", 64, 60, 5, "rank 1, per row", (2e-4, 1e-4, 3e-4)),
     ("cola", 16, 150, 50, "mezo", (6e-5, 3e-5, 1e-4)),
+    ("cola", 16, 150, 15, "rank 1, per row", (1e-4, 6e-5, 1.5e-4)),
 ]
 """Task, batch size, steps, steps between evaluations, method and its rates."""
 

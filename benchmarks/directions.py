@@ -7,16 +7,15 @@ The short runs themselves are made by `benchmarks/direction_runs.py`, the cost o
 parts write to `benchmarks/results/`, may be interrupted and go on.
 
 Signal: with the mean gradient ``g`` and the variance ``sigma^2`` of an example's, ``s = |g|^2 / sigma^2``. A step of R
-rows along one shared direction has noise ``d (|g|^2 + sigma^2 / R)``, along one direction per row ``d (|g|^2 + sigma^2) /
-R``: the gain in steps is ``(R s + 1) / (s + 1)``. It is predicted from autograd's gradients of single examples, and
-measured from forwards alone: the mean square of the projected gradient of shared directions over that of the rows' own,
-divided by R.
+rows along one shared direction has noise ``d (|g|^2 + sigma^2 / R)``, along one direction per row ``d (|g|^2 +
+sigma^2) / R``: the gain in steps is ``(R s + 1) / (s + 1)``. It is predicted from autograd's gradients of single
+examples, and measured from forwards alone: the mean square of the projected gradient of shared directions over that of
+the rows' own, divided by R.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +75,7 @@ def signal(given: argparse.Namespace) -> None:
     collate, encoded = data.collate(), data.encoded("dev")
     single = [collate([example]) for example in encoded[: given.examples]]
     batches = [collate(encoded[start : start + BATCH]) for start in range(0, BATCH * given.batches, BATCH)]
-    optimizer = SparseMeZO(
-        model.named_parameters(), lr=LR, eps=EPS, mask="dense", rank=1, directions="per_row", seed=0
-    )
+    optimizer = SparseMeZO(model.named_parameters(), lr=LR, eps=EPS, mask="dense", rank=1, directions="per_row", seed=0)
     rows: list[dict[str, Any]] = []
     loader, done = iter(data.train_dataloader()), 0
     for at in AT if not given.small else AT[:2]:

@@ -23,7 +23,9 @@ BLOCKS = dict(re.findall(r"<!-- test: ([^>]+) -->\n```python\n(.*?)```", TEXT, r
 def test_every_block_has_a_name_of_its_own_and_is_run_here() -> None:
     names = re.findall(r"<!-- test: ([^>]+) -->", TEXT)
     files = [f"own task, {name}" for name in OWN]
-    assert sorted(names) == sorted(["plain loop", "Fabric loop", "another model", "trajectory", *files])
+    assert sorted(names) == sorted(
+        ["plain loop", "Fabric loop", "another model", "trajectory", "a direction per row", *files]
+    )
 
 
 def test_the_readme_is_short() -> None:
@@ -68,7 +70,7 @@ def run(name: str) -> dict[str, Any]:
     return scope
 
 
-@pytest.mark.parametrize("name", ["plain loop", "Fabric loop"])
+@pytest.mark.parametrize("name", ["plain loop", "Fabric loop", "a direction per row"])
 def test_loops_train_a_model_in_under_25_lines(name: str) -> None:
     assert len([line for line in BLOCKS[name].splitlines() if line.strip()]) < 25
     scope = run(name)

@@ -1,5 +1,6 @@
 # `make quickstart` and `make test` need nothing but Python >= 3.10: they make .venv themselves.
 PYTHON ?= python3
+CONFIG ?= configs/quickstart.yaml
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
@@ -15,7 +16,8 @@ SMOLLM2 = $(BIN)/python -c "import importlib.util, pathlib; \
 .PHONY: help install quickstart test lint format pytest slow notebook docs clean
 
 help:
-	@echo "make quickstart   fine-tune SmolLM2-135M on the bundled demo task (CPU, about four minutes of training)"
+	@echo "make quickstart   fine-tune SmolLM2-135M on the bundled demo task (CPU, about four minutes of training;"
+	@echo "                  CONFIG=configs/fast.yaml: a direction per row, about one minute)"
 	@echo "make test         ruff, mypy and the fast tests"
 	@echo "make slow         all tests, the slow ones too"
 	@echo "make lint format  ruff and mypy alone; ruff's own fixes"
@@ -47,7 +49,7 @@ $(DOCS): $(READY)
 	@touch $@
 
 quickstart: $(MODEL)
-	$(BIN)/smezo fit --config configs/quickstart.yaml --model.pretrained "$$($(SMOLLM2))" $(ARGS)
+	$(BIN)/smezo fit --config $(CONFIG) --model.pretrained "$$($(SMOLLM2))" $(ARGS)
 
 test: lint pytest
 

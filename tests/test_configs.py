@@ -17,13 +17,14 @@ STARTS = dict(re.findall(r"^\| (\w+) \|.*?\| `(\w+\.yaml)` \|", PAGES, re.MULTIL
 
 
 def test_the_configs_that_are_promised() -> None:
-    names = {"quickstart", "sst2", "boolq", "sst2-16shot", "squad-f1", "lora"}
+    names = {"quickstart", "fast", "sst2", "boolq", "sst2-16shot", "squad-f1", "lora"}
     assert names | {"opt-13b-rte", "llama-7b-boolq", "roberta-large-sst2"} == {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_command_of_the_pages_uses_it(path: Path) -> None:
-    command = "make quickstart" if path.stem == "quickstart" else f"smezo fit --config configs/{path.name}"
+    make = {"quickstart": "make quickstart", "fast": "make quickstart CONFIG=configs/fast.yaml"}
+    command = make.get(path.stem, f"smezo fit --config configs/{path.name}")
     assert any(line.startswith(command) for line in PAGES.splitlines())
 
 
@@ -39,9 +40,9 @@ def test_head_gives_command_and_expectation(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_dev_is_looked_at_as_often_as_the_protocol_says(path: Path) -> None:
-    """Five times a run; ten for masked models; the quickstart, which is no protocol, four."""
+    """Five times a run; ten for masked models; the quickstart's two, which are no protocol, four."""
     trainer = yaml.safe_load(path.read_text())["trainer"]
-    often = {"quickstart": 4, "roberta-large-sst2": 10}.get(path.stem, 5)
+    often = {"quickstart": 4, "fast": 4, "roberta-large-sst2": 10}.get(path.stem, 5)
     assert trainer["max_steps"] == often * trainer["val_check_interval"]
     assert trainer["check_val_every_n_epoch"] is None
 

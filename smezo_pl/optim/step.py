@@ -353,6 +353,7 @@ class Direction:
             with ``k = 1`` for what is no matrix; and ``scale``.
         """
         passes = self._step.passes[id(parameter)]
+        rows = rows if passes.rows_apart else [0] * len(rows)
         left, right = passes.factors[self._sample].both(rows, parameter.device)
         return left, right, self._scale(passes) * passes.norm
 
@@ -387,7 +388,7 @@ class Direction:
         if passes.rows_apart:
             raise RuntimeError(
                 f"parameter {passes.tensor.name!r} is read where its rows cannot be told, and has a direction for each "
-                "row of the batch"
+                "row of the batch: leave it out with exclude, or use directions='shared'"
             )
         return passes, passes.mask if mask is None else mask
 

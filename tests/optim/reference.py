@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from smezo_pl.optim.noise import MASK, ROUNDING, Stream, normals, signs, words16
+from smezo_pl.optim.perturbation.forward_rows import ForwardRows
 
 
 def sorted_threshold(theta: Tensor, active: float) -> float | None:
@@ -194,7 +195,7 @@ class RowByRow:
         shared: Names of the parameters that all rows share.
     """
 
-    write_seconds, rows = 0.0, 0
+    write_seconds = 0.0
 
     def __init__(self, model: nn.Module, row_loss, shared=()) -> None:
         self.module, self.row_loss, self.read, self.learned = model, row_loss, set(), 0
@@ -204,6 +205,9 @@ class RowByRow:
     def learn(self, closure, step, strict, anywhere) -> set[int]:
         self.learned += 1
         return self.shared
+
+    def check(self, losses) -> Tensor:
+        return ForwardRows().check(losses)
 
     def watch(self, parameters) -> None:
         self.read = {id(parameter) for parameter in parameters}

@@ -264,6 +264,79 @@ def test_a_table_over_pairs_of_positions_is_no_batch() -> None:
     assert optimizer.last_step.shared >> 5 & 1
 
 
+class Twofold(TiedLanguageModel):
+    """The embedding is read row by row, and where rows cannot be told; the head has a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.bias = nn.Parameter(torch.rand(11))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.hidden(self.embedding(ids) + self.embedding(torch.arange(ids.shape[1])))))
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_layer_with_a_shared_weight_and_a_bias_of_each_row(rank: int | None) -> None:
+    model = build(Twofold, torch.float64)
+    assert check_rows(model, closure_of(model), ROWS, rank).shared() == ["embedding.weight"]
+
+
+def test_convolutions_beside_layers_are_no_experts() -> None:
+    model = nn.Sequential(nn.Conv1d(5, 6, 3), nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    model = model.double().eval()
+    images = torch.randn(ROWS, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    optimizer = check_rows(model, lambda: model(images).pow(2).sum(1), ROWS, 1)
+    assert optimizer.shared() == ["0.weight", "0.bias", "3.weight", "3.bias"]
+
+
+def test_positions_that_were_chosen_are_no_rows() -> None:
+    """Without padding they are those of the rows, in order; with it the rows have other numbers of them."""
+
+    class Unpadded(TiedLanguageModel):
+        def forward(self, ids: Tensor) -> Tensor:
+            h, read = self.embedding(ids), ids != 0
+            return self.head(self.norm(torch.zeros_like(h).masked_scatter(read.unsqueeze(-1), self.hidden(h[read]))))
+
+    model = build(Unpadded, torch.float64)
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 1], [2, 3, 4, 5, 6], [7, 8, 9, 1, 2]])
+    optimizer = check_rows(model, lambda: row_losses(model, ids, ids), ROWS, 1)
+    assert optimizer.shared() == []
+    ids[0, 1:] = 0
+    with pytest.raises(RuntimeError, match=r"'hidden.bias' is read where its rows cannot be told.*or use directions="):
+        optimizer.step(lambda: row_losses(model, ids, ids))
+    optimizer.detach()
+    optimizer = check_rows(model, lambda: row_losses(model, ids, ids), ROWS, 1)
+    assert optimizer.shared() == ["hidden.weight", "hidden.bias"]
+
+
+def test_a_prompt_that_is_repeated_for_each_row_is_shared() -> None:
+    class Prompted(TiedLanguageModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prompt = nn.Embedding(2, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            prompt = self.prompt(torch.arange(2)[None]).repeat(len(ids), 1, 1)
+            h = torch.cat([prompt, self.embedding(ids)], 1)
+            return self.head(self.norm(self.hidden(h).cumsum(1)))[:, 2:]
+
+    model = build(Prompted, torch.float64)
+    assert check_rows(model, closure_of(model), ROWS, 1).shared() == ["prompt.weight"]
+    optimizer = build_optimizer(model, directions="per_row", rank=1, include="prompt")
+    with pytest.raises(RuntimeError, match="the rows of a batch cannot be told where any of the parameters is used"):
+        optimizer.step(closure_of(model))
+
+
+def test_rows_of_losses_are_those_of_the_forwards() -> None:
+    model = build(TiedLanguageModel)
+    losses = closure_of(model)
+    optimizer = build_optimizer(model, directions="per_row", rank=1)
+    for closure, count, rows_ in ((lambda: losses()[:3], 3, 4), (lambda: losses().repeat(2), 8, 4),
+                                  (lambda: losses() - losses(), 4, 8)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"returned {count} losses for the {rows_} rows of its forwards"):
+            optimizer.step(closure)
+
+
 def test_a_network_that_mixes_rows_is_refused() -> None:
     model = build(TiedLanguageModel, torch.float64)
     losses = closure_of(model)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.memory import stamp
 from smezo_pl.optim.parameters import some
-from smezo_pl.optim.perturbation.forward_rows import check_losses
 from smezo_pl.optim.perturbation.guards import refusal_of_write
 from smezo_pl.optim.perturbation.layerwise import Closure, Layerwise
 from smezo_pl.optim.perturbation.reads import UNDISPATCHED, ReadWatch
@@ -68,7 +67,7 @@ def run_forwards(
         for sign in (1.0, -1.0):
             with way.perturbed(Direction(step, sample, sign)):
                 started = perf_counter()
-                raw.append(check_losses(closure(), way.rows) if per_row else _check_loss(closure()))
+                raw.append(layerwise.check(closure()) if layerwise is not None and per_row else _check_loss(closure()))
                 seconds += perf_counter() - started - way.write_seconds
     if len(counts := {loss.numel() for loss in raw if isinstance(loss, Tensor)}) > 1:
         raise ValueError(f"the closure must return the same number of losses each time, got {sorted(counts)}")
@@ -88,8 +87,8 @@ class InPlace:
         read: Their ids.
     """
 
-    write_seconds, rows = 0.0, 0
-    """Seconds of perturbing within the closure, and rows with a direction each: none."""
+    write_seconds = 0.0
+    """Seconds of perturbing within the closure: none."""
 
     def __init__(self, step: StepPerturbation, watched: Sequence[nn.Parameter]) -> None:
         self._watched, self.read = watched, set[int]()

@@ -46,11 +46,12 @@ class ForwardRows:
     Attributes:
         calls: Number of rows and shape of what was given to the network, call by call.
         total: How many rows of the batch layers have seen.
+        are_named: Whether `rows` said a number of them.
     """
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, torch.Size]] = []
-        self.total = 0
+        self.total, self.are_named = 0, False
         self._numbers: Sequence[int] | Tensor = ()
         self._next = 0
         self._network: nn.Module | None = None
@@ -71,7 +72,7 @@ class ForwardRows:
             if chosen is None:
                 self._numbers, self._next = range(self._next, self._next + count), self._next + count
             elif chosen.numel() == count:
-                self._numbers = chosen
+                self._numbers, self.are_named = chosen, True
             else:
                 raise RuntimeError(f"rows(...) numbers {chosen.numel()} rows, the forward inside the block has {count}")
 
@@ -106,7 +107,7 @@ class ForwardRows:
             return Place(numbers, at=mark)
         count = tensor.shape[0] if tensor.dim() else 1
         has_rows = tensor.dim() + of_indices > 2
-        if rows == 1 or (count % rows == 0 and tensor.dim() > 1):
+        if rows == 1 or (tensor.dim() > 1 and count % rows == 0 and (has_rows or count in self._flattened(rows))):
             if of_indices:
                 is_plain = self._given is not None and tensor.data_ptr() == self._given.data_ptr()
             else:
@@ -114,6 +115,15 @@ class ForwardRows:
                 is_plain |= inner is not None and inner.dim() > 2 and inner.shape[0] == rows
             return Place(numbers, count // rows or 1, is_plain=is_plain)
         return Place(numbers, 0) if count == 1 and has_rows else None
+
+    def _flattened(self, rows: int) -> set[int]:
+        """How many vectors a tensor has that holds one for each row, or those of all positions one after the other.
+
+        What else is a multiple of the number of rows may be a choice of positions, of some rows more than of others.
+        """
+        inner, given = self.input(), self._given
+        known = {rows} if given is None else {rows, given.shape[:2].numel()}
+        return known | ({inner.shape[:-1].numel()} if inner is not None and inner.dim() > 2 else set())
 
     def _mark(self, tensor: Tensor) -> Tensor | None:
         """What was said of a tensor, or of what a module that runs was given, if as many positions are here."""
@@ -127,7 +137,7 @@ class ForwardRows:
         """Numbers of the rows now."""
         is_inside = bool(self._running) and self._running[0][0] is self._network
         if not is_inside and (chosen := current_rows()) is not None:
-            self._numbers = chosen
+            self._numbers, self.are_named = chosen, True
         if isinstance(self._numbers, Tensor):
             self._numbers = self._numbers.tolist()
         if not self._numbers:
@@ -138,20 +148,20 @@ class ForwardRows:
         self.total = max(self.total, max(self._numbers) + 1)
         return self._numbers
 
-
-def check_losses(losses: object, rows: int) -> Tensor:
-    """A closure's result as one real number for each row, float64, left on its device.
-
-    Args:
-        losses: What the closure returned.
-        rows: How many rows it has run.
-    """
-    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.numel() or losses.is_complex():
-        found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise TypeError(
-            f"with directions='per_row' the closure must return one real number for each row, a tensor of one "
-            f"dimension whose mean is the loss, got {found}"
-        )
-    if losses.numel() < rows:
-        raise ValueError(f"the closure returned {losses.numel()} losses for the {rows} rows of a forward")
-    return losses.detach().double()
+    def check(self, losses: object) -> Tensor:
+        """A closure's result as one real number for each row, float64, left on its device."""
+        if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.numel() or losses.is_complex():
+            found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise TypeError(
+                f"with directions='per_row' the closure must return one real number for each row, a tensor of one "
+                f"dimension whose mean is the loss, got {found}"
+            )
+        count = max(self.total, self._next)
+        # where numbers are said, other processes may have run further rows
+        if losses.numel() < count or (losses.numel() > count > 0 and not self.are_named):
+            raise ValueError(
+                f"the closure returned {losses.numel()} losses for the {count} rows of its forwards: rows are the "
+                "first dimension of what the network is given; a forward over rows that another has run is numbered by "
+                "smezo_pl.optim.rows.rows"
+            )
+        return losses.detach().double()

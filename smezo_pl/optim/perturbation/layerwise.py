@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smezo_pl.optim.memory import identity, memory_of, stamp
-from smezo_pl.optim.perturbation.forward_rows import check_losses
 from smezo_pl.optim.perturbation.guards import Guard, Guards, refusal_of_write
 from smezo_pl.optim.perturbation.learning import Probe, Trial, Uses, learn
 from smezo_pl.optim.perturbation.reads import ReadWatch, is_compiled_caller
@@ -133,10 +132,9 @@ class Layerwise:
         """Seconds of perturbing within the closure."""
         return self._rowwise.seconds
 
-    @property
-    def rows(self) -> int:
-        """How many rows with a direction each the closure has run."""
-        return self._rowwise.rows.total
+    def check(self, losses: object) -> Tensor:
+        """A closure's result as one real number for each of the rows that it has run, float64."""
+        return self._rowwise.rows.check(losses)
 
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
         """Find out which of some parameters the forwards from now on read.
@@ -164,13 +162,14 @@ class Layerwise:
         paths: dict[int, list[str]] = {}
         prefixes = {owner: path for path, owner in self.module.named_modules()}
         for slot in self._slots:
-            paths.setdefault(id(slot.weight), []).append(f"{prefixes[slot.owner]}.{slot.name}")
+            path = f"{prefixes[slot.owner]}.{slot.name} {type(slot.owner).__name__} {tuple(slot.weight.shape)}"
+            paths.setdefault(id(slot.weight), []).append(path)
 
         def run(trial: Trial, uses: Uses | None) -> Probe:
             self._probe, self._rowwise.note = Probe(), uses.note if uses is not None else None
             try:
                 with self.perturbed(trial):
-                    self._probe.losses = check_losses(closure(), self.rows)
+                    self._probe.losses = self.check(closure())
                     self._probe.calls = self._rowwise.rows.calls
                 return self._probe
             finally:

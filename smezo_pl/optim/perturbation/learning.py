@@ -61,18 +61,21 @@ class Uses:
     """How the layers of a run use the weights.
 
     Args:
-        paths: Names of each parameter's slots in the network, by its id.
+        paths: Of each parameter, by its id, its slots in the network: name, kind of module, shape.
     """
 
     def __init__(self, paths: Mapping[int, Sequence[str]]) -> None:
         self._paths = paths
         self._doubtful: set[int] = set()
+        self._broadcast: set[int] = set()
         self._lengths: dict[int, set[int]] = {}
 
     def note(self, weight: nn.Parameter, place: Place, operand: Tensor) -> None:
         """A layer uses a weight."""
         if not place.is_plain:
             self._doubtful.add(id(weight))
+        if not place.each:
+            self._broadcast.add(id(weight))
         self._lengths.setdefault(id(weight), set()).add(0 if place.at is not None else operand.shape[0])
 
     def unused(self) -> set[int]:
@@ -83,10 +86,14 @@ class Uses:
         """Ids of those for which the entries of the first dimension may be something else than rows, in order."""
         return self._doubtful
 
+    def broadcast(self) -> set[int]:
+        """Ids of those that are used once for all rows, so that what comes out gets rows that it did not have."""
+        return self._broadcast
+
     def routed(self) -> set[int]:
         """Ids of the doubtful that look like experts, which get the rows' tokens as these are routed.
 
-        Their names say so, or layers that are numbered beside them get other numbers of tokens, or none.
+        Their names say so, or like layers that are numbered beside them get other numbers of tokens, or none.
         """
         beside: dict[str, set[frozenset[int]]] = {}
         for key, paths in self._paths.items():
@@ -154,7 +161,7 @@ def learn(
     Args:
         run: Runs the closure with a trial direction; where there are `Uses`, it notes them and perturbs nothing.
         step: The first step.
-        paths: Names of each parameter's slots in the network, by its id.
+        paths: Of each parameter, by its id, its slots in the network: name, kind of module, shape.
         names: Names of the parameters, by their ids.
         strict: Whether to refuse weights whose rows cannot be told.
         anywhere: Whether something holds in any of the processes, all of which must run the closure equally often.
@@ -169,18 +176,28 @@ def learn(
     uses, trial = Uses(paths), Trial(step, set(), _is_any)
     calls = run(trial, uses).calls
     untold = trial.whole | uses.routed()
-    shared = untold | uses.unused()
-    if not anywhere(any(count > 1 for count, _ in calls)):
+    unused = uses.unused() - untold
+    if not anywhere(not calls or any(count > 1 for count, _ in calls)):
         logger.info("the first batch has one row at a time; nothing can be learned of how a batch's rows are treated")
-        shared |= uses.doubtful()
-    elif _mixes(run, step, shared, anywhere):
-        untold |= uses.doubtful()
-        shared |= uses.doubtful()
-        if _mixes(run, step, shared, anywhere):
+        unused |= uses.doubtful() - untold
+    else:
+        try:
+            mixes = _mixes(run, step, untold | unused, anywhere)
+        except (RuntimeError, ValueError, IndexError):  # of a model that expects no rows there
+            untold |= uses.broadcast()
+            mixes = _mixes(run, step, untold | unused, anywhere)
+        if mixes:
+            untold |= uses.doubtful()
+            if _mixes(run, step, untold | unused, anywhere):
+                raise RuntimeError(
+                    "the loss of a row changes when only other rows are perturbed: the model or the loss mixes the "
+                    "rows of a batch (a norm over the batch, experts of limited capacity, a loss over pairs), has them "
+                    "in another dimension than the first, or draws random numbers; use directions='shared'"
+                )
+        if untold | unused >= paths.keys():
             raise RuntimeError(
-                "the loss of a row changes when only other rows are perturbed: the model or the loss mixes the rows of "
-                "a batch (a norm over the batch, experts of limited capacity, a loss over pairs), or draws random "
-                "numbers; use directions='shared'"
+                "the rows of a batch cannot be told where any of the parameters is used, or the model or the loss "
+                "mixes them; use directions='shared'"
             )
     if untold:
         listed = ", ".join(repr(names[key]) for key in names if key in untold)
@@ -190,7 +207,7 @@ def learn(
                 "give them one direction for the batch by strict=False"
             )
         logger.info("rows cannot be told where these parameters are used; they get one direction a batch: %s", listed)
-    return shared
+    return untold | unused
 
 
 def _mixes(

@@ -204,8 +204,10 @@ def check_rank(rank: int | None, groups: Iterable[Mapping[str, Any]]) -> None:
             )
 
 
-def check_state(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], directions: Directions) -> None:
-    """Refuse the state of another optimizer, of other directions, or of other parameters than in ``groups``."""
+def check_state(
+    state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], directions: Directions, coefficients: str
+) -> None:
+    """Refuse a state of another optimizer, other directions or coefficients, or other parameters than ``groups``."""
     own = state.get("smezo")
     if own is None:
         raise ValueError("the state does not come from SparseMeZO: it has no entry 'smezo'")
@@ -217,6 +219,10 @@ def check_state(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], d
         )
     if saved != directions:
         raise ValueError(f"the state was made with {saved}, the optimizer has {directions}: give those of the state")
+    if (rule := own.get("coefficients", "raw")) != coefficients:
+        raise ValueError(
+            f"the state was made with coefficients={rule!r}, the optimizer has {coefficients!r}: give that one"
+        )
     for saved, group in zip(state["param_groups"], groups, strict=False):
         if saved["names"] != group["names"] or saved["numbers"] != group["numbers"]:
             raise ValueError(

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 
@@ -34,7 +35,13 @@ def rows(numbers: Tensor) -> Iterator[None]:
 
     Args:
         numbers: int64 ``[R]``, at least 0.
+
+    Raises:
+        TypeError: If they are none.
     """
+    if not isinstance(numbers, Tensor) or numbers.dtype != torch.int64 or numbers.dim() != 1:
+        found = f"{numbers.dtype} {list(numbers.shape)}" if isinstance(numbers, Tensor) else type(numbers).__name__
+        raise TypeError(f"rows needs numbers of rows, an int64 tensor of one dimension, got {found}")
     before = _current.numbers
     _current.numbers = numbers if before is None else before[numbers]
     try:

@@ -30,6 +30,7 @@ from smezo_pl.optim.parameters import (
     check_state,
     choose,
     remembers_given,
+    some,
 )
 from smezo_pl.optim.participation import Participation
 from smezo_pl.optim.perturbation import deferred_interrupt, run_forwards
@@ -223,6 +224,7 @@ class SparseMeZO(Masked, Optimizer):
             "noise_scheme": self._directions.scheme,
             **{name: getattr(self, name) for name in _OF_NOISE},
             **({"directions": self.directions, "rank": self.rank} if self._directions != SHARED else {}),
+            **({"coefficients": self.coefficients} if self.coefficients != "raw" else {}),
             **self._progress.state(),
             **self.participation.state(),
             "bits": dict(self._selection.bits),
@@ -233,9 +235,9 @@ class SparseMeZO(Masked, Optimizer):
         """Resume from a `state_dict`.
 
         Raises:
-            ValueError: If the state is another optimizer's, of other directions or of other parameters.
+            ValueError: If the state is another optimizer's, of other directions, coefficients or parameters.
         """
-        check_state(state_dict, self.param_groups, self._directions)
+        check_state(state_dict, self.param_groups, self._directions, self.coefficients)
         own = state_dict["smezo"]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "smezo"})
         for name in _OF_NOISE:
@@ -337,6 +339,14 @@ class SparseMeZO(Masked, Optimizer):
             self._log_once(f"coefficients={self.coefficients!r} of one direction per step are +1 or -1")
         moving = self._progress.mean_square, self._progress.signals
         numbers, mean_square = coefficients(losses, self.param_groups[0]["eps"], self.coefficients, *moving)
+        unread = own.after_forwards(watched, fresh, read, number)
+        if self.strict and (late := own.unread & ~unread & (own.shared or 0)):
+            names = some(repr(tensor.name) for tensor in self._tensors() if late >> tensor.number & 1)
+            raise ValueError(
+                f"strict=True refuses parameters of which the first step did not find out how their rows are told, as "
+                f"it did not read them: {names}; leave them out with exclude, or give them one direction for the batch "
+                "by strict=False"
+            )
         record = StepRecord(
             step=number,
             losses=losses,
@@ -344,7 +354,7 @@ class SparseMeZO(Masked, Optimizer):
             **rates_of(self.param_groups),
             skipped=not numbers,
             refreshed=self._selection.refreshed,
-            unread=own.after_forwards(watched, fresh, read, number),
+            unread=unread,
             rows=len(losses) // self.num_samples,
             shared=own.shared or 0,
             mean_square=mean_square,
@@ -353,7 +363,7 @@ class SparseMeZO(Masked, Optimizer):
         self.standstill.look(record, step)
         self._apply(record, step)
         self._last_step = replace(record, total_seconds=perf_counter() - started)
-        self._progress.check(self.max_skipped, losses[-1])
+        self._progress.check(self.max_skipped, losses)
         return torch.tensor(self._last_step.loss, dtype=torch.float32)
 
     def replay_step(

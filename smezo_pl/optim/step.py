@@ -116,10 +116,11 @@ class Progress:
         self.no_signal += not record.skipped and not any(record.projected_gradients)
         self.mean_square = record.mean_square
 
-    def check(self, max_skipped: int, losses: tuple[float, float]) -> None:
-        """Raise if too many steps in a row were skipped; ``losses`` are a pair of the last."""
+    def check(self, max_skipped: int, losses: Sequence[tuple[float, float]]) -> None:
+        """Raise if too many steps in a row were skipped; ``losses`` are the pairs of the last."""
         if self.skipped_in_row >= max_skipped:
-            what = f"the loss was not finite in {self.skipped_in_row} steps in a row (last pair {losses})"
+            pair = next((pair for pair in losses if not all(map(math.isfinite, pair))), losses[-1])
+            what = f"the loss was not finite in {self.skipped_in_row} steps in a row (last pair {pair})"
             raise NonFiniteLossError(f"{what}; the weights are those before them. {NON_FINITE_ADVICE}")
 
     def state(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Resumed:
             self._then = {**_ADDED, **self._then}
         elif self._own:  # a user's own module, of which no trajectory tells: what its state tells
             group = self._groups[0]
-            names = self._own.keys() & {"seed", "num_samples", "noise", "directions", "rank"}
+            names = self._own.keys() & {"seed", "num_samples", "noise", "directions", "rank", "coefficients"}
             self._then = {**group, "lr": group.get("initial_lr", group["lr"]), **{n: self._own[n] for n in names}}
         self._kept: dict[str, Any] = {}
         self._is_settled = False

@@ -314,6 +314,12 @@ def test_a_state_of_other_directions_is_refused():
     for name in ("shared", "flips", "papers"):
         with pytest.raises(ValueError, match="give those of the state"):
             build(model, rank=2).load_state_dict(states[name])
+    rules = {name: state["smezo"].get("coefficients", "raw") for name, state in states.items()}
+    assert rules == {name: RUNS.get(name, {}).get("coefficients", "raw") for name in states}
+    for given, own in (("moving", "raw"), ("raw", "ranks")):
+        state = SparseMeZO(model.named_parameters(), coefficients=given).state_dict()
+        with pytest.raises(ValueError, match=f"made with coefficients='{given}', the optimizer has '{own}'"):
+            SparseMeZO(model.named_parameters(), coefficients=own).load_state_dict(state)
     states["rows"]["smezo"]["noise_scheme"] = 3
     with pytest.raises(ValueError, match="noise scheme 3, this version has scheme 2 for directions='per_row'"):
         build(model, rank=2).load_state_dict(states["rows"])
@@ -390,7 +396,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped():
     optimizer.step(lambda: values)
     record = optimizer.last_step
     assert record.skipped and record.rows == 3 and record.projected_gradients == () and len(record.losses) == 3
-    with pytest.raises(NonFiniteLossError, match="not finite in 2 steps"):
+    with pytest.raises(NonFiniteLossError, match=r"not finite in 2 steps in a row \(last pair \(nan, nan\)\)"):
         optimizer.step(lambda: values)
     assert same(model, before) and optimizer.skipped_steps == 2 and optimizer.no_signal_steps == 0
 

@@ -248,6 +248,22 @@ def test_strict_refuses_by_name(kind: type[nn.Module], name: str) -> None:
     assert optimizer.steps_done == 0
 
 
+def test_strict_refuses_what_is_read_for_the_first_time_later() -> None:
+    model, use = build(TiedLanguageModel), []
+    model.spare = nn.Linear(8, 8)
+    model.hidden.register_forward_hook(lambda _, __, out: model.spare(out) if use else None)
+    closure = closure_of(model)
+    optimizer = build_optimizer(model, directions="per_row", rank=1, strict=True)
+    optimizer.step(closure)
+    use.append(1)
+    with pytest.raises(ValueError, match=r"did not read them: 'spare.weight', 'spare.bias'; leave them out"):
+        optimizer.step(closure)
+    assert optimizer.steps_done == 1 and len(optimizer.unread()) == 2
+    optimizer.strict = False
+    optimizer.step(closure)
+    assert optimizer.unread() == [] and optimizer.shared() == ["spare.weight", "spare.bias"]
+
+
 def test_a_table_over_pairs_of_positions_is_no_batch() -> None:
     class Biased(TiedLanguageModel):
         def __init__(self) -> None:
@@ -380,6 +396,11 @@ def test_a_closure_must_run_the_network() -> None:
     refusal = pytest.raises(RuntimeError, match=r"rows\(...\) numbers 2 rows, the forward inside the block has 4")
     with refusal, rows(torch.arange(2)):
         optimizer.step(closure_of(model))
+    with pytest.raises(RuntimeError, match="must be at least 0, got -1"), rows(torch.tensor([1, 0, -1, 2])):
+        optimizer.step(closure_of(model))
+    for numbers in ([0, 1], torch.ones(4, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.long)):
+        with pytest.raises(TypeError, match="an int64 tensor of one dimension, got"), rows(numbers):
+            pass
 
 
 def test_writes_are_refused() -> None:

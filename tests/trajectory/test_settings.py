@@ -418,7 +418,8 @@ def test_the_command_line_counts_where_it_says_something(
     )
     config = yaml.safe_load((folders[1] / "config.yaml").read_text())["model"]["optimizer"]["init_args"]
     hparams = yaml.safe_load((folders[1] / "hparams.yaml").read_text())["sparse_mezo"]
-    assert {**config, "kernel": "torch"} == hparams == hyperparameters(folders[1])
+    assert config["mask"] is None  # which stands for the mask in use
+    assert {**config, "kernel": "torch", "mask": "small"} == hparams == hyperparameters(folders[1])
     assert (config["lr"], config["eps"]) == (1e-4, 1e-2)
     assert rates(folders[1]) == [1e-3] * 2 + [1e-4] * 2
     assert rates(folders[1], "eps") == [1e-2] * 4

@@ -140,6 +140,8 @@ class ForwardRows:
             self._numbers, self.are_named = chosen, True
         if isinstance(self._numbers, Tensor):
             self._numbers = self._numbers.tolist()
+            if min(self._numbers, default=0) < 0:
+                raise RuntimeError(f"rows(...) numbers must be at least 0, got {min(self._numbers)}")
         if not self._numbers:
             raise RuntimeError(
                 "with directions='per_row' a closure must run the attached module itself, with a tensor whose first "

@@ -170,6 +170,35 @@ def test_rows_of_rewarded_answers(tiny_folder: Path, questions: str) -> None:
     check(module, trained(module, questions_data(questions, reward="rewards_of_rows.characters")), rows=5)
 
 
+def test_rows_of_answers_that_a_metric_judges(
+    make_tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast, questions: str
+) -> None:
+    """A model that answers in words, every question as its reference does, and along some directions otherwise."""
+    words = tiny_tokenizer(" good great movie food room nice", add_special_tokens=False)["input_ids"]
+
+    def module() -> SparseMeZOModule:
+        network = make_tiny_model("llama").double()
+        head = torch.zeros_like(network.lm_head.weight)
+        head[words] = 3.0 * torch.randn(len(words), head.shape[1], generator=torch.Generator().manual_seed(2)).double()
+        network.lm_head.weight = nn.Parameter(head)
+        optimizer = partial(per_row, eps=0.05, coefficients="ranks")
+        made = SparseMeZOModule(network, optimizer, micro_batch_size=3)
+        made.tokenizer = tiny_tokenizer
+        return made
+
+    settings: dict[str, Any] = {**QUIET, "precision": "64-true"}
+    batches = Trainer(**settings).predict(module(), questions_data(questions, test_file=questions)) or []
+    rows = [json.loads(line) for line in Path(questions).read_text().splitlines()]
+    for answer in sum(batches, []):
+        rows[answer["index"]]["answers"] = [answer["prediction"]]
+    Path(questions).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trains = module()
+    look = trained(trains, questions_data(questions, objective="f1"))
+    check(trains, look, rows=5, distinct=2)
+    losses = {loss for pair in look.steps[0][3].losses for loss in pair}
+    assert min(losses) == 0.0 and any(0.0 < loss < 1.0 for loss in losses)
+
+
 @pytest.mark.slow
 def test_rows_of_texts_that_are_no_packed_ones(
     make_tiny_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast, texts: str

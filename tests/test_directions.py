@@ -187,9 +187,9 @@ def test_rows_of_answers_that_a_metric_judges(
         return made
 
     settings: dict[str, Any] = {**QUIET, "precision": "64-true"}
-    batches = Trainer(**settings).predict(module(), questions_data(questions, test_file=questions)) or []
+    batches: Any = Trainer(**settings).predict(module(), questions_data(questions, test_file=questions))
     rows = [json.loads(line) for line in Path(questions).read_text().splitlines()]
-    for answer in sum(batches, []):
+    for answer in (answer for batch in batches for answer in batch):
         rows[answer["index"]]["answers"] = [answer["prediction"]]
     Path(questions).write_text("".join(json.dumps(row) + "\n" for row in rows))
     trains = module()

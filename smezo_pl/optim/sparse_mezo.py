@@ -83,6 +83,12 @@ class SparseMeZO(Masked, Optimizer):
     The closure runs under ``no_grad``, twice per sample, on the same batch. A forward must not write weights.
     Tensors that no forward reads are left alone (see `unread`).
 
+    With ``directions="per_row"`` row ``r`` of the batch sees its own ``theta + eps Z_r`` in the same two forwards, and
+    with its own losses has its own ``g_r``; the update takes the mean of ``g_r Z_r``: as many numbers per step as rows,
+    which helps most in the first hundreds of steps. With a ``rank``, ``Z`` is a sum of so many outer products, of all
+    weights, and costs no pass over them in a forward; without, it keeps the mask and costs a second matrix product.
+    See `smezo_pl.optim.directions`, and for what marks the rows of a forward `smezo_pl.optim.rows`.
+
     References: Sparse MeZO, arXiv 2402.15751; MeZO, arXiv 2305.17333.
 
     Args:
@@ -111,9 +117,10 @@ class SparseMeZO(Masked, Optimizer):
         rank: Rank of the directions, in ``[1, 64]``, of all weights. None for full noise; a direction per row is then
             ``m z`` with the signs of rows and columns flipped at random.
         coefficients: What stands for ``g`` in the update (see `smezo_pl.optim.coefficients`): ``raw``, ``g`` itself;
-            ``normalized``, ``g`` over its root mean square in the step; ``moving``, over that of all steps so far;
-            ``ranks``, its signed rank in the step.
-        strict: Whether to refuse a tensor whose rows cannot be told, which otherwise has one direction for the batch.
+            ``normalized``, ``g`` over its root mean square in the step; ``moving``, over a moving one of all steps so
+            far; ``ranks``, its signed rank in the step. All but ``raw`` need a learning rate of their own.
+        strict: Whether to refuse a tensor whose rows cannot be told, which otherwise has one direction for the batch,
+            and one that is read for the first time after the first step.
 
     Raises:
         ValueError: If a number is out of range, the parameter list is empty or a pattern matches nothing.
@@ -310,13 +317,16 @@ class SparseMeZO(Masked, Optimizer):
 
         Args:
             closure: Runs the forward on one batch and returns its loss: a number or a tensor of one element. It may be
-                any number, differentiable or not.
+                any number, differentiable or not. With ``directions="per_row"`` it returns the loss of each row, a
+                tensor ``[R]`` whose mean is the loss, where rows are the first dimension of the network's input.
 
         Returns:
-            Mean of ``l+`` and ``l-`` over the samples, a float32 tensor without dimensions, on the CPU.
+            Mean of ``l+`` and ``l-`` over samples and rows, a float32 tensor without dimensions, on the CPU.
 
         Raises:
-            TypeError: If the closure is missing or does not return a number.
+            TypeError: If the closure is missing or does not return a number, or one for each row.
+            ValueError: If it returns other than one number for each row, or ``strict`` refuses a tensor.
+            RuntimeError: If a weight is written; with ``directions="per_row"`` if rows are mixed or cannot be told.
             NonFiniteLossError: After ``max_skipped`` losses in a row that are not finite.
         """
         if closure is None:

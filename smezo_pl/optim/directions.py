@@ -35,8 +35,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from smezo_pl.optim.kernels.base import Kernel
-from smezo_pl.optim.masks import DENSE
+from smezo_pl.optim.kernels.base import Draw, Kernel
 from smezo_pl.optim.noise import BLOCK, NOISE_SCHEME, Distribution, Stream
 
 DIRECTIONS_SCHEME = 2
@@ -111,50 +110,56 @@ class Factors:
         """How many outer products the direction of one row is the sum of."""
         return self.rank if self.is_matrix else 1
 
-    def left(
-        self, rows: Sequence[int], device: torch.device | str = "cpu", part: tuple[int, int] | None = None
-    ) -> Tensor | None:
-        """``a`` of some rows of the global batch: bfloat16 ``[len(rows), rank, n]``; None for what is no matrix.
+    def left(self, rows: Sequence[int]) -> Tensor | None:
+        """``a`` of some rows of the global batch: bfloat16 ``[len(rows), rank, n]``; None for what is no matrix."""
+        return both([self], rows)[0][0]
+
+    def right(self, rows: Sequence[int]) -> Tensor:
+        """``b`` of some rows, or all of their direction: bfloat16 ``[len(rows), rank, m]``, rank 1 for no matrix."""
+        return both([self], rows)[0][1]
+
+    def draw(self, side: Literal["left", "right"], out: Tensor, first: int = 0) -> Draw:
+        """How to draw a part of `left`, of a matrix, or of `right`, of the first rows.
 
         Args:
-            rows: Numbers of the rows.
-            device: Where to.
-            part: Of the ``n`` numbers the first one, a multiple of 1024, and how many; None for all.
+            side: Which of them.
+            out: bfloat16 ``[rows * count, numbers]``.
+            first: Which number of each vector is the first in ``out``; a multiple of 1024.
         """
-        n, _ = matrix_shape(self.shape)
-        return self._draw(rows, part or (0, n), 0, device) if self.is_matrix else None
+        offset, width = self.widths()
+        first += 0 if side == "left" else offset
+        return Draw(out, range(first, first + len(out) * width, width), self.source())
 
-    def right(
-        self, rows: Sequence[int], device: torch.device | str = "cpu", part: tuple[int, int] | None = None
-    ) -> Tensor:
-        """``b`` of some rows, or all of their direction: bfloat16 ``[len(rows), rank, m]``, rank 1 for no matrix."""
+    def widths(self) -> tuple[int, int]:
+        """``N`` and ``N + M``; ``N`` is 0 for what is no matrix."""
         n, m = matrix_shape(self.shape)
-        return self._draw(rows, part or (0, m), _padded(n) if self.is_matrix else 0, device)
+        offset = _padded(n) if self.is_matrix else 0
+        return offset, offset + _padded(m)
 
-    def both(self, rows: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor | None, Tensor]:
-        """`left` and `right` of some rows; not contiguous, and in less time where the rows are consecutive."""
-        n, m = matrix_shape(self.shape)
-        first, count, padded = rows[0], self.count, _padded(n) if self.is_matrix else 0
-        width = padded + _padded(m)
-        if isinstance(rows, range) or list(rows) == list(range(first, first + len(rows))):
-            out = torch.empty(len(rows) * count * width, dtype=torch.bfloat16, device=device)
-            self.kernel.draw(out, out, DENSE, self.distribution, self._stream(first * count * width), 1.0)
-            drawn = out.view(len(rows), count, width)
-        else:
-            drawn = self._draw(rows, (0, padded + m), 0, device)
-        return (drawn[..., :n] if self.is_matrix else None), drawn[..., padded : padded + m]
-
-    def _draw(self, rows: Sequence[int], part: tuple[int, int], offset: int, device: torch.device | str) -> Tensor:
-        n, m = matrix_shape(self.shape)
-        stride, (first, numel), count = (_padded(n) if self.is_matrix else 0) + _padded(m), part, self.count
-        starts = [(row * count + j) * stride + offset + first for row in rows for j in range(count)]
-        out = torch.empty(len(starts), numel, dtype=torch.bfloat16, device=device)
-        self.kernel.draw_rows(out, starts, self.distribution, self._stream())
-        return out.view(len(rows), count, numel)
-
-    def _stream(self, start: int = 0) -> Stream:
+    def source(self) -> Stream:
+        """The stream of the factors."""
         own = self.stream
-        return Stream(own.seed, own.step, own.sample + FACTORS, own.tensor, own.start + start)
+        return Stream(own.seed, own.step, own.sample + FACTORS, own.tensor, own.start)
+
+
+def both(
+    tensors: Sequence[Factors], rows: Sequence[int], device: torch.device | str = "cpu"
+) -> list[tuple[Tensor | None, Tensor]]:
+    """`Factors.left` and `Factors.right` of tensors that have one kernel and distribution; not contiguous."""
+    is_range = isinstance(rows, range) or list(rows) == list(range(rows[0], rows[0] + len(rows)))
+    begins = rows[:1] if is_range else rows  # what lies together is drawn in one piece
+    widths = [factors.widths() for factors in tensors]
+    sizes = [len(rows) * factors.count * width for factors, (_, width) in zip(tensors, widths, strict=True)]
+    memory = torch.empty(sum(sizes), dtype=torch.bfloat16, device=device)
+    draws, drawn = list[Draw](), list[tuple[Tensor | None, Tensor]]()
+    for factors, (offset, width), part in zip(tensors, widths, torch.split(memory, sizes), strict=True):
+        n, m = matrix_shape(factors.shape)
+        starts = [row * factors.count * width for row in begins]
+        draws.append(Draw(part.view(len(starts), -1), starts, factors.source()))
+        vectors = part.view(len(rows), factors.count, width)
+        drawn.append((vectors[..., :n] if offset else None, vectors[..., offset : offset + m]))
+    tensors[0].kernel.draw_rows(draws, tensors[0].distribution)
+    return drawn
 
 
 def _padded(numel: int) -> int:

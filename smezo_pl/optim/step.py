@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from smezo_pl.optim.directions import SHARED, Directions, Factors, matrix_shape
-from smezo_pl.optim.kernels import Factored, FactoredUpdate, Kernel, Update
+from smezo_pl.optim.directions import SHARED, Directions, Factors, both, matrix_shape
+from smezo_pl.optim.kernels import Draw, Factored, FactoredUpdate, Kernel, Update
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import BLOCK, Distribution, Stream
 from smezo_pl.optim.parameters import OptimizedTensor, float32
@@ -191,43 +191,49 @@ class TensorPasses:
         """The update by full noise."""
         return Update(self.tensor.flat, self.mask, self.streams, scales, decay, self.streams[0])
 
-    def factored_updates(self, scales: Sequence[float], decay: float) -> Iterator[FactoredUpdate]:
+    def factored_updates(self, scales: Sequence[float], decay: float) -> Iterator[tuple[list[Draw], FactoredUpdate]]:
         """The update by sums of outer products, in parts whose factors take about `FACTOR_BYTES`.
 
         Args:
             scales: One for each sample and row.
             decay: Learning rate times weight decay.
+
+        Returns:
+            Of each part what is drawn before it.
         """
         theta, one = self.tensor.flat, self.factors[0]
         n, m = matrix_shape(one.shape)
-        rows = range(len(scales) // len(self.factors))
-        norm, count = self.norm, one.count
-        scales = [scale * norm for scale in scales for _ in range(count)]
+        norm = self.norm
+        scales = [scale * norm for scale in scales for _ in range(one.count)]
+        vectors = len(scales) // len(self.factors)
+
+        def drawn(side: Literal["left", "right"], numel: int, first: int = 0) -> tuple[Tensor, list[Draw]]:
+            out = torch.empty(len(scales), numel, dtype=torch.bfloat16, device=theta.device)
+            parts = torch.split(out, vectors)
+            return out, [f.draw(side, part, first) for f, part in zip(self.factors, parts, strict=True)]
+
         length, width = (n, m) if one.is_matrix else (m, 1)
-        right = self._drawn("right", rows) if one.is_matrix else None
+        other, before = torch.ones(len(scales), 1, dtype=torch.bfloat16, device=theta.device), list[Draw]()
+        if one.is_matrix:
+            other, before = drawn("right", m)
         step = max(BLOCK, FACTOR_BYTES // (2 * len(scales)) // BLOCK * BLOCK)
         for first in range(0, length, step):
-            part = first, min(step, length - first)
-            if right is not None:
-                factors = self._drawn("left", rows, part), right
-            else:
-                ones = torch.ones(len(scales), 1, dtype=torch.bfloat16, device=theta.device)
-                factors = ones, self._drawn("right", rows, part)
-            start, numel = first * width, part[1] * width
+            part = min(step, length - first)
+            along, draws = drawn("left" if one.is_matrix else "right", part, first)
+            factors = (along, other) if one.is_matrix else (other, along)
+            start, numel = first * width, part * width
             noise = None if self.rank is not None else self.streams[0].part(start)
-            yield FactoredUpdate(
-                theta[start : start + numel],
-                self.mask.part(start, numel),
-                Factored(*factors, scales, noise),
-                decay,
-                self.streams[0].part(start),
+            yield (
+                before + draws,
+                FactoredUpdate(
+                    theta[start : start + numel],
+                    self.mask.part(start, numel),
+                    Factored(*factors, scales, noise),
+                    decay,
+                    self.streams[0].part(start),
+                ),
             )
-
-    def _drawn(
-        self, side: Literal["left", "right"], rows: Sequence[int], part: tuple[int, int] | None = None
-    ) -> Tensor:
-        device = self.tensor.parameter.device
-        return torch.cat([getattr(factors, side)(rows, device, part).flatten(0, 1) for factors in self.factors])
+            before = []
 
 
 class StepPerturbation:
@@ -259,12 +265,13 @@ class StepPerturbation:
         shared: int = 0,
     ) -> None:
         self.noise, self.directions, rank = noise, directions, directions.rank
+        self.drawn: Distribution = noise if rank is not None else "rademacher"
         self.passes: dict[int, TensorPasses] = {}
         for tensor in tensors:
             streams = [Stream(seed, step, sample, tensor.number) for sample in range(samples)]
             mask, kernel = selection.mask(tensor, seed, step), tensor.kernel
             rows_apart = directions.per_row and not shared >> tensor.number & 1
-            drawn, shape = (noise if rank is not None else "rademacher"), tensor.parameter.shape
+            drawn, shape = self.drawn, tensor.parameter.shape
             wanted = streams if rows_apart or rank is not None else []
             factors = [Factors(kernel, stream, shape, rank or 1, drawn) for stream in wanted]
             self.passes[id(tensor.parameter)] = TensorPasses(tensor, kernel, mask, streams, factors, rows_apart, rank)
@@ -289,7 +296,7 @@ class StepPerturbation:
                 exact[id(group), rows_apart] = scales, decay
                 rounded[id(group), rows_apart] = [float32(scale) for scale in scales], float32(decay)
         updates: dict[Kernel, list[Update]] = {}
-        factored: dict[Kernel, list[FactoredUpdate]] = {}
+        factored: dict[Kernel, list[tuple[list[Draw], FactoredUpdate]]] = {}
         held = 0
         for passes in self.passes.values():
             if record.unread >> passes.tensor.number & 1 or not passes.tensor.parameter.numel():
@@ -299,9 +306,9 @@ class StepPerturbation:
             if not passes.factors:
                 updates.setdefault(passes.kernel, []).append(passes.update(scales, decay))
                 continue
-            for update in passes.factored_updates(scales, decay):
-                factored.setdefault(passes.kernel, []).append(update)
-                held += update.factored.left.nbytes + update.factored.right.nbytes
+            for draws, update in passes.factored_updates(scales, decay):
+                factored.setdefault(passes.kernel, []).append((draws, update))
+                held += sum(draw.out.nbytes for draw in draws)
                 if held >= FACTOR_BYTES:
                     self._update_factored(factored)
                     held = 0
@@ -311,9 +318,10 @@ class StepPerturbation:
         # The kernels write past torch, which counts the writes to a tensor.
         torch.autograd.graph.increment_version([passes.tensor.parameter for passes in self.passes.values()])
 
-    def _update_factored(self, updates: dict[Kernel, list[FactoredUpdate]]) -> None:
+    def _update_factored(self, updates: dict[Kernel, list[tuple[list[Draw], FactoredUpdate]]]) -> None:
         for kernel, of_kernel in updates.items():
-            kernel.update_all_factored(of_kernel, self.noise)
+            kernel.draw_rows([draw for draws, _ in of_kernel for draw in draws], self.drawn)
+            kernel.update_all_factored([update for _, update in of_kernel], self.noise)
         updates.clear()
 
 
@@ -343,20 +351,31 @@ class Direction:
         """The rank of the directions; None where rows flip the signs of full noise."""
         return self._step.directions.rank
 
-    def factors(self, parameter: nn.Parameter, rows: Sequence[int]) -> tuple[Tensor | None, Tensor, float]:
+    def factors(
+        self, parameters: Sequence[nn.Parameter], rows: Sequence[int]
+    ) -> list[tuple[Tensor | None, Tensor, float]]:
         """The factors of the directions of some rows of the global batch; the signs, where these flip the noise.
 
         Row ``r`` sees ``theta + scale * sum over j of left[r, j] right[r, j]^T``, with sign flips this times `draw`.
         Directions that all rows share are those of row 0.
 
+        Args:
+            parameters: Parameters on one device, drawn at once; all have a direction for each row, or none.
+            rows: Numbers of the rows.
+
         Returns:
-            ``left``, bfloat16 ``[len(rows), k, n]``, or None for what is no matrix; ``right``, ``[len(rows), k, m]``,
-            with ``k = 1`` for what is no matrix; and ``scale``.
+            Of each parameter ``left``, bfloat16 ``[len(rows), k, n]``, or None for what is no matrix; ``right``,
+            ``[len(rows), k, m]``, with ``k = 1`` for what is no matrix; and ``scale``.
         """
-        passes = self._step.passes[id(parameter)]
-        rows = rows if passes.rows_apart else [0] * len(rows)
-        left, right = passes.factors[self._sample].both(rows, parameter.device)
-        return left, right, self._scale(passes) * passes.norm
+        listed = [self._step.passes[id(parameter)] for parameter in parameters]
+        rows = rows if listed[0].rows_apart else [0] * len(rows)
+        drawn = both([passes.factors[self._sample] for passes in listed], rows, parameters[0].device)
+        return [(*factors, self._scale(passes) * passes.norm) for factors, passes in zip(drawn, listed, strict=True)]
+
+    def factor_bytes(self, parameter: nn.Parameter) -> int:
+        """Bytes of the factors of one row."""
+        factors = self._step.passes[id(parameter)].factors[self._sample]
+        return 2 * factors.count * factors.widths()[1]
 
     def draw(self, parameter: nn.Parameter, out: Tensor) -> None:
         """Put the noise whose signs the rows flip, under its mask, into ``out``, which is flat: ``m * z``."""
@@ -394,7 +413,7 @@ class Direction:
         return passes, passes.mask if mask is None else mask
 
     def _factored(self, passes: TensorPasses) -> Factored:
-        left, right, scale = self.factors(passes.tensor.parameter, [0])
+        ((left, right, scale),) = self.factors([passes.tensor.parameter], [0])
         right = right[0].contiguous()
         left = torch.ones_like(right[:, :1]) if left is None else left[0].contiguous()
         return Factored(left, right, [-scale] * len(right))

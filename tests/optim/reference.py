@@ -228,7 +228,7 @@ class RowByRow:
             out = torch.empty(theta.numel(), dtype=theta.dtype)
             direction.perturb(parameter, out)
             return out.view(theta.shape).expand(rows, *theta.shape)
-        left, right, scale = direction.factors(parameter, range(rows))
+        ((left, right, scale),) = direction.factors([parameter], range(rows))
         left = torch.ones(rows, right.shape[1], 1) if left is None else left
         work = torch.promote_types(theta.dtype, torch.float32)
         delta = torch.einsum("rjn,rjm->rnm", left.to(work), right.to(work)).reshape(rows, *theta.shape)

@@ -151,7 +151,8 @@ def test_factors_are_uncorrelated_between_rows_samples_steps_tensors_and_sides()
             optimizer = SparseMeZO(parameters, directions="per_row", rank=2, num_samples=2, noise=noise)
             perturbation = optimizer._perturbation(step, 0)
             for sample in (0, 1):
-                left, right, scale = step_module.Direction(perturbation, sample, 1.0).factors(parameters[-1], [0, 1, 7])
+                direction = step_module.Direction(perturbation, sample, 1.0)
+                ((left, right, scale),) = direction.factors(parameters[-1:], [0, 1, 7])
                 assert scale == pytest.approx(1e-3 / math.sqrt(2))
                 vectors += [left.float().flatten(0, 1), right.float().flatten(0, 1)]
                 vectors.append(draw(noise, Stream(0, step, sample, number), torch.empty(1, 2048)))
@@ -169,10 +170,10 @@ def test_factors_of_rows_are_the_same_whatever_rows_are_asked_for():
     for rank in (None, 1, 3):
         optimizer = SparseMeZO([parameter, vector], directions="per_row", rank=rank)
         direction = step_module.Direction(optimizer._perturbation(4, 0), 0, -1.0)
-        some, all_rows = (direction.factors(parameter, rows) for rows in ([6, 2], range(8)))
+        some, all_rows = (direction.factors([parameter, vector], rows)[0] for rows in ([6, 2], range(8)))
         assert torch.equal(some[0], all_rows[0][[6, 2]]) and torch.equal(some[1], all_rows[1][[6, 2]])
         assert some[0].shape == (2, rank or 1, 18) and some[1].shape == (2, rank or 1, 5)
-        left, right, scale = direction.factors(vector, [3])
+        ((left, right, scale),) = direction.factors([vector], [3])
         assert left is None and right.shape == (1, 1, 7) and scale == -1e-3
 
 

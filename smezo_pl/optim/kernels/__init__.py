@@ -14,10 +14,10 @@ from typing import Literal
 
 import torch
 
-from smezo_pl.optim.kernels.base import Factored, FactoredUpdate, Kernel, Update
+from smezo_pl.optim.kernels.base import Draw, Factored, FactoredUpdate, Kernel, Update
 from smezo_pl.optim.kernels.reference import TorchKernel
 
-__all__ = ["Factored", "FactoredUpdate", "Kernel", "KernelName", "Update", "available_kernels", "get_kernel"]
+__all__ = ["Draw", "Factored", "FactoredUpdate", "Kernel", "KernelName", "Update", "available_kernels", "get_kernel"]
 
 KernelName = Literal["auto", "numba", "triton", "torch"]
 """Who makes the passes; ``auto`` takes Triton on CUDA, numba on the CPU, and torch elsewhere."""

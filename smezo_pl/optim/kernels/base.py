@@ -89,6 +89,20 @@ class FactoredUpdate(NamedTuple):
     rounding: Stream | None = None
 
 
+class Draw(NamedTuple):
+    """Vectors of noise: ``out[i]`` is that from element ``stream.start + starts[i]`` on, rounded to nearest even.
+
+    Attributes:
+        out: bfloat16 ``[V, L]``, contiguous.
+        starts: ``V`` numbers, at least 0, multiples of 1024.
+        stream: Where the noise comes from.
+    """
+
+    out: Tensor
+    starts: Sequence[int]
+    stream: Stream
+
+
 class Kernel(ABC):
     """The passes over a tensor's weights. A kernel keeps no state between calls.
 
@@ -140,18 +154,17 @@ class Kernel(ABC):
             noise: Distribution of ``z``.
         """
 
-    def draw_rows(self, out: Tensor, starts: Sequence[int], noise: Distribution, stream: Stream) -> None:
-        """``out[i]`` = the noise from element ``stream.start + starts[i]`` on, rounded to nearest even.
+    def draw_rows(self, draws: Sequence[Draw], noise: Distribution) -> None:
+        """Draw vectors of noise, all on one device; many in one call cost little more than one.
 
         Args:
-            out: bfloat16 ``[V, L]``, contiguous.
-            starts: ``V`` numbers, at least 0, multiples of 1024.
+            draws: The vectors.
             noise: Distribution of the noise.
-            stream: Where it comes from.
         """
-        check_draws(out, starts)
-        for row, start in zip(out, starts, strict=True):
-            self.draw(row, row, DENSE, noise, stream.part(start), 1.0)
+        for out, starts, stream in draws:
+            check_draws(out, starts)
+            for row, start in zip(out, starts, strict=True):
+                self.draw(row, row, DENSE, noise, stream.part(start), 1.0)
 
     @abstractmethod
     def draw(self, theta: Tensor, out: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float) -> None:

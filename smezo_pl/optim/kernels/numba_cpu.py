@@ -22,8 +22,20 @@ from torch import Tensor
 
 from smezo_pl.optim.kernels import _numba_passes as passes
 from smezo_pl.optim.kernels import base
-from smezo_pl.optim.kernels._numba_words import BITS, DRAWN, NEAREST, NUMEL, OUT, RESULT, ROW, START, STOCHASTIC, THETA
-from smezo_pl.optim.kernels.base import Factored, FactoredUpdate, Update
+from smezo_pl.optim.kernels._numba_words import (
+    BITS,
+    DRAWN,
+    NEAREST,
+    NUMEL,
+    OUT,
+    RESULT,
+    ROW,
+    ROWS,
+    START,
+    STOCHASTIC,
+    THETA,
+)
+from smezo_pl.optim.kernels.base import Draw, Factored, FactoredUpdate, Update
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import DENSE, Mask
 from smezo_pl.optim.noise import BLOCK, MASK, NOISE, ROUNDING, Distribution, Stream
@@ -73,17 +85,27 @@ class NumbaKernel(TorchKernel):
         tasks[:, OUT] += np.arange(len(first)) * (width * size)
         if mask.rule == "packed":
             tasks[:, BITS] += first // 8
-        return _run_rows(tasks, out)
+        return _run_rows(tasks, out.dtype, out.numel())
 
-    def draw_rows(self, out: Tensor, starts: Sequence[int], noise: Distribution, stream: Stream) -> None:
-        """Several vectors of noise; see `Kernel.draw_rows`."""
-        base.check_draws(out, starts)
-        task = _task(out, noise, out.view(-1), DENSE, [stream], [1.0])
-        tasks = np.tile(np.array(task, np.int64), (len(starts), 1))
-        tasks[:, NUMEL], tasks[:, START], tasks[:, RESULT] = out.shape[1], np.array(starts) + stream.start, DRAWN
-        tasks[:, THETA] += np.arange(len(starts)) * (out.shape[1] * out.element_size())
-        tasks[:, OUT] = tasks[:, THETA]
-        return _run_rows(tasks, out)
+    def draw_rows(self, draws: Sequence[Draw], noise: Distribution) -> None:
+        """Vectors of noise, all in one parallel pass; see `Kernel.draw_rows`."""
+        for out, starts, _ in draws:
+            base.check_draws(out, starts)
+            _check_device(out)
+        if not any(draw.starts for draw in draws):
+            return
+        first = draws[0].out
+        task = _task(first, noise, first.view(-1), DENSE, [draws[0].stream], [1.0])
+        task[RESULT] = DRAWN
+        counts = np.array([len(starts) for _, starts, _ in draws])
+        tasks = np.tile(np.array(task, np.int64), (counts.sum(), 1))
+        of_draw = [(out.data_ptr(), out.shape[1], at.start, *_row(at, NOISE, _ONE)) for out, _, at in draws]
+        address, numel, start, *row = np.array(of_draw, np.int64).repeat(counts, 0).T
+        within = np.arange(len(tasks)) - (counts.cumsum() - counts).repeat(counts)
+        tasks[:, NUMEL], tasks[:, START] = numel, start + np.concatenate([starts for _, starts, _ in draws])
+        tasks[:, THETA] = tasks[:, OUT] = address + within * numel * first.element_size()
+        tasks[:, ROWS : ROWS + ROW] = np.stack(row, 1)
+        _run_rows(tasks, first.dtype, sum(out.numel() for out, _, _ in draws))
 
     def draw(self, theta: Tensor, out: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float) -> None:
         """The noise under the mask alone; see `Kernel.draw`."""
@@ -261,14 +283,14 @@ def _run_all(tasks: Sequence[tuple[Tensor, list[int]]]) -> None:
     _run_table(table.buffer_info()[0], len(table) // passes.TABLE_ROW, pieces, numel)
 
 
-def _run_rows(tasks: Any, out: Tensor) -> None:
-    """Sweep over the rows of ``out``, each by its own row of ``tasks``."""
+def _run_rows(tasks: Any, dtype: torch.dtype, numel: int) -> None:
+    """Sweep over rows of ``numel`` elements in all, each by its own row of ``tasks``."""
     table = np.empty((len(tasks), passes.TABLE_ROW), np.int64)
-    table[:, 0] = _compiled("sweep", out.dtype).address
+    table[:, 0] = _compiled("sweep", dtype).address
     table[:, 2], table[:, 3] = tasks[:, START] // BLOCK, -(-(tasks[:, START] + tasks[:, NUMEL]) // BLOCK)
     table[:, 4], table[:, 5] = _STEP["sweep"], tasks.ctypes.data + np.arange(len(tasks)) * tasks.strides[0]
     table[:, 1] = np.cumsum(-((table[:, 2] - table[:, 3]) // table[:, 4]))
-    _run_table(table.ctypes.data, len(tasks), int(table[-1, 1]) if len(tasks) else 0, out.numel())
+    _run_table(table.ctypes.data, len(tasks), int(table[-1, 1]) if len(tasks) else 0, numel)
 
 
 def _move(theta: Tensor, bits: Tensor, saved: Tensor, ends: Any, back: bool) -> None:

@@ -35,7 +35,7 @@ from smezo_pl.optim.kernels._triton_words import (
     u32,
     widen,
 )
-from smezo_pl.optim.kernels.base import Factored, FactoredUpdate, Update
+from smezo_pl.optim.kernels.base import Draw, Factored, FactoredUpdate, Update
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import DENSE, Mask
 from smezo_pl.optim.noise import BLOCK, MASK, NOISE, ROUNDING, Distribution, Stream
@@ -234,19 +234,20 @@ class TritonKernel(TorchKernel):
             elif update.decay != 0.0 or any(update.scales):
                 _launch(update.theta, noise, *update)
 
-    def draw_rows(self, out: Tensor, starts: Sequence[int], noise: Distribution, stream: Stream) -> None:
-        """Several vectors of noise; see `Kernel.draw_rows`."""
-        base.check_draws(out, starts)
-        if stream.start % BLOCK:
-            return super().draw_rows(out, starts, noise, stream)
-        if out.numel():
-            at = torch.tensor(starts, dtype=torch.int64, device=out.device)
-            with _on(out):
-                _draw_rows[-(-out.shape[1] // BLOCK), len(starts)](
-                    base.codes_of(out), at, out.shape[1], stream.start // BLOCK, *_row(stream, NOISE, 1.0)[:5],
-                    KIND=0 if noise == "gaussian" else 1, enable_fp_fusion=False,
-                )  # fmt: skip
-        return None
+    def draw_rows(self, draws: Sequence[Draw], noise: Distribution) -> None:
+        """Vectors of noise; see `Kernel.draw_rows`."""
+        for draw in draws:
+            out, starts, stream = draw
+            base.check_draws(out, starts)
+            if stream.start % BLOCK:
+                super().draw_rows([draw], noise)
+            elif out.numel():
+                at = torch.tensor(starts, dtype=torch.int64, device=out.device)
+                with _on(out):
+                    _draw_rows[-(-out.shape[1] // BLOCK), len(starts)](
+                        base.codes_of(out), at, out.shape[1], stream.start // BLOCK, *_row(stream, NOISE, 1.0)[:5],
+                        KIND=0 if noise == "gaussian" else 1, enable_fp_fusion=False,
+                    )  # fmt: skip
 
     def draw(self, theta: Tensor, out: Tensor, mask: Mask, noise: Distribution, stream: Stream, scale: float) -> None:
         """The noise under the mask alone; see `Kernel.draw`."""

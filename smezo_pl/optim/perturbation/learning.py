@@ -44,10 +44,13 @@ class Trial(Direction):
 
     is_outside = rows_apart
 
-    def factors(self, parameter: nn.Parameter, rows: Sequence[int]) -> tuple[Tensor | None, Tensor, float]:  # noqa: D102
-        left, right, scale = super().factors(parameter, rows)
-        right[[index for index, row in enumerate(rows) if self._is_silent(row)]] = 0
-        return left, right, scale
+    def factors(  # noqa: D102
+        self, parameters: Sequence[nn.Parameter], rows: Sequence[int]
+    ) -> list[tuple[Tensor | None, Tensor, float]]:
+        drawn = super().factors(parameters, rows)
+        for _, right, _ in drawn:
+            right[[index for index, row in enumerate(rows) if self._is_silent(row)]] = 0
+        return drawn
 
     def perturb(self, parameter: nn.Parameter, out: Tensor, mask: Mask | None = None) -> None:  # noqa: D102
         out.copy_(parameter.detach().view(-1))

@@ -24,7 +24,9 @@ from torch.utils._pytree import tree_map_only
 from smezo_pl.optim.perturbation.forward_rows import WHOLE, ForwardRows, Place
 from smezo_pl.optim.perturbation.guards import Guard
 from smezo_pl.optim.rows import at_rows
-from smezo_pl.optim.step import Direction
+from smezo_pl.optim.step import FACTOR_BYTES, Direction
+
+_Drawn = tuple[Tensor | None, Tensor, float]
 
 
 class Seen(Guard):
@@ -92,11 +94,39 @@ class Rowwise:
         self.note: Callable[[nn.Parameter, Place, Tensor], None] | None = None
         self.seconds = 0.0
         self._noise: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._next: dict[int, nn.Parameter] = {}
+        self._last: nn.Parameter | None = None
+        self._ahead: dict[int, _Drawn] = {}
+        self._ahead_of: Sequence[int] = ()
 
     def start(self, direction: Direction) -> None:
         """A closure runs with this direction."""
-        self.direction, self.seconds = direction, 0.0
+        self.direction, self.seconds, self._last = direction, 0.0, None
+        self._ahead.clear()
         self.rows.restart()
+
+    def _factors(self, weight: nn.Parameter, rows: Sequence[int]) -> _Drawn:
+        """`Direction.factors` of a weight, drawn together with those of the weights that were used after it before."""
+        direction = self.direction
+        assert direction is not None
+        if self._last is not None:
+            self._next[id(self._last)] = weight
+        self._last = weight
+        drawn = self._ahead.pop(id(weight), None) if rows == self._ahead_of else None
+        if drawn is None:
+            chain, apart = {id(weight): weight}, direction.rows_apart(weight)
+            held, after = direction.factor_bytes(weight) * len(rows), self._next.get(id(weight))
+            while after is not None and id(after) not in chain and after.device == weight.device:
+                held += direction.factor_bytes(after) * len(rows) if direction.is_outside(after) else FACTOR_BYTES
+                if held > FACTOR_BYTES or direction.rows_apart(after) != apart:
+                    break
+                chain[id(after)] = after
+                after = self._next.get(id(after))
+            self._ahead.clear()
+            self._ahead_of = rows
+            self._ahead.update(zip(chain, direction.factors(list(chain.values()), rows), strict=True))
+            drawn = self._ahead.pop(id(weight))
+        return drawn
 
     def extra_bytes(self) -> int:
         """Bytes kept for the noise of one tensor at a time."""
@@ -132,7 +162,7 @@ class Rowwise:
 
     def _vector(self, seen: Seen, place: Place) -> tuple[Tensor, Tensor | None, float]:
         assert self.direction is not None
-        _, right, scale = self.direction.factors(seen.weight, place.numbers)
+        _, right, scale = self._factors(seen.weight, place.numbers)
         return right[:, 0], self._drawn(seen), scale
 
     def product(
@@ -156,7 +186,7 @@ class Rowwise:
     ) -> tuple[Tensor, Seen | None]:
         """`product` with the weight, and with the bias unless that is returned."""
         assert self.direction is not None
-        left, right, scale = self.direction.factors(weight.weight, place.numbers)
+        left, right, scale = self._factors(weight.weight, place.numbers)
         assert left is not None
         onto, by = (left, right) if across == weight.is_transposed else (right, left)
         onto, by = onto.to(out.dtype), by.to(out.dtype)  # [R, k, n], [R, k, m]
@@ -182,7 +212,7 @@ class Rowwise:
     def lookup(self, out: Tensor, ids: Tensor, seen: Seen, place: Place) -> Tensor:
         """Add the perturbation to looked-up rows of ``theta``."""
         assert self.direction is not None
-        left, right, scale = self.direction.factors(seen.weight, place.numbers)
+        left, right, scale = self._factors(seen.weight, place.numbers)
         assert left is not None
         of, width = (right, left) if seen.is_transposed else (left, right)
         width, lead = width.to(out.dtype), len(place.numbers) if place.each else 1

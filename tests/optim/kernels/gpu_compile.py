@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from smezo_pl.optim.kernels.base import Factored, FactoredUpdate
+from smezo_pl.optim.kernels.base import Draw, Factored, FactoredUpdate
 from smezo_pl.optim.kernels.triton_gpu import TritonKernel
 from smezo_pl.optim.masks import Mask
 from smezo_pl.optim.noise import Stream
@@ -82,7 +82,7 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
         )
     for noise in ("gaussian", "rademacher"):
         rows = torch.zeros(3, 1000, dtype=torch.bfloat16)
-        yield f"draw rows {noise}", partial(kernel.draw_rows, rows, [0, 1024, 4096], noise, STREAM)
+        yield f"draw rows {noise}", partial(kernel.draw_rows, [Draw(rows, [0, 1024, 4096], STREAM)], noise)
     # Arguments whose alignment or size Triton compiles a kernel of its own for.
     far = Stream(1, 2, 0, 3, (3 << 35) + 12345)
     shapes = (("odd length", 4093, STREAM), ("one weight", 1, STREAM), ("far shard", COUNT, far))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smezo_pl.optim.kernels import Kernel
-from smezo_pl.optim.kernels.base import Factored, FactoredUpdate
+from smezo_pl.optim.kernels.base import Draw, Factored, FactoredUpdate
 from smezo_pl.optim.kernels.numba_cpu import NumbaKernel
 from smezo_pl.optim.kernels.reference import TorchKernel
 from smezo_pl.optim.masks import DENSE, Mask
@@ -116,11 +116,18 @@ def test_vectors_of_noise(kernel: Kernel) -> None:
     starts, stream = [0, 1024, 16 * 1024, 17 * 1024, 1 << 40], Stream(1, 2, 3, 4, 5 * 1024)
     for length, noise in itertools.product((1, 576, 1024, 3000), DISTRIBUTIONS):
         out = torch.full((5, length), float("nan"), dtype=torch.bfloat16, device=place(kernel.name))
-        kernel.draw_rows(out, starts, noise, stream)
+        kernel.draw_rows([Draw(out, starts, stream)], noise)
         draw = normals if noise == "gaussian" else signs
         expected = torch.stack([draw(stream.part(start), length).bfloat16() for start in starts])
         assert same(out, expected), (length, noise)
-    kernel.draw_rows(out[:0], [], "gaussian", stream)
+        many = [
+            Draw(torch.empty_like(out[:count, :size]).contiguous(), starts[:count], Stream(6, 5, 4, number, 1024))
+            for number, (count, size) in enumerate(((2, 1), (5, length), (1, 100)))
+        ]
+        kernel.draw_rows(many, noise)
+        for out, begins, stream_of in many:
+            assert same(out, torch.stack([draw(stream_of.part(start), out.shape[1]).bfloat16() for start in begins]))
+    kernel.draw_rows([Draw(out[:0], [], stream)], "gaussian")
 
 
 @needs_two_threads
@@ -223,6 +230,6 @@ def test_what_does_not_fit_is_refused(kernel: Kernel) -> None:
         (out, [-1024, 0], "starts must be multiples of 1024, at least 0, got -1024"),
     ):
         with pytest.raises(ValueError, match="must be") as caught:
-            kernel.draw_rows(target, starts, "gaussian", ONE)
+            kernel.draw_rows([Draw(target, starts, ONE)], "gaussian")
         assert text in str(caught.value)
     assert not Tensor.any(theta)

@@ -28,6 +28,7 @@ told. Of sign flips such a tensor has ``mask z`` with the ``z`` of the sample, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -132,9 +133,7 @@ class Factors:
 
     def widths(self) -> tuple[int, int]:
         """``N`` and ``N + M``; ``N`` is 0 for what is no matrix."""
-        n, m = matrix_shape(self.shape)
-        offset = _padded(n) if self.is_matrix else 0
-        return offset, offset + _padded(m)
+        return _widths(self.shape)
 
     def source(self) -> Stream:
         """The stream of the factors."""
@@ -153,13 +152,21 @@ def both(
     memory = torch.empty(sum(sizes), dtype=torch.bfloat16, device=device)
     draws, drawn = list[Draw](), list[tuple[Tensor | None, Tensor]]()
     for factors, (offset, width), part in zip(tensors, widths, torch.split(memory, sizes), strict=True):
-        n, m = matrix_shape(factors.shape)
-        starts = [row * factors.count * width for row in begins]
-        draws.append(Draw(part.view(len(starts), -1), starts, factors.source()))
-        vectors = part.view(len(rows), factors.count, width)
-        drawn.append((vectors[..., :n] if offset else None, vectors[..., offset : offset + m]))
+        count, columns = factors.count, factors.shape[-1] if factors.shape else 1
+        vectors = part.view(len(rows), count, width)
+        drawn.append(
+            (vectors[..., : factors.shape[:-1].numel()] if offset else None, vectors[..., offset : offset + columns])
+        )
+        draws.append(Draw(part.view(len(begins), -1), [row * count * width for row in begins], factors.source()))
     tensors[0].kernel.draw_rows(draws, tensors[0].distribution)
     return drawn
+
+
+@functools.cache
+def _widths(shape: torch.Size) -> tuple[int, int]:
+    n, m = matrix_shape(shape)
+    offset = _padded(n) if len(shape) > 1 else 0
+    return offset, offset + _padded(m)
 
 
 def _padded(numel: int) -> int:

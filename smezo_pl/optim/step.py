@@ -344,7 +344,7 @@ class Direction:
     def is_outside(self, parameter: nn.Parameter) -> bool:
         """Whether layers add the direction of a parameter to what they make of it, in place of a perturbed copy."""
         passes = self._step.passes[id(parameter)]
-        return passes.rows_apart or (bool(passes.factors) and parameter.dim() == 2)
+        return passes.rows_apart or (bool(passes.factors) and parameter.dim() <= 2)
 
     @property
     def rank(self) -> int | None:

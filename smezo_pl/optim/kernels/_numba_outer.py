@@ -2,8 +2,8 @@
 # numba compiles this file: its functions have no Python types, and its intrinsics take one argument less than declared.
 """Compiled sums of outer products of the numba kernel: the ``delta`` of `Factored`.
 
-Some blocks are summed at a time, and of those 64 columns of the matrix: their right factors are widened once for all
-rows, and each row's 64 sums stay in registers while terms are added in their order. So a term costs little more than a
+Some blocks are summed at a time, and of those 128 columns of the matrix: their right factors are widened once for all
+rows, and each row's 128 sums stay in registers while terms are added in their order. So a term costs little more than a
 product and a sum for each weight, however many terms and columns there are.
 """
 
@@ -33,7 +33,7 @@ from smezo_pl.optim.kernels._numba_words import (
 TILE = 16
 """Blocks that are summed at a time."""
 
-COLUMNS = 64
+COLUMNS = 128
 """Columns whose sums are in registers at a time."""
 
 _MOST, _LEFTS = 64, 16384
@@ -77,17 +77,20 @@ def _adder(lanes):
     return intrinsic(_add)
 
 
-_add_all, _add_16, _add_1 = _adder(COLUMNS), _adder(16), _adder(1)
+_add_all, _add_64, _add_16, _add_1 = _adder(COLUMNS), _adder(64), _adder(16), _adder(1)
 
 
 @njit(nogil=True)
 def _add_terms(source, target, size, right, left, stride, terms):
-    """Add terms to up to 64 numbers at the address ``source``; left factors are ``stride`` bytes apart."""
+    """Add terms to up to 128 numbers at the address ``source``; left factors are ``stride`` bytes apart."""
     wide_vectors()
     if size == COLUMNS:
         _add_all(source, target, right, left, stride, terms)
         return
     j = 0
+    if size >= 64:
+        _add_64(source, target, right, left, stride, terms)
+        j = 64
     while j + 16 <= size:
         _add_16(source + 4 * j, target + 4 * j, right + 4 * j, left, stride, terms)
         j += 16

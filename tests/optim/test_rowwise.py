@@ -327,6 +327,20 @@ def test_positions_that_were_chosen_are_no_rows() -> None:
     assert optimizer.shared() == ["hidden.weight", "hidden.bias"]
 
 
+def test_pieces_of_a_longer_batch_are_no_rows() -> None:
+    class InPieces(TiedLanguageModel):
+        def forward(self, ids: Tensor) -> Tensor:
+            pieces = torch.cat(self.embedding(ids).split(5, 1))  # all rows' first pieces, then all rows' second ones
+            return self.head(self.norm(torch.cat(self.hidden(pieces).split(len(ids)), 1)))
+
+    model = build(InPieces, torch.float64)
+    check_rows(model, closure_of(model, length=10), ROWS, 1)
+    optimizer = build_optimizer(model, directions="per_row", rank=1)
+    optimizer.step(closure_of(model))
+    with pytest.raises(RuntimeError, match=r"'hidden.bias' is read where its rows cannot be told"):
+        optimizer.step(closure_of(model, length=10))
+
+
 def test_a_prompt_that_is_repeated_for_each_row_is_shared() -> None:
     class Prompted(TiedLanguageModel):
         def __init__(self) -> None:

@@ -165,8 +165,11 @@ class Layerwise:
             path = f"{prefixes[slot.owner]}.{slot.name} {type(slot.owner).__name__} {tuple(slot.weight.shape)}"
             paths.setdefault(id(slot.weight), []).append(path)
 
+        noted: list[Uses] = []
+
         def run(trial: Trial, uses: Uses | None) -> Probe:
             self._probe, self._rowwise.note = Probe(), uses.note if uses is not None else None
+            noted.extend(() if uses is None else (uses,))
             try:
                 with self.perturbed(trial):
                     self._probe.losses = self.check(closure())
@@ -175,7 +178,10 @@ class Layerwise:
             finally:
                 self._probe = self._rowwise.note = None
 
-        return learn(run, step, paths, self._names, strict, anywhere)
+        self._rowwise.proved = None
+        shared = learn(run, step, paths, self._names, strict, anywhere)
+        self._rowwise.proved = noted[0].doubtful()
+        return shared
 
     @contextmanager
     def perturbed(self, direction: Direction) -> Iterator[None]:

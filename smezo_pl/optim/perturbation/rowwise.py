@@ -84,6 +84,8 @@ class Rowwise:
         rows: Where the rows are.
         direction: The direction of the forward that runs; None outside a step.
         note: Told of each use in place of a perturbation, to learn where rows can be told.
+        proved: Ids of the parameters of which a use was proved that could have been something else; None if nothing was
+            learned here.
         seconds: Spent on perturbing.
     """
 
@@ -92,6 +94,7 @@ class Rowwise:
         self.rows = ForwardRows()
         self.direction: Direction | None = None
         self.note: Callable[[nn.Parameter, Place, Tensor], None] | None = None
+        self.proved: set[int] | None = None
         self.seconds = 0.0
         self._noise: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._next: dict[int, nn.Parameter] = {}
@@ -138,6 +141,9 @@ class Rowwise:
             return None
         apart = [seen for seen in weights if self.direction.rows_apart(seen.weight)]
         place = self.rows.place(operand, of_indices) if apart else WHOLE
+        is_clear = place is None or place.is_plain or place.is_single or self.note is not None
+        if not is_clear and self.proved is not None and any(id(seen.weight) not in self.proved for seen in apart):
+            return None  # as of pieces of a longer batch than the first, each of which has all rows
         if place is not None:
             self._read.update(id(seen.weight) for seen in weights)
             if self.note is not None:

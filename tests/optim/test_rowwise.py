@@ -369,6 +369,17 @@ def test_rows_of_losses_are_those_of_the_forwards() -> None:
             optimizer.step(closure)
 
 
+def test_a_network_that_turns_its_rows_around_is_refused() -> None:
+    class Reversed(TiedLanguageModel):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.norm(self.hidden(self.embedding(ids).flip(0)).flip(0)))
+
+    model = build(Reversed, torch.float64)
+    for count in (2, 3, 4, 16):
+        with pytest.raises(RuntimeError, match="mixes the rows of a batch"):
+            build_optimizer(model, directions="per_row", rank=1).step(closure_of(model, count))
+
+
 def test_a_network_that_mixes_rows_is_refused() -> None:
     model = build(TiedLanguageModel, torch.float64)
     losses = closure_of(model)

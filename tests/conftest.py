@@ -63,7 +63,8 @@ def clean_process() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
-    log.handlers, log.level = handlers, level
+    log.handlers = handlers
+    log.setLevel(level)  # assigned, it would leave what loggers below remember of the one before
     for name in set(os.environ) - set(environment):
         del os.environ[name]
     os.environ.update(environment)

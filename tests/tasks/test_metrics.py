@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from smezo_pl.tasks import objectives
 from smezo_pl.tasks.metrics import (
     METRICS,
     Answer,
@@ -209,6 +210,7 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def none(predictions, references):\n    return None\n"
     )
     monkeypatch.chdir(tmp_path)
+    objectives._warn_once.cache_clear()
     return "rewards_of_a_test"
 
 

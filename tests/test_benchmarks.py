@@ -50,6 +50,7 @@ def data_dir(tmp_path: Path) -> Path:
         ("scaling", "", ["by model", "by length", "by batch"]),
         ("step", "", ["| two_forwards", "| sparse_reference", "faster than the MeZO loop: "]),
         ("task_step", "--data-dir {data} --model {model}", ["| published", "| our two forwards", "factor "]),
+        ("directions", "--data-dir {data} --model {model} --task sst2", ["'step': 1,", "'gain predicted': ", "'s': "]),
         ("trajectory", "--model {model}", ["| replay_equal", "| True", "| resume_seconds"]),
     ],
 )
@@ -70,6 +71,18 @@ def test_a_small_run_prints_and_writes_its_figures(
     written = json.loads(file.read_text())
     assert written["machine"]["threads"] >= 1
     assert not {"goal", "floor", "passed"} & {key for row in written.get("rows", []) for key in row}
+
+
+def test_runs_that_compare_directions_are_made_once(
+    data_dir: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = import_module("direction_runs").main
+    words = ["--small", f"--data-dir={data_dir}", f"--model={tiny_folder}", f"--work={tmp_path}"]
+    for printed in ("'step': 2", ""):
+        main([*words, f"--out={tmp_path / 'out'}"])
+        assert printed in (out := capsys.readouterr().out) and bool(printed) == bool(out)
+    (file,) = (tmp_path / "out").iterdir()
+    assert [point["step"] for point in json.loads(file.read_text())["curve"]] == [0, 1, 2]
 
 
 def test_zero_shot_resumes(

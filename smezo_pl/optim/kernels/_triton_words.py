@@ -28,11 +28,13 @@ _LOG_2, _CENTER, _SQRT_HALF = (tl.constexpr(c) for c in (scheme.LOG_2, scheme.AN
 
 @triton.jit
 def u32(value):
+    """The bits of a number as an unsigned integer of 32 bits."""
     return value.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def f32(value):
+    """The float32 of some bits."""
     return value.to(tl.float32, bitcast=True)
 
 
@@ -91,6 +93,20 @@ def noise_of(word, bit, KIND: tl.constexpr):
 
 
 @triton.jit
+def block_noise(block, key_low, key_high, tensor, step, sample, KIND: tl.constexpr):
+    """``z`` of the elements of a block of 1024: from 0, 512, 256 and 768 on, 256 each."""
+    bit = (2 * (block & 15)).to(tl.uint32)
+    if KIND == GAUSSIAN:
+        group = block
+    else:
+        group = block >> 4
+    a, b = block_words(group, key_low, key_high, tensor, step, sample)
+    a0, a1 = noise_of(a, bit, KIND)
+    b0, b1 = noise_of(b, bit, KIND)
+    return a0, a1, b0, b1
+
+
+@triton.jit
 def widen(code, FORMAT: tl.constexpr):
     """Exact float32 value of some bits (uint32)."""
     if FORMAT == FLOAT32:
@@ -137,6 +153,7 @@ def narrow(value, word, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def magnitude(code, FORMAT: tl.constexpr):
+    """The bits of a weight without its sign."""
     if FORMAT == FLOAT32:
         size = code & 0x7FFFFFFF
     else:
@@ -146,6 +163,7 @@ def magnitude(code, FORMAT: tl.constexpr):
 
 @triton.jit
 def load_code(theta, i, inside, FORMAT: tl.constexpr):
+    """The bits of weights, widened to 32."""
     code = tl.load(theta + i, mask=inside, other=0)
     if FORMAT == FLOAT32:
         wide = u32(code)
@@ -156,6 +174,7 @@ def load_code(theta, i, inside, FORMAT: tl.constexpr):
 
 @triton.jit
 def store_code(out, i, inside, code, FORMAT: tl.constexpr):
+    """Write what `load_code` reads."""
     if FORMAT == FLOAT32:
         tl.store(out + i, code.to(tl.int32, bitcast=True), mask=inside)
     else:

@@ -23,13 +23,12 @@ from torch import Tensor
 from smezo_pl.optim.kernels import base
 from smezo_pl.optim.kernels._triton_words import (
     BFLOAT16,
-    GAUSSIAN,
+    block_noise,
     block_words,
     f32,
     load_code,
     magnitude,
     narrow,
-    noise_of,
     philox,
     store_code,
     u32,
@@ -121,24 +120,15 @@ def _sweep(
     base = block * 1024 - start
     lane = tl.arange(0, 256)
     if OUTER != ALONE:
-        bit = (2 * (block & 15)).to(tl.uint32)
-        if KIND == GAUSSIAN:
-            group = block
-        else:
-            group = block >> 4
-        a, b = block_words(group, n0, n1, n2, n3, n4)
         scale = f32(u32(n5))
-        a0, a1 = noise_of(a, bit, KIND)
-        b0, b1 = noise_of(b, bit, KIND)
+        a0, a1, b0, b1 = block_noise(block, n0, n1, n2, n3, n4, KIND)
         a0, a1, b0, b1 = a0 * scale, a1 * scale, b0 * scale, b1 * scale
         for sample in range(1, samples):
             row = more + (sample - 1) * ROW
-            a, b = block_words(
-                group, tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-            )
             scale = f32(u32(tl.load(row + 5)))
-            c0, c1 = noise_of(a, bit, KIND)
-            d0, d1 = noise_of(b, bit, KIND)
+            c0, c1, d0, d1 = block_noise(
+                block, tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), KIND
+            )
             a0, a1, b0, b1 = a0 + c0 * scale, a1 + c1 * scale, b0 + d0 * scale, b1 + d1 * scale
     if OUTER != NONE:
         e0 = _outer(left, right, scales, terms, numel, width, base, lane)
@@ -165,14 +155,7 @@ def _draw_rows(out, starts, length, first, n0, n1, n2, n3, n4, KIND: tl.constexp
     """Vectors of noise in bfloat16; a program for each block of each, ``first`` the block that stream begins with."""
     number = tl.program_id(1).to(tl.int64)
     block = tl.load(starts + number) // 1024 + first + tl.program_id(0)
-    bit = (2 * (block & 15)).to(tl.uint32)
-    if KIND == GAUSSIAN:
-        group = block
-    else:
-        group = block >> 4
-    a, b = block_words(group, n0, n1, n2, n3, n4)
-    a0, a1 = noise_of(a, bit, KIND)
-    b0, b1 = noise_of(b, bit, KIND)
+    a0, a1, b0, b1 = block_noise(block, n0, n1, n2, n3, n4, KIND)
     i, none = tl.program_id(0) * 1024 + tl.arange(0, 256), tl.full((), 0, tl.uint32)
     row = out + number * length
     store_code(row, i, i < length, narrow(a0, none, BFLOAT16, False), BFLOAT16)

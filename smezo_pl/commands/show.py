@@ -170,7 +170,7 @@ def described_directions(trajectory: Trajectory, facts: dict[str, Any]) -> str:
     if facts["directions"] == "shared":
         return f"one for the batch, {kind}; coefficients {facts['coefficients']}"
     low, high = facts.get("rows", [0, 0])
-    rows = f"{low} rows" if low == high else f"{low} to {high} rows"
+    rows = f"{low} to {high} rows" if low < high else f"{high} row{'s' * (high != 1)}"
     kind = "sign flips" if facts["rank"] is None else kind
     line = f"one per row, {kind}; {rows} per step; coefficients {facts['coefficients']}"
     if facts["shared"]:

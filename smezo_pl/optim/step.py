@@ -157,7 +157,7 @@ def check_record(record: StepRecord, step: int, groups: int, samples: int, per_r
 
 
 FACTOR_BYTES = 1 << 20
-"""About as much memory as the factors of an update take at a time."""
+"""About as much memory as the factors of several tensors take at a time, in an update and in a forward."""
 
 
 @dataclass(frozen=True, slots=True)
